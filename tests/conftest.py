@@ -19,6 +19,5 @@ def _fixture(name):
     return fixture
 
 
-openchat, qwen, llama3, tiny_bpe, tiny_unigram = map(
-    _fixture, ("openchat", "qwen", "llama3", "tiny_bpe", "tiny_unigram")
-)
+for _name in ("openchat", "qwen", "llama3", "tiny_bpe", "tiny_unigram"):
+    globals()[_name] = _fixture(_name)

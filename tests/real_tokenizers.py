@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -77,10 +78,9 @@ def _byte_level(ranks: dict[bytes, int], split: str, all_splits: bool) -> Tokeni
         if len(token) == 1:
             continue
         if all_splits:
-            pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-            pairs = sorted(
-                (p for p in pairs if p[0] in ranks and p[1] in ranks), key=lambda p: (ranks[p[0]], ranks[p[1]])
-            )
+            cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+            pairs = sorted((ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks)
+            pairs = [(a, b) for *_, a, b in pairs]
         else:
             pairs = [_last_merge(token, ranks)]
         merges += [(spell(a), spell(b)) for a, b in pairs]
@@ -177,10 +177,8 @@ def _cached(name: str, package: str, build) -> PreTrainedTokenizerFast:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder))
         build().save_pretrained(staging)
-        try:
+        with contextlib.suppress(OSError):  # another process was faster
             staging.rename(folder / name)
-        except OSError:  # another process was faster
-            pass
     return PreTrainedTokenizerFast.from_pretrained(folder / name)
 
 
@@ -256,8 +254,8 @@ def tiny_bpe() -> PreTrainedTokenizerFast:
 def tiny_unigram() -> PreTrainedTokenizerFast:
     """A SentencePiece-style Unigram model with byte fallback and '▁' before the first word."""
     template = (
-        "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + '<|end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '[' + message['role'] + '] ' + message['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tiny_unigram_json()),
