@@ -255,7 +255,8 @@ def tiny_unigram() -> PreTrainedTokenizerFast:
     """A SentencePiece-style Unigram model with byte fallback and '▁' before the first word."""
     template = (
         "{{ bos_token }}{% for message in messages %}"
-        "{{ '[' + message['role'] + '] ' + message['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+        "{{ '[' + message['role'] + '] ' + message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tiny_unigram_json()),
