@@ -1,0 +1,182 @@
+"""The loss of pairwise fusion, sparse: one logsumexp serves the language-model term and the fusion term.
+
+Per labelled position, with z the logits, y the label and q a distribution over a few vocabulary entries u_k with mass
+m = sum_k q_k <= 1:
+
+    L_LM     = lse(z) - z_y
+    L_fusion = m lse(z) - sum_k q_k z_{u_k}                      (kind "ce")
+             = the same + sum_k q_k log q_k                      (kind "kl", KL(q || softmax z))
+    d/dz [a L_LM + b L_fusion] = (a + b m) softmax(z) - a e_y - b q
+
+A dense [B, T, V] target is never built, and the gradient is written into one buffer. Shape letters: B batch, T tokens,
+V vocabulary, K entries of a distribution, N labelled positions (rows). Arithmetic is float32 whatever the logits' dtype
+(float64 for float64 logits).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusechat_fuse.errors import InputError
+
+KINDS = ("ce", "kl")
+IGNORED = -100
+_ROW_BUDGET = {"cpu": 1 << 22, "other": 1 << 27}  # logits held in float32 at a time
+
+
+class FusionLoss(NamedTuple):
+    """`loss` = lm_loss_weight * `lm_loss` + (1 - lm_loss_weight) * `fusion_loss`; 0-d tensors, all differentiable."""
+
+    loss: Tensor
+    lm_loss: Tensor
+    fusion_loss: Tensor
+
+
+def fusion_loss(
+    logits: Tensor,
+    labels: Tensor,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    *,
+    lm_loss_weight: float = 0.9,
+    kind: str = "ce",
+    num_items: int | float | Tensor | None = None,
+) -> FusionLoss:
+    """Pairwise fusion loss lambda mean(L_LM) + (1 - lambda) mean(L_fusion) over the labelled positions.
+
+    Args:
+        logits: [B, T, V] floating point, borrowed.
+        labels: [B, T] int64, already shifted (`labels[b, t]` is what `logits[b, t]` predicts), -100 = ignored.
+        target_ids: [B, T, K] int64 vocabulary entries, padding -1. K may be 0. An id may occur twice (its
+            probabilities add up), except under "kl", whose entropy is taken per entry.
+        target_probs: [B, T, K] probabilities of these entries; each labelled position sums to m <= 1.
+        lm_loss_weight: lambda in [0, 1].
+        kind: "ce" or "kl".
+        num_items: what the sums are divided by; None: the number of labelled positions here (at least 1).
+
+    Returns:
+        `FusionLoss` of 0-d tensors in float32 (float64 for float64 logits). Nothing labelled: 0, with a gradient
+        of zeros.
+
+    Raises:
+        InputError (a ValueError): shapes that do not fit, an unknown `kind`, a weight outside [0, 1], ids outside the
+            vocabulary (checked on the CPU; elsewhere the device's own assertion).
+
+    Source: FuseChat (arXiv 2408.07990), equations 4 to 6; the gradient with m < 1 follows from the same formula.
+    Differs from the released trainer: targets are not rounded to bfloat16; means run over `num_items`, so that gradient
+    accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
+    """
+    check_options(lm_loss_weight, kind)
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise InputError(
+            f"shape for labels: expected [B, T] of logits [B, T, V] = {tuple(logits.shape)}, got {tuple(labels.shape)}."
+            " Pass labels that are already shifted, one for each logits row."
+        )
+    if target_ids.shape != target_probs.shape or target_ids.dim() != 3 or target_ids.shape[:2] != labels.shape:
+        raise InputError(
+            f"shape for targets: expected [B, T, K] with [B, T] = {tuple(labels.shape)}, got target_ids "
+            f"{tuple(target_ids.shape)} and target_probs {tuple(target_probs.shape)}. Pad each position to K entries."
+        )
+    rows = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
+    chosen = labels.reshape(-1)[rows], target_ids.flatten(0, 1)[rows], target_probs.flatten(0, 1)[rows]
+    check_ids(*chosen[:2], vocab_size=logits.shape[-1])
+    lm_sum, fusion_sum = row_sums(logits.flatten(0, 1), *chosen, kind, rows)
+    return combine_sums(lm_sum, fusion_sum, lm_loss_weight, max(len(rows), 1) if num_items is None else num_items)
+
+
+def combine_sums(lm_sum: Tensor, fusion_sum: Tensor, lm_loss_weight: float, num_items) -> FusionLoss:
+    """Sums over labelled positions -> `FusionLoss` of means over `num_items`."""
+    lm, fusion = lm_sum / num_items, fusion_sum / num_items
+    # a term of weight 0 is left out: 0 times an infinite term would be NaN
+    loss = lm if lm_loss_weight == 1 else fusion if lm_loss_weight == 0 else None
+    if loss is None:
+        loss = lm_loss_weight * lm + (1 - lm_loss_weight) * fusion
+    return FusionLoss(loss, lm, fusion)
+
+
+def check_options(lm_loss_weight: float, kind: str) -> None:
+    """Raise InputError for a weight outside [0, 1] or an unknown kind of fusion loss."""
+    if not 0 <= lm_loss_weight <= 1:
+        raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
+    if kind not in KINDS:
+        raise InputError(f"value for the fusion loss type: expected one of {KINDS}, got {kind!r}. The paper uses 'ce'.")
+
+
+def check_ids(labels_N: Tensor, ids_NK: Tensor, vocab_size: int) -> None:
+    """Raise InputError where a label or a target id is outside the vocabulary (CPU tensors only: no device sync)."""
+    if labels_N.device.type != "cpu" or labels_N.numel() == 0:
+        return
+    for name, ids, low in (("labels", labels_N, 0), ("target_ids", ids_NK, -1)):
+        if ids.numel() and (int(ids.min()) < low or int(ids.max()) >= vocab_size):
+            raise InputError(
+                f"ids for {name}: expected {low} to {vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}. "
+                "Use data that was aligned to this model's tokenizer."
+            )
+
+
+def row_sums(logits_MV: Tensor, labels_N: Tensor, ids_NK: Tensor, probs_NK: Tensor, kind: str, rows_N=None):
+    """(sum of L_LM, sum of L_fusion) over the rows `rows_N` of `logits_MV` (None: all M = N rows), differentiable."""
+    dtype = torch.promote_types(logits_MV.dtype, torch.float32)
+    return _RowSums.apply(logits_MV, labels_N, ids_NK, probs_NK.to(dtype), kind, rows_N)
+
+
+class _RowSums(torch.autograd.Function):
+    """Sums over rows; saves the logits themselves and one logsumexp per row, and no softmax."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, ids, probs, kind, rows):
+        lm_sum = torch.zeros((), dtype=probs.dtype, device=logits.device)
+        fusion_sum = lm_sum.clone()
+        lse = torch.empty(len(labels), dtype=probs.dtype, device=logits.device)
+        for a, b in row_chunks(len(labels), logits.shape[-1], logits.device):
+            z = logits[a:b] if rows is None else logits[rows[a:b]]
+            z = z.to(probs.dtype)
+            lse[a:b] = torch.logsumexp(z, -1)
+            lm, fusion = terms(z, lse[a:b], labels[a:b], ids[a:b], probs[a:b], kind)
+            lm_sum += lm
+            fusion_sum += fusion
+        ctx.save_for_backward(logits, labels, ids, probs, lse, rows)
+        return lm_sum, fusion_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, lm_grad, fusion_grad):
+        logits, labels, ids, probs, lse, rows = ctx.saved_tensors
+        grad = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
+        for a, b in row_chunks(len(labels), logits.shape[-1], logits.device):
+            z = logits[a:b] if rows is None else logits[rows[a:b]]
+            p = z.to(probs.dtype, copy=True).sub_(lse[a:b, None]).exp_()
+            softmax_to_gradient_(p, labels[a:b], ids[a:b], probs[a:b], lm_grad, fusion_grad)
+            if rows is None:
+                grad[a:b] = p
+            else:
+                grad[rows[a:b]] = p.to(grad.dtype)
+        return grad, None, None, None, None, None
+
+
+def terms(z_NV: Tensor, lse_N: Tensor, labels_N: Tensor, ids_NK: Tensor, probs_NK: Tensor, kind: str):
+    """(sum of L_LM, sum of L_fusion) of the rows `z_NV`, given their logsumexp."""
+    at_label = z_NV.gather(1, labels_N[:, None])[:, 0]
+    at_ids = z_NV.gather(1, ids_NK.clamp(min=0)).masked_fill(probs_NK == 0, 0)  # 0 * -inf is no evidence
+    fusion = (probs_NK.sum(1) * lse_N).sum() - (probs_NK * at_ids).sum()
+    if kind == "kl":
+        fusion = fusion + torch.xlogy(probs_NK, probs_NK).sum()
+    return (lse_N - at_label).sum(), fusion
+
+
+def softmax_to_gradient_(p_NV: Tensor, labels_N, ids_NK, probs_NK, lm_weight, fusion_weight) -> Tensor:
+    """In place: softmax(z) -> (a + b m) softmax(z) - a e_y - b q, with a = `lm_weight`, b = `fusion_weight`."""
+    p_NV.mul_(lm_weight + fusion_weight * probs_NK.sum(1, keepdim=True))
+    minus_a = -torch.as_tensor(lm_weight, dtype=p_NV.dtype, device=p_NV.device)
+    p_NV.scatter_add_(1, labels_N[:, None], minus_a.expand(len(labels_N), 1))
+    p_NV.scatter_add_(1, ids_NK.clamp(min=0), probs_NK * -fusion_weight)  # padding adds 0 to entry 0
+    return p_NV
+
+
+def row_chunks(rows: int, vocab_size: int, device: torch.device):
+    """Row ranges whose float32 logits stay within a fixed budget: 16 MiB on a CPU, 512 MiB elsewhere."""
+    budget = _ROW_BUDGET.get(device.type, _ROW_BUDGET["other"])
+    size = max(1, budget // max(vocab_size, 1))
+    return [(a, min(a + size, rows)) for a in range(0, rows, size)]
