@@ -1,0 +1,272 @@
+"""One conversation's arrays as a few small binary fields, and back.
+
+Arrow's nested lists of numbers decode at fifty thousand tokens a second; a binary field is one memory view. So every
+per-token array of a row is stored as one binary field: ids in three bytes, log-probabilities as float16, cross-entropy
+as float32, byte spans as token lengths, predicted positions and messages as runs. What a reader gets back from
+`decode_row` are the names, shapes and dtypes of the documented row, whichever way they were stored.
+
+Two encodings: `plain` (views and shifts only) and `compact` (below 40 bytes per predicted token at k = 10). The compact
+one rounds: log-probabilities to a grid finer than 1e-3 max(1, |lp|), ce to 2**-13; ids and spans stay exact.
+
+Shapes: T tokens, P predicted tokens, K top-k entries, K' entries of a mapped source distribution.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TEXTS = ("id", "content_hash", "slice")
+SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16}
+ENCODINGS = ("plain", "compact")
+_NO_ID = 0xFFFFFF
+_LEVELS = 512  # steps of the compact grid per nat below |lp| = 2 and per octave above
+
+
+def pack_ids(ids: np.ndarray) -> bytes:
+    """Integers from -1 to 2**24 - 2 in three little-endian bytes each; -1 is all ones."""
+    ids = np.ascontiguousarray(ids, dtype="<i4").reshape(-1)
+    if ids.size and (ids.min() < -1 or ids.max() >= _NO_ID):
+        raise ValueError(f"ids from -1 to {_NO_ID - 1} fit three bytes, got {ids.min()} to {ids.max()}")
+    return ids.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+
+
+def unpack_ids(data) -> np.ndarray:
+    """Inverse of `pack_ids`: int32 [n]."""
+    n = len(data) // 3
+    if n == 0:
+        return np.zeros(0, np.int32)
+    padded = np.empty(3 * n + 1, np.uint8)
+    padded[:-1] = np.frombuffer(data, np.uint8)
+    padded[-1] = 0
+    ids = np.ndarray((n,), "<u4", padded, strides=(3,)) & np.uint32(_NO_ID)
+    ids = ids.view(np.int32)
+    if (none := ids == _NO_ID).any():
+        ids[none] = -1
+    return ids
+
+
+def _pack_small(values: np.ndarray) -> bytes:
+    """Non-negative or signed integers in the narrowest of 0, 1, 2, 4 bytes; the width follows from the length."""
+    values = np.asarray(values)
+    if not values.size or not values.any():
+        return b""
+    for dtype in ("<u1", "<u2"):
+        if values.min() >= 0 and values.max() <= np.iinfo(dtype).max:
+            return values.astype(dtype).tobytes()
+    return values.astype("<i4").tobytes()
+
+
+def _unpack_small(data, n: int) -> np.ndarray:
+    if len(data) == 0:
+        return np.zeros(n, np.int32)
+    return np.frombuffer(data, {1: "<u1", 2: "<u2", 4: "<i4"}[len(data) // n]).astype(np.int32)
+
+
+def _run_heads(predicted: np.ndarray, message: np.ndarray) -> np.ndarray:
+    """Where a run begins: a stretch of consecutive predicted tokens of one message."""
+    jump = (np.diff(predicted) != 1) | (np.diff(message) != 0)
+    return np.concatenate([[0], np.flatnonzero(jump) + 1]) if len(predicted) else np.zeros(0, np.int64)
+
+
+def _pack_positions(row: dict) -> dict[str, bytes]:
+    predicted, message, start, end = (
+        np.asarray(row[key], np.int64) for key in ("predicted", "message", "start", "end")
+    )
+    heads = _run_heads(predicted, message)
+    lengths = np.diff(np.append(heads, len(predicted)))
+    runs = np.stack([predicted[heads], lengths, message[heads]], axis=1)
+    before = np.concatenate([[0], end[:-1]])
+    before[heads] = 0
+    return {
+        "runs": runs.astype("<i4").tobytes(),
+        "gaps": _pack_small(start - before),
+        "widths": _pack_small(end - start),
+    }
+
+
+def _unpack_positions(row: dict, P: int) -> dict[str, np.ndarray]:
+    first, length, message = np.frombuffer(row["runs"], "<i4").reshape(-1, 3).T
+    heads = np.cumsum(length) - length
+    predicted = np.arange(P, dtype=np.int32) + np.repeat(first - heads.astype(np.int32), length)
+    gaps, widths = _unpack_small(row["gaps"], P), _unpack_small(row["widths"], P)
+    ends = np.cumsum(gaps + widths, dtype=np.int32)
+    if len(heads):
+        before = np.where(heads > 0, ends[heads - 1], 0).astype(np.int32)
+        ends = ends - np.repeat(before, length)
+    return {
+        "predicted": predicted,
+        "message": np.repeat(message, length).astype(np.int16),
+        "start": ends - widths,
+        "end": ends,
+    }
+
+
+def _planes(values: np.ndarray, width: int) -> bytes:
+    """Byte planes: all lowest bytes, then all second bytes, ...; what repeats stands together for the compressor."""
+    return np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)[:, :width].T.tobytes()
+
+
+def _from_planes(data, width: int) -> np.ndarray:
+    planes = np.frombuffer(data, np.uint8).reshape(width, -1)
+    values = np.zeros((planes.shape[1], 4), np.uint8)
+    values[:, :width] = planes.T
+    return values.view("<u4").reshape(-1)
+
+
+def _to_levels(logprobs: np.ndarray) -> np.ndarray:
+    """|lp| on a grid, ascending with it: steps of 2**-9 below 2, then 512 steps per octave (all float16 numbers)."""
+    x = np.minimum(-np.asarray(logprobs, np.float64), 60000.0)
+    octave = np.where(x < 2.0, 0.0, np.floor(np.log2(np.maximum(x, 2.0))))
+    return np.rint((x / 2.0**octave + octave) * _LEVELS).astype(np.int64)
+
+
+def _from_levels(levels: np.ndarray) -> np.ndarray:
+    octave = np.maximum(levels // _LEVELS - 1, 0)
+    return -(levels / _LEVELS - octave) * 2.0**octave
+
+
+def _deflate(data: bytes) -> bytes:
+    import pyarrow as pa
+
+    size = len(data).to_bytes(4, "little")
+    return size + pa.compress(data, codec="zstd", asbytes=True) if data else size
+
+
+def _inflate(data) -> bytes:
+    import pyarrow as pa
+
+    size = int.from_bytes(bytes(data[:4]), "little")
+    return pa.decompress(bytes(data[4:]), decompressed_size=size, codec="zstd", asbytes=True) if size else b""
+
+
+def _pack_table(row: dict, encoding: str) -> dict[str, bytes]:
+    ids, logprobs, ce = row["topk_ids"], row["topk_logprobs"], row["ce"]
+    if encoding == "plain":
+        return {
+            "input_ids": pack_ids(row["input_ids"]),
+            "topk_ids": pack_ids(ids),
+            "topk_logprobs": np.asarray(logprobs, "<f2").tobytes(),
+            "ce": np.asarray(ce, "<f4").tobytes(),
+        }
+    levels = np.diff(_to_levels(logprobs), axis=1, prepend=0)
+    fine = np.minimum(np.rint(np.asarray(ce, np.float64) * 2**13), 2**32 - 1)
+    return {
+        "c_input_ids": _deflate(_planes(row["input_ids"], 3)),
+        "c_topk_ids": _deflate(_planes(np.asarray(ids).T.reshape(-1), 3)),
+        "c_topk_levels": _deflate(_planes(levels.T.reshape(-1), 2)),
+        "c_ce": _deflate(_planes(fine.astype(np.uint32), 4)),
+    }
+
+
+def _unpack_table(row: dict, P: int) -> dict[str, np.ndarray]:
+    if "topk_ids" in row:
+        return {
+            "input_ids": unpack_ids(row["input_ids"]),
+            "topk_ids": unpack_ids(row["topk_ids"]).reshape(P, -1),
+            "topk_logprobs": np.frombuffer(row["topk_logprobs"], "<f2").reshape(P, -1).copy(),
+            "ce": np.frombuffer(row["ce"], "<f4").copy(),
+        }
+    levels = _from_planes(_inflate(row["c_topk_levels"]), 2).reshape(-1, P).T.astype(np.int64)
+    ids = _from_planes(_inflate(row["c_topk_ids"]), 3).reshape(-1, P).T
+    return {
+        "input_ids": _from_planes(_inflate(row["c_input_ids"]), 3).astype(np.int32),
+        "topk_ids": np.ascontiguousarray(ids, np.int32),
+        "topk_logprobs": np.ascontiguousarray(_from_levels(np.cumsum(levels, axis=1)), np.float16),
+        "ce": (_from_planes(_inflate(row["c_ce"]), 4) / 2**13).astype(np.float32),
+    }
+
+
+def _pack_source(row: dict, P: int) -> dict:
+    ids, probs = np.asarray(row["source_ids"]), np.asarray(row["source_probs"])
+    if ids.shape != probs.shape or ids.ndim != 2 or len(ids) != P:
+        raise ValueError(f"source_ids and source_probs must both be [{P}, K'], got {ids.shape} and {probs.shape}")
+    kept = ids >= 0
+    with np.errstate(divide="ignore"):
+        logs = np.log(probs[kept].astype(np.float64))
+    packed = {
+        "source_width": ids.shape[1],
+        "source_counts": _pack_small(kept.sum(1)),
+        "source_ids": pack_ids(ids[kept]),
+        "source_logprobs": logs.astype("<f2").tobytes(),
+    }
+    if row.get("source_index") is not None:
+        packed["source_index"] = pack_ids(row["source_index"])
+    return packed
+
+
+def _unpack_source(row: dict, P: int) -> dict:
+    counts, width = _unpack_small(row["source_counts"], P), int(row["source_width"])
+    ids = np.full((P, width), -1, np.int32)
+    probs = np.zeros((P, width), np.float32)
+    kept = np.arange(width) < counts[:, None]
+    ids[kept] = unpack_ids(row["source_ids"])
+    probs[kept] = np.exp(np.frombuffer(row["source_logprobs"], "<f2").astype(np.float32))
+    arrays = {"source_ids": ids, "source_probs": probs}
+    if row.get("source_index") is not None:
+        arrays["source_index"] = unpack_ids(row["source_index"])
+    return arrays
+
+
+def pack_row(row: dict, encoding: str = "plain") -> dict:
+    """A row in documented names and shapes, as the fields that go to disk.
+
+    Args:
+        row: `id`, `input_ids` [T], `predicted`, `message`, `start`, `end`, `ce` [P], `topk_ids`, `topk_logprobs`
+            [P, K], optionally `content_hash`, `slice`, the source columns of an aligned row, further str, int, float.
+            Within a source row the kept entries may stand anywhere; they are served first, in order.
+        encoding: plain or compact.
+    Returns: field name -> bytes, str, int or float.
+    Raises: ValueError where lengths disagree or a value has no place in the format.
+    """
+    P, K = np.asarray(row["topk_ids"]).shape
+    for key in ("predicted", "message", "start", "end", "ce", "topk_logprobs", *SOURCE_ARRAYS):
+        if key in row and len(row[key]) != P:
+            raise ValueError(f"{key} of {row['id']!r}: expected {P} predicted tokens, got {len(row[key])}")
+    if np.asarray(row["topk_logprobs"]).shape != (P, K):
+        raise ValueError(f"topk_logprobs of {row['id']!r}: expected {(P, K)}, got {np.shape(row['topk_logprobs'])}")
+    packed = {"id": row["id"], "num_tokens": len(row["input_ids"]), "num_predicted": P}
+    packed |= _pack_table(row, encoding) | _pack_positions(row)
+    done = {"input_ids", "predicted", "message", "start", "end", "ce", "topk_ids", "topk_logprobs"}
+    if "source_ids" in row:
+        packed |= _pack_source(row, P)
+        done |= {"source_ids", "source_probs", "source_index"}
+    for key, dtype in SOURCE_ARRAYS.items():
+        if key in row:
+            packed[key] = np.asarray(row[key], np.dtype(dtype).newbyteorder("<")).tobytes()
+            done.add(key)
+    for key, value in row.items():
+        if key in done or value is None:
+            continue
+        if isinstance(value, str):
+            packed[key] = value
+        elif np.ndim(value) == 0:
+            packed[key] = value.item() if hasattr(value, "item") else value
+        else:
+            raise ValueError(f"{key} of {row['id']!r}: an array of this name has no place in the format")
+    return packed
+
+
+_FIELDS = {"num_tokens", "num_predicted", "runs", "gaps", "widths", "topk_ids", "topk_logprobs", "ce", "input_ids"}
+_FIELDS |= {"c_input_ids", "c_topk_ids", "c_topk_levels", "c_ce"}
+_FIELDS |= {"source_width", "source_counts", "source_ids", "source_logprobs", "source_index", *SOURCE_ARRAYS}
+
+
+def decode_row(row: dict) -> dict:
+    """The documented row from a stored one, e.g. `datasets.load_from_disk(path)[i]`.
+
+    Args:
+        row: fields as `pack_row` made them; binary ones may be bytes or any buffer.
+    Returns: `id` (and `content_hash`, `slice` where stored), `input_ids` int32 [T], `predicted`, `start`, `end` int32
+        [P], `message` int16 [P], `topk_ids` int32 [P, K], `topk_logprobs` float16 [P, K], `ce` float32 [P]; of aligned
+        rows also `source_ids` int32 [P, K'] (-1 padded), `source_probs` float32 [P, K'], `source_token_ce` float32 [P],
+        `mapped_mass` float16 [P] and the scalars stored with them. Arrays are fresh and writable.
+    """
+    P = int(row["num_predicted"])
+    arrays = {key: value for key, value in row.items() if key not in _FIELDS and value is not None}
+    arrays |= _unpack_table(row, P) | _unpack_positions(row, P)
+    if row.get("source_ids") is not None:
+        arrays |= _unpack_source(row, P)
+    for key, dtype in SOURCE_ARRAYS.items():
+        if row.get(key) is not None:
+            arrays[key] = np.frombuffer(row[key], np.dtype(dtype).newbyteorder("<")).astype(dtype)
+    return arrays

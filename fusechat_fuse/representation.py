@@ -1,0 +1,364 @@
+"""The store behind representations, aligned and combined data: checksummed Arrow shards that land one by one.
+
+A directory holds `shard-00000.arrow` (one record batch of packed rows) with `shard-00000.json` (rows, bytes, SHA-256)
+beside each, `identity.json` (what makes this run this run: a directory is never shared by two), and, once all shards
+are there, `state.json` and `dataset_info.json`, with which `datasets.load_from_disk` opens it, and last
+`manifest.json`. Every file is written under a temporary name, flushed to disk and renamed, so what carries a final name
+is whole; a kill costs at most the shard in the making. Bytes depend on the rows alone: no clock, no
+random name, no host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.packing import ENCODINGS, decode_row, pack_row
+
+__all__ = ["Representation", "ShardWriter", "decode_row", "load_representation", "load_tokenizer", "save_tokenizer"]
+
+SCHEMA_VERSION = 1
+KINDS = ("representation", "aligned", "combined")
+logger = logging.getLogger(__name__)
+
+
+def _fsync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary name in the same folder, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _fsync_directory(path.parent)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Writes a store shard by shard, from any number of processes that share the directory.
+
+    Args:
+        output_dir: made if missing; must be empty or hold an earlier start of the same run.
+        identity: JSON-able; what decides the content (options, fingerprints, number of conversations).
+        kind: representation, aligned or combined.
+        encoding: plain or compact (`packing.py`).
+    Raises: InputError naming the first key that differs where the directory holds another run's data.
+    """
+
+    def __init__(self, output_dir, identity: dict, *, kind: str, encoding: str = "plain"):
+        if kind not in KINDS or encoding not in ENCODINGS:
+            raise InputError(
+                f"store for {output_dir}: expected kind in {KINDS} and encoding in {ENCODINGS}, got {kind!r} and "
+                f"{encoding!r}. Choose one of each."
+            )
+        self.path, self.kind, self.encoding = Path(output_dir), kind, encoding
+        own = {"kind": kind, "encoding": encoding, "schema_version": SCHEMA_VERSION}
+        self.identity = json.loads(json.dumps({**identity, **own}))
+        self._claim()
+
+    def _claim(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output for {self.path}: expected a directory, got a file. Choose another path.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        foreign = [entry.name for entry in sorted(self.path.iterdir()) if not entry.name.endswith(".tmp")]
+        file = self.path / "identity.json"
+        if not file.exists() and foreign:
+            raise InputError(
+                f"output directory for {self.path}: expected an empty one or an earlier start of the same run, got "
+                f"other files ({foreign[0]!r}). Choose another directory."
+            )
+        if not file.exists():
+            write_atomic(file, _json_bytes(self.identity))
+        try:
+            there = _flatten(json.loads(file.read_bytes()))
+        except ValueError as error:
+            raise InputError(f"identity of {file}: expected JSON, got {error}. Remove the directory.") from error
+        mine = _flatten(self.identity)
+        for key in [*mine, *there]:
+            if there.get(key) != mine.get(key):
+                raise InputError(
+                    f"output directory for {self.path}: expected data of the same run, got "
+                    f"{key} = {there.get(key)!r} there and {mine.get(key)!r} here. "
+                    "Choose another directory or the same options."
+                )
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.path / f"shard-{shard:05d}.{suffix}"
+
+    def info(self, shard: int) -> dict:
+        """What was written with the shard: rows, bytes, sha256, counts and the writer's own `info`."""
+        return json.loads(self._file(shard, "json").read_bytes())
+
+    def done(self, shard: int) -> bool:
+        """Whether the shard is there and whole; a damaged one is named in a warning and answers False."""
+        try:
+            info = self.info(shard)
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            info = {"sha256": "unreadable"}
+        file = self._file(shard, "arrow")
+        if info["sha256"] is None or (file.exists() and _sha256(file) == info["sha256"]):
+            return True
+        logger.warning("%s is damaged (its checksum differs); it is computed again.", file)
+        return False
+
+    def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
+        """Write one shard whole or not at all.
+
+        Args:
+            shard: its number from 0.
+            rows: documented rows (interfaces: representation or aligned), at least zero.
+            info: JSON-able, kept beside the shard (e.g. what was skipped) and found again by `.info(shard)`.
+        """
+        packed = [pack_row(row, self.encoding) for row in rows]
+        record = {"rows": len(rows), "bytes": 0, "sha256": None, "info": info or {}}
+        record["tokens"] = sum(row["num_tokens"] for row in packed)
+        record["predicted_tokens"] = sum(row["num_predicted"] for row in packed)
+        if packed:
+            data = _arrow_stream(packed)
+            record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            write_atomic(self._file(shard, "arrow"), data)
+        write_atomic(self._file(shard, "json"), _json_bytes(record))
+
+    def finish(self, num_shards: int, manifest: dict) -> None:
+        """Make the directory readable: counts, `state.json`, `dataset_info.json`, and `manifest.json` as the last file.
+
+        Raises: InputError where not one row is left; RuntimeError where a shard is missing.
+        """
+        missing = [shard for shard in range(num_shards) if not self._file(shard, "json").exists()]
+        if missing:
+            raise RuntimeError(f"{self.path}: shards {missing[:5]} of {num_shards} are missing")
+        infos = [self.info(shard) for shard in range(num_shards)]
+        files = [(f"shard-{n:05d}.arrow", info) for n, info in enumerate(infos) if info["sha256"]]
+        if not files:
+            raise InputError(
+                f"data for {self.path}: expected at least one usable conversation, got none. See skipped.jsonl."
+            )
+        totals = {key: sum(info[key] for info in infos) for key in ("rows", "tokens", "predicted_tokens", "bytes")}
+        counts = {"conversations": totals.pop("rows"), **totals}
+        counts["bytes_per_predicted_token"] = round(counts["bytes"] / max(counts["predicted_tokens"], 1), 3)
+        shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
+        manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
+        manifest |= {"counts": {**counts, **manifest.get("counts", {})}, "shards": shards}
+        fingerprint = hashlib.sha256(_json_bytes(shards)).hexdigest()[:16]
+        state = {
+            "_data_files": [{"filename": name} for name, _ in files],
+            "_fingerprint": fingerprint,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        features = {
+            field.name: {"dtype": str(field.type), "_type": "Value"} for field in _schema(self.path / files[0][0])
+        }
+        write_atomic(
+            self.path / "dataset_info.json", _json_bytes({"features": features, "citation": "", "description": ""})
+        )
+        write_atomic(self.path / "state.json", _json_bytes(state))
+        for leftover in self.path.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        write_atomic(self.path / "manifest.json", _json_bytes(manifest))
+
+
+def _arrow_stream(packed: list[dict]) -> bytes:
+    """One record batch as an Arrow IPC stream; `content_hash` and `slice` are always columns, perhaps of nulls."""
+    import pyarrow as pa
+
+    types = {bytes: pa.binary(), str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    kinds = {"id": pa.string(), "content_hash": pa.string(), "slice": pa.string()}
+    for row in packed:
+        kinds |= {key: types[type(value)] for key, value in row.items()}
+    schema = pa.schema([(key, kinds[key]) for key in ["id", *sorted(set(kinds) - {"id"})]])
+    batch = pa.RecordBatch.from_pylist(packed, schema=schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _schema(file: Path):
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).schema
+
+
+class Representation:
+    """A finished store, memory-mapped: `len`, `[i]`, iteration, `.ids`; a map-style dataset that pickles and forks.
+
+    `[i]` is the documented row as numpy arrays (`packing.decode_row`). A truncated file is found on opening, any other
+    damage by `verify()`.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        file = self.path / "manifest.json"
+        if not file.is_file():
+            got = "no such directory" if not self.path.is_dir() else "no manifest.json in it"
+            remedy = (
+                "Run the command that makes it once more to finish it"
+                if (self.path / "identity.json").exists()
+                else ("Give a directory that represent, align or combine wrote")
+            )
+            raise InputError(f"representation for {self.path}: expected a finished directory, got {got}. {remedy}.")
+        try:
+            self.manifest: dict = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise InputError(f"manifest for {file}: expected JSON, got {error}. Make the directory again.") from error
+        version = self.manifest.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"representation for {self.path}: expected schema version {SCHEMA_VERSION}, got {version!r}. "
+                "Make it again with this version."
+            )
+        self._ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
+        self._batches: dict[int, tuple] = {}
+
+    def _shard(self, number: int) -> tuple:
+        if number not in self._batches:
+            import pyarrow as pa
+
+            file = self.path / self.manifest["shards"][number]["file"]
+            try:
+                batch = pa.ipc.open_stream(pa.memory_map(str(file))).read_next_batch()
+                whole = batch.num_rows == self.manifest["shards"][number]["rows"]
+            except (OSError, pa.ArrowInvalid, StopIteration):
+                whole = False
+            if not whole:
+                raise InputError(
+                    f"shard for {file}: expected the file the manifest lists, got a missing or damaged one. "
+                    "Run the command that makes it once more to compute it again."
+                )
+            columns = [(f.name, batch.column(n), str(f.type) == "binary") for n, f in enumerate(batch.schema)]
+            self._batches[number] = (batch, columns)
+        return self._batches[number]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def stored_row(self, index: int) -> dict:
+        """The packed fields of row `index`; binary ones as buffers into the mapped file."""
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        local = index - (int(self._ends[number - 1]) if number else 0)
+        _, columns = self._shard(number)
+        return {
+            name: column[local].as_buffer() if binary else column[local].as_py() for name, column, binary in columns
+        }
+
+    def __getitem__(self, index: int) -> dict:
+        return decode_row(self.stored_row(index))
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
+    def _column(self, name: str) -> list:
+        return [v for n in range(len(self._ends)) for v in self._shard(n)[0].column(name).to_pylist()]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of every row, in order."""
+        return self._column("id")
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """T of every row (int64 [rows]), without decoding: for batches of like length."""
+        return np.asarray(self._column("num_tokens"))
+
+    @cached_property
+    def num_predicted(self) -> np.ndarray:
+        """P of every row (int64 [rows])."""
+        return np.asarray(self._column("num_predicted"))
+
+    def verify(self) -> list[str]:
+        """Names of the shard files whose SHA-256 is not the manifest's."""
+        shards = self.manifest["shards"]
+        files = [self.path / shard["file"] for shard in shards]
+        return [s["file"] for s, f in zip(shards, files) if not f.exists() or _sha256(f) != s["sha256"]]
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"])
+
+    def __repr__(self) -> str:
+        return f"Representation({str(self.path)!r}, {self.manifest['kind']}, {len(self)} conversations)"
+
+
+def load_representation(path) -> Representation:
+    """Open a directory that `represent`, `align` or `combine` wrote.
+
+    Args:
+        path: the directory.
+    Returns: a Representation: `.manifest`, `len()`, `[i]` -> dict of numpy arrays, iteration, `.ids`.
+    Raises: InputError where the directory is missing, unfinished, of another schema version, or damaged.
+    """
+    return Representation(path)
+
+
+def save_tokenizer(tokenizer, path) -> None:
+    """Put a tokenizer into a store, as `tokenizer/`, whole or not at all; one that is there stays."""
+    folder = Path(path) / "tokenizer"
+    if folder.exists():
+        return
+    staging = Path(tempfile.mkdtemp(dir=path, prefix=".tokenizer.", suffix=".tmp"))
+    try:
+        tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        staging.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_tokenizer(path):
+    """The tokenizer a representation was made with (a transformers fast tokenizer), from its directory alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(path) / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer for {path}: expected tokenizer/tokenizer.json in it, got none. Make it again.")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
