@@ -1,0 +1,152 @@
+"""Aligned conversations -> one training batch: padded to the longest, or packed end to end without padding.
+
+What a batch holds (B rows of T tokens; packed: B = 1 and T = all tokens of the conversations):
+    input_ids, labels [B, T] (labels unshifted, as transformers counts them), attention_mask [B, T] or, packed,
+    position_ids [B, T]; shift_labels [B, T] (`shift_labels[b, t]` is what position t predicts), target_ids and
+    target_probs [B, T, K] at the same positions; conversation_stats [B, C, 5] (see STATS), for the logs only.
+The only Python loop runs over the conversations of a batch.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.loss import IGNORED
+from fusechat_fuse.representation import decode_row
+from fusechat_fuse.targets import CE_UNITS, FUNCTIONS, row_targets
+
+STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
+
+
+@dataclass
+class FusionCollator:
+    """Collate aligned rows (decoded, or packed as `datasets.load_from_disk` gives them).
+
+    Args:
+        pad_token_id: any id of the vocabulary; padding is masked everywhere.
+        vocab_size: rows of the model's embedding; a conversation with an id beyond it is refused. None: no check.
+        max_length: tokens kept of a conversation; a predicted token beyond is left out with its target, whole.
+        fusion_function: min_ce, avg_ce, min_ce_token or source (`targets.py`).
+        fuse_temperature: T > 0 of the fusion distribution.
+        ce_unit: token or byte, for the choice by conversation.
+        packing: put all conversations of a batch into one row with restarting position ids (no padding). The model's
+            attention must honour position ids (FlashAttention, flex, and transformers' own sdpa and eager masks do).
+        pad_to_multiple_of: round T up (tensor cores).
+
+    Returns (when called with a list of rows): dict of tensors as the module's text says; float32, int64.
+    Raises: InputError naming the conversation.
+    """
+
+    pad_token_id: int = 0
+    vocab_size: int | None = None
+    max_length: int = 2048
+    fusion_function: str = "min_ce"
+    fuse_temperature: float = 1.0
+    ce_unit: str = "token"
+    packing: bool = False
+    pad_to_multiple_of: int | None = None
+    _options: dict = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("fusion_function", self.fusion_function, FUNCTIONS),
+            ("ce_unit", self.ce_unit, CE_UNITS),
+        ):
+            if value not in allowed:
+                raise InputError(f"value for {name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
+        for name in ("fuse_temperature", "max_length"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"value for {name}: expected more than 0, got {getattr(self, name)}. Raise it.")
+        self._options = {
+            "function": self.fusion_function,
+            "ce_unit": self.ce_unit,
+            "fuse_temperature": self.fuse_temperature,
+        }
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        items = [self._item(decode_row(row) if "num_predicted" in row else row) for row in rows]
+        lengths = [len(item["input_ids"]) for item in items]
+        if self.packing:
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            places = [(0, offset) for offset in offsets[:-1]]
+            B, T = 1, self._round(int(offsets[-1]))
+        else:
+            places = [(b, 0) for b in range(len(items))]
+            B, T = len(items), self._round(max(lengths))
+        batch = self._empty(B, T, K=max(item["ids"].shape[1] for item in items))
+        for item, (b, offset) in zip(items, places):
+            self._place(batch, item, b, offset)
+        batch["position_ids" if self.packing else "attention_mask"] = self._positions(lengths, B, T)
+        stats = np.array([item["stats"] for item in items], np.float32)
+        batch["conversation_stats"] = stats[None] if self.packing else stats[:, None]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _item(self, row: dict) -> dict:
+        """One conversation cut to max_length: its ids, the places it predicts from, its targets and its figures."""
+        targets = row_targets(row, **self._options)
+        self._check(row, targets.ids)
+        kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
+        mass = row.get("mapped_mass")
+        return {
+            "input_ids": row["input_ids"][: self.max_length],
+            "predicted": row["predicted"][:kept],
+            "ids": targets.ids[:kept],
+            "probs": targets.probs[:kept],
+            "stats": (
+                _source_index(row),
+                targets.source_share,
+                float(np.sum(mass[:kept], dtype=np.float64)) if mass is not None else np.nan,
+                kept,
+                max(len(row["input_ids"]) - self.max_length, 0),
+            ),
+        }
+
+    def _check(self, row: dict, target_ids: np.ndarray) -> None:
+        if self.vocab_size is None:
+            return
+        top = max(int(row["input_ids"].max(initial=0)), int(target_ids.max(initial=0)))
+        if top >= self.vocab_size:
+            raise InputError(
+                f"token id for conversation {row['id']!r}: expected less than the model's vocabulary of "
+                f"{self.vocab_size}, got {top}. Use data that was aligned to this model's tokenizer."
+            )
+
+    def _round(self, length: int) -> int:
+        step = self.pad_to_multiple_of or 1
+        return -(-length // step) * step
+
+    def _empty(self, B: int, T: int, K: int) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": np.full((B, T), self.pad_token_id, np.int64),
+            "labels": np.full((B, T), IGNORED, np.int64),
+            "shift_labels": np.full((B, T), IGNORED, np.int64),
+            "target_ids": np.full((B, T, K), -1, np.int64),
+            "target_probs": np.zeros((B, T, K), np.float32),
+        }
+
+    @staticmethod
+    def _place(batch: dict, item: dict, b: int, offset: int) -> None:
+        at = item["predicted"] + offset  # [P]
+        ids = item["input_ids"]
+        batch["input_ids"][b, offset : offset + len(ids)] = ids
+        batch["labels"][b, at] = batch["shift_labels"][b, at - 1] = ids[item["predicted"]]
+        width = item["ids"].shape[1]
+        batch["target_ids"][b, at - 1, :width] = item["ids"]
+        batch["target_probs"][b, at - 1, :width] = item["probs"]
+
+    def _positions(self, lengths: list[int], B: int, T: int) -> np.ndarray:
+        if not self.packing:
+            return (np.arange(T) < np.array(lengths)[:, None]).astype(np.int64)
+        runs = [*lengths, T - sum(lengths)]  # padding is a sequence of its own
+        return np.concatenate([np.arange(n) for n in runs])[None]
+
+
+def _source_index(row: dict) -> int:
+    """Which source a combined row came from; 0 where there is one source, -1 where several were mixed."""
+    index = row.get("source_index")
+    if index is None:
+        return 0
+    index = np.unique(np.asarray(index))
+    return int(index[0]) if len(index) == 1 else -1
