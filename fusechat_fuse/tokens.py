@@ -1,0 +1,372 @@
+"""What a token is in bytes, and where in a text it lies.
+
+A tokenizer shows its tokens in a spelling of its own: 'Ġthe', '▁the' and ' the' are one thing. Everything in
+alignment rests on bytes instead: `token_bytes` reads a whole vocabulary, `token_spans` adds the bytes of a tokenized
+text up and checks that they give the text back. The offsets that tokenizers report are not used: they overlap where a
+character is split over several tokens and have holes where a normalizer changed the text.
+
+Not done here: WordPiece-like tokenizers, which lose blanks, are refused by `token_spans` on the first text with one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from fusechat_fuse.errors import InputError
+
+MARK = "▁"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level tokenizers print for each byte (printable Latin-1 as itself)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+
+
+def backend_of(tokenizer):
+    """The `tokenizers.Tokenizer` inside a transformers fast tokenizer (or the argument, if it is one already)."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "get_added_tokens_decoder"):
+        raise InputError(
+            f"token bytes for {type(tokenizer).__name__}: expected a fast tokenizer (with a tokenizer.json), got one "
+            "without a `tokenizers` backend. Convert it with transformers' AutoTokenizer and save it again."
+        )
+    return backend
+
+
+def component(part) -> dict:
+    """A normalizer, pre-tokenizer or decoder as the dictionary that tokenizer.json holds ({} for None)."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _steps(node: dict) -> list[dict]:
+    """The components of a possibly nested sequence, in order."""
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in node:
+            return [leaf for child in node[key] for leaf in _steps(child)]
+    return [node] if node else []
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What of a tokenizer's pipeline decides how its tokens read.
+
+    `family` is 'byte_level', 'metaspace' ('▁' is a blank) or 'plain'; `insert` says when a '▁' that stands for no byte
+    is put before a stretch of text: 'always' (normalizer Prepend), 'unless_blank' (Metaspace), or None.
+    """
+
+    family: str
+    byte_fallback: bool
+    insert: str | None
+    continuing_prefix: str
+    unk: str | None
+
+    @classmethod
+    def of(cls, tokenizer) -> Pipeline:
+        backend = backend_of(tokenizer)
+        normalizers, pre, decoders = (
+            _steps(component(part)) for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder)
+        )
+        kinds = {step["type"] for step in (*normalizers, *pre, *decoders)}
+        marks = [
+            step
+            for step in (*normalizers, *decoders)
+            if step["type"] == "Replace" and MARK in json.dumps(step, ensure_ascii=False)
+        ]
+        model = backend.model
+        metaspace = next((step for step in pre if step["type"] == "Metaspace"), None)
+        if "ByteLevel" in kinds:
+            family = "byte_level"
+        elif marks or {"Metaspace", "Prepend"} & kinds:
+            family = "metaspace"
+        else:
+            family = "plain"
+        insert = None
+        if any(step["type"] == "Prepend" and step["prepend"] == MARK for step in normalizers):
+            insert = "always"
+        elif (metaspace and metaspace.get("prepend_scheme", "always") != "never") or any(
+            step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in pre
+        ):
+            insert = "unless_blank"
+        unk = getattr(model, "unk_token", None)
+        if type(model).__name__ == "Unigram":
+            state = json.loads(model.__getstate__())
+            unk = None if state.get("unk_id") is None else state["vocab"][state["unk_id"]][0]
+        return cls(
+            family=family,
+            byte_fallback="ByteFallback" in kinds or bool(getattr(model, "byte_fallback", False)),
+            insert=insert,
+            continuing_prefix=getattr(model, "continuing_subword_prefix", None) or "",
+            unk=unk,
+        )
+
+    def piece_bytes(self, piece: str) -> bytes:
+        """The bytes one vocabulary entry stands for in mid-text."""
+        if self.family == "byte_level":
+            return b"".join(
+                bytes([BYTE_OF_CHARACTER[c]]) if c in BYTE_OF_CHARACTER else c.encode("utf-8", "replace") for c in piece
+            )
+        if self.byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        if self.family == "metaspace":
+            piece = piece.replace(MARK, " ")
+        elif self.continuing_prefix:
+            piece = piece.removeprefix(self.continuing_prefix)
+        return piece.encode("utf-8", "replace")
+
+
+class TokenTable:
+    """Bytes and roles of every id of one tokenizer; built once, see `token_bytes` and `token_spans`."""
+
+    def __init__(self, tokenizer):
+        backend = backend_of(tokenizer)
+        self.pipeline = Pipeline.of(tokenizer)
+        self.normalizer = backend.normalizer
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        size = max([len(vocabulary), *(i + 1 for i in vocabulary.values())]) if vocabulary else 0
+        special = {i for i, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", ()))
+        self.unk_id = vocabulary.get(self.pipeline.unk)
+        self.pieces: list[str | None] = [None] * size
+        self.bytes: list[bytes | None] = [None] * size
+        self.own: list[bytes] = [b""] * size  # like bytes, with the content of special tokens
+        ordinary = backend.get_vocab(with_added_tokens=False)
+        for piece, i in vocabulary.items():
+            as_piece = i not in added or (piece in ordinary and not added[i].special)
+            self.pieces[i] = piece
+            self.own[i] = self.pipeline.piece_bytes(piece) if as_piece else piece.encode()
+            if i not in special and i != self.unk_id:
+                self.bytes[i] = self.own[i]
+        self.special = frozenset(special)
+        self.added = {i: (token.lstrip, token.rstrip) for i, token in added.items()}
+
+    def spans(self, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
+        """See `token_spans`."""
+        ids = [int(i) for i in ids]
+        raw = text.encode()
+        lengths, gaps = np.zeros(len(ids), np.int64), np.zeros(len(ids) + 1, np.int64)
+        cuts = [k for k, i in enumerate(ids) if i in self.added]
+        position = 0
+        for before, cut in pairwise([-1, *cuts, len(ids)]):
+            if before >= 0 and self.added[ids[before]][1] and lengths[before]:  # it swallows the blanks after it
+                gaps[before + 1] = _blanks(raw, position)
+                position += int(gaps[before + 1])
+            if before + 1 < cut:
+                stretch = self._stretch(raw, position, ids[before + 1 : cut])
+                if stretch is None:
+                    raise InputError(self._why_not(text, raw, position, ids[before + 1 : cut]))
+                lengths[before + 1 : cut] = stretch
+                position += sum(stretch)
+            if cut < len(ids):
+                blanks, lengths[cut] = self._added_token(raw, position, ids[cut], text)
+                gaps[cut] += blanks
+                position += int(blanks + lengths[cut])
+        if position < len(raw):
+            raise InputError(self._why_not(text, raw, position, []))
+        ends = np.cumsum(lengths + gaps[:-1])
+        return (ends - lengths).astype(np.int32), ends.astype(np.int32)
+
+    def _added_token(self, raw: bytes, position: int, i: int, text: str) -> tuple[int, int]:
+        """(blanks it swallows before it, its length) for the added token i; (0, 0) if it is not in the text."""
+        blanks = _blanks(raw, position) if self.added[i][0] else 0
+        if raw.startswith(self.own[i], position + blanks):
+            return blanks, len(self.own[i])
+        if i in self.special and i != self.unk_id:
+            return 0, 0
+        reading = self._stretch(raw, position, [i])
+        if reading is None:
+            raise InputError(self._why_not(text, raw, position, [i]))
+        return 0, reading[0]
+
+    def _stretch(self, raw: bytes, position: int, ids: list[int]) -> list[int] | None:
+        """Byte lengths of a run of ordinary tokens that must spell raw[position:...], or None."""
+        own = [self.own[i] for i in ids]
+        readings = [own]
+        if self.pipeline.insert and own[0].startswith(b" "):
+            dropped = [own[0][1:], *own[1:]]
+            blank = raw.startswith((b" ", MARK.encode()), position)
+            preferred = self.pipeline.insert == "always" or not blank
+            readings = [dropped, own] if preferred else [own, dropped]
+        for reading in readings:
+            if raw.startswith(b"".join(reading), position):
+                return [len(piece) for piece in reading]
+        if self.pipeline.family == "metaspace" and MARK.encode() in raw:
+            for reading in readings:
+                if (lengths := _literal_marks(raw, position, reading)) is not None:
+                    return lengths
+        return None
+
+    def _why_not(self, text: str, raw: bytes, position: int, ids: list[int]) -> str:
+        """One sentence: which bytes of the text the tokens do not give back, and the likeliest reason."""
+        for i in ids:  # walk to the token that fails
+            if (lengths := self._stretch(raw, position, [i])) is None:
+                break
+            position += lengths[0]
+        shown = raw[position : position + 16].decode(errors="replace")
+        got = self.own[i].decode(errors="replace") if ids else "nothing"
+        if self.unk_id is not None and self.unk_id in ids:
+            reason = "the tokenizer has no token for a character of it"
+        elif self.normalizer is not None and (normal := self.normalizer.normalize_str(text)) != text:
+            reason = "the tokenizer's normalizer changes it"
+            if unicodedata.normalize("NFC", text) == normal:
+                reason = "it is not in Unicode's NFC form, to which the tokenizer normalizes"
+            elif normal.lower() == normal and text.lower() != text:
+                reason = "the tokenizer lower-cases it"
+        else:
+            reason = "the tokenizer does not keep every byte"
+        return (
+            f"token bytes for the text at byte {position}: expected {shown!r}, got {got!r} ({reason}). "
+            "Normalize or leave out this text, or use a tokenizer that gives every byte back."
+        )
+
+
+def _blanks(raw: bytes, position: int) -> int:
+    """How many bytes of white space begin at a position."""
+    rest = raw[position:].decode(errors="replace")
+    return len(rest[: len(rest) - len(rest.lstrip())].encode())
+
+
+def _literal_marks(raw: bytes, position: int, pieces: list[bytes]) -> list[int] | None:
+    """Lengths where a piece's blank may also stand for a literal '▁' (three bytes) in the text."""
+    mark, lengths = MARK.encode(), []
+    for piece in pieces:
+        at = position
+        for k in range(len(piece)):
+            if raw[at : at + 1] == piece[k : k + 1]:
+                at += 1
+            elif piece[k : k + 1] == b" " and raw.startswith(mark, at):
+                at += len(mark)
+            else:
+                return None
+        lengths.append(at - position)
+        position = at
+    return lengths
+
+
+_tables: OrderedDict[tuple[int, int], tuple[object, TokenTable]] = OrderedDict()
+
+
+def token_table(tokenizer) -> TokenTable:
+    """The `TokenTable` of a tokenizer, built once per object (the last eight are kept)."""
+    key = (id(tokenizer), backend_of(tokenizer).get_vocab_size())
+    if key not in _tables:
+        _tables[key] = (tokenizer, TokenTable(tokenizer))  # the tokenizer is held, so that its id is not used again
+        while len(_tables) > 8:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    return _tables[key][1]
+
+
+def token_bytes(tokenizer) -> list[bytes | None]:
+    """The bytes each id stands for in mid-text: 'Ġthe' and '▁the' are b' the', '<0x0A>' is b'\\n'.
+
+    Args:
+        tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
+
+    Returns:
+        A list by id (as long as the tokenizer, or up to its largest id); None for special tokens, the unknown token
+        and ids that are no token. An added token that is not special gives the bytes of its content.
+
+    Raises:
+        InputError: the tokenizer has no fast backend.
+    """
+    return list(token_table(tokenizer).bytes)
+
+
+def token_spans(tokenizer, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token lies in the text, found by adding up token bytes: text[start_i:end_i] is token i.
+
+    A '▁' that the tokenizer inserts before a stretch of text has no byte; a literal '▁' in the text has three although
+    its token reads as a blank. Special tokens span their own content; one that is not in the text (a BOS put there by
+    the tokenizer) has an empty span. Blanks that an added token swallows lie in no span.
+
+    Args:
+        tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
+        text: the text that was tokenized.
+        ids: [n] token ids of the whole text.
+
+    Returns:
+        start, end: int32 [n], in UTF-8 bytes of the text, both non-decreasing.
+
+    Raises:
+        InputError: the bytes of the tokens do not give the text back; says where and why (lower-casing, NFKC, text
+            that is not NFC, unknown characters).
+    """
+    return token_table(tokenizer).spans(text, ids)
+
+
+def _what_decides_ids(tokenizer) -> dict:
+    backend = backend_of(tokenizer)
+    model = json.loads(backend.model.__getstate__())
+    if "merges" in model:
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    added = {
+        i: [token.content, token.normalized, token.lstrip, token.rstrip, token.single_word]
+        for i, token in sorted(backend.get_added_tokens_decoder().items())
+    }
+    return {
+        "model": model,
+        "normalizer": component(backend.normalizer),
+        "pre_tokenizer": component(backend.pre_tokenizer),
+        "added_tokens": added,
+    }
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 over what decides a tokenizer's ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
+
+    Chat template, decoder, post-processor, padding and the formatting of files do not count.
+
+    Args:
+        tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    described = json.dumps(_what_decides_ids(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def same_vocabulary(a, b) -> bool:
+    """Whether two tokenizers give the same ids to the same ordinary tokens (special tokens may differ).
+
+    So Mistral, Mixtral, SOLAR, Starling and OpenChat are one vocabulary; ids beyond it (padded embeddings, further
+    special tokens) are no difference, and neither is an ordinary token of one that is special in the other.
+
+    Args:
+        a, b: transformers fast tokenizers or `tokenizers.Tokenizer`; borrowed.
+
+    Returns:
+        True if every id that is an ordinary token of both has the same bytes, and none is ordinary in only one.
+
+    Source: method section 2c.
+    """
+    ta, tb = token_table(a), token_table(b)
+    if ta.pipeline.family != tb.pipeline.family:
+        return False
+
+    def differs(x: TokenTable, y: TokenTable, i: int) -> bool:
+        if x.bytes[i] is None:
+            return False
+        if i >= len(y.bytes):
+            return True
+        return y.pieces[i] != x.pieces[i]
+
+    ordinary = sum(piece is not None for piece in ta.bytes)
+    return ordinary > 0 and not (
+        any(differs(ta, tb, i) for i in range(len(ta.bytes))) or any(differs(tb, ta, i) for i in range(len(tb.bytes)))
+    )

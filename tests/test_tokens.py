@@ -1,0 +1,236 @@
+"""Bytes and spans of tokens on real tokenizers: text in, the same bytes out, whatever the text."""
+
+import json
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.tokens import same_vocabulary, token_bytes, token_spans, tokenizer_hash
+
+REAL = ("openchat", "qwen", "llama3")
+ALL = (*REAL, "tiny_bpe", "tiny_unigram")
+TEXTS = (
+    "",
+    "Hello",
+    "The quick brown fox.\n\n\n\tdef f(x):\r\n    return 'it''s'  \n",
+    "   leading, trailing   and     runs  ",
+    "你好,世界 – naïve café ½ № ﬁ 👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u00a0x",
+    "a▁b ▁▁ c ▁",
+    "▁▁start",
+    "\n",
+    " ",
+    "\x00\x7f\ufeff end\u2028",
+    "1234567890 3.14159 0xDEADBEEF",
+    "pneumonoultramicroscopicsilicovolcanoconiosis" * 5,
+)
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    rng = random.Random(seed)
+    blocks = ((32, 126), (9, 13), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x52F), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF))
+    blocks += ((1, 0xD7FF), (0xE000, 0x10FFFF), (32, 32), (32, 32), (0x2580, 0x2582))
+    texts = []
+    for _ in range(count):
+        text = "".join(
+            chr(rng.randint(*block)) * rng.choice((1, 1, 1, 4)) for block in rng.choices(blocks, k=rng.randint(1, 60))
+        )
+        texts.append(unicodedata.normalize("NFC", text))
+    return texts
+
+
+def check(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    start, end = token_spans(tokenizer, text, ids)
+    raw, table = text.encode(), token_bytes(tokenizer)
+    assert start.dtype == end.dtype == np.int32
+    assert len(start) == len(ids)
+    assert (start <= end).all()
+    if len(ids):
+        assert start[0] == 0
+        assert end[-1] == len(raw)
+    assert (start[1:] == end[:-1]).all()  # no hole, no overlap
+    for i, s, e in zip(ids, start, end):
+        spelled = raw[s:e].replace("▁".encode(), b" ") if "▁" in text else raw[s:e]
+        own = table[i].replace("▁".encode(), b" ")
+        assert own == spelled or own == b" " + spelled, (own, spelled)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_spans_add_up_to_the_text(name, request):
+    tokenizer = request.getfixturevalue(name)
+    for text in (*TEXTS, *random_texts(0, 150)):
+        check(tokenizer, text)
+
+
+def test_bytes_of_known_tokens(openchat, qwen, llama3):
+    b = token_bytes(openchat)
+    assert len(b) == len(openchat) == 32002
+    assert b[openchat.convert_tokens_to_ids("▁the")] == b" the"
+    assert b[openchat.convert_tokens_to_ids("<0x0A>")] == b"\n"
+    assert [b[i] for i in (0, 1, 2, 32000, 32001)] == [None] * 5
+    b = token_bytes(qwen)
+    assert len(b) == 151646
+    assert b[qwen.convert_tokens_to_ids("Ġthe")] == b" the"
+    assert b[qwen("你", add_special_tokens=False).input_ids[0]] == "你".encode()
+    assert b[qwen.convert_tokens_to_ids("<|im_end|>")] is None
+    invalid = {}
+    for name, tokenizer in (("openchat", openchat), ("qwen", qwen), ("llama3", llama3)):
+        spelled = [piece for piece in token_bytes(tokenizer) if piece]
+        invalid[name] = sum(piece.decode(errors="ignore").encode() != piece for piece in spelled)
+    assert invalid == {"openchat": 128, "qwen": 1448, "llama3": 1352}  # ids that are not valid UTF-8 by themselves
+    seen = [piece for piece in token_bytes(openchat) if piece is not None]
+    assert len(seen) - len(set(seen)) == 125  # same bytes, two ids: '<0x41>' and 'A'
+
+
+def test_inserted_mark_has_no_byte_and_literal_mark_has_three(openchat):
+    text = "Hi<|end_of_turn|>the <s> end"
+    ids = openchat(text, add_special_tokens=False).input_ids
+    start, end = token_spans(openchat, text, ids)
+    pieces = openchat.convert_ids_to_tokens(ids)
+    spans = {piece: text.encode()[s:e].decode() for piece, s, e in zip(pieces, start, end)}
+    assert spans["▁Hi"] == "Hi"
+    assert spans["<|end_of_turn|>"] == "<|end_of_turn|>"
+    assert spans["▁the"] == "the"  # the word after a special token keeps its '▁', which stands for no byte
+    assert spans["<s>"] == "<s>"
+    ids = openchat("a ▁ b", add_special_tokens=False).input_ids
+    start, end = token_spans(openchat, "a ▁ b", ids)
+    assert end[-1] == 7
+    assert [int(e - s) for s, e in zip(start, end)] == [1, 4, 2]  # 'a', ' ▁' as '▁▁', ' b'
+
+
+def test_added_bos_has_an_empty_span(openchat, llama3):
+    for tokenizer in (openchat, llama3):
+        ids = tokenizer("Hello there").input_ids
+        start, end = token_spans(tokenizer, "Hello there", ids)
+        assert (start[0], end[0]) == (0, 0)
+        assert end[-1] == 11
+
+
+def variant(openchat, **parts) -> PreTrainedTokenizerFast:
+    data = json.loads(openchat.backend_tokenizer.to_str())
+    data.update(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), unk_token="<unk>")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("split", [True, False])
+def test_metaspace_variants(openchat, scheme, split):
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    tokenizer = variant(openchat, normalizer=None, pre_tokenizer=metaspace)
+    for text in (*TEXTS, *random_texts(1, 60), "Hi<|end_of_turn|>there<|end_of_turn|> you <|end_of_turn|>\n"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        start, end = token_spans(tokenizer, text, ids)
+        assert len(ids) == 0 or end[-1] == len(text.encode())
+        assert (start[1:] == end[:-1]).all()
+
+
+def test_gemma_like_added_tokens_and_stripping_ones():
+    pieces = ["<unk>", "▁", "▁▁", "a", "b", "▁a", *(f"<0x{b:02X}>" for b in range(256))]
+    backend = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(pieces)}, [("▁", "▁"), ("▁", "a")], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("▁▁", normalized=False)])
+    backend.add_special_tokens([AddedToken("<end>", rstrip=True, normalized=False, special=True)])
+    table = token_bytes(backend)
+    assert table[backend.token_to_id("\n\n")] == b"\n\n"
+    assert table[backend.token_to_id("▁▁")] == b"  "
+    assert table[backend.token_to_id("<end>")] is None
+    text = "a  b\n\n▁▁a<end> \n a<end>b <end>"
+    encoding = backend.encode(text)
+    start, end = token_spans(backend, text, encoding.ids)
+    spelled = [text.encode()[s:e].decode() for s, e in zip(start, end)]
+    assert spelled == ["a", "  ", "b", "\n\n", "▁▁", "a", "<end>", "a", "<end>", "b", " ", "<end>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("e\u0301te\u0301 in two parts", "NFC"), ("fine here, then \u212b", "NFC")]
+)
+def test_text_that_is_not_nfc_is_refused_for_qwen(qwen, openchat, text, reason):
+    with pytest.raises(InputError, match=reason):
+        token_spans(qwen, text, qwen(text, add_special_tokens=False).input_ids)
+    check(openchat, text)
+
+
+def test_normalizers_that_lose_bytes_are_refused(openchat, tiny_unigram):
+    lower = variant(
+        openchat,
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [{"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+        },
+    )
+    with pytest.raises(InputError, match="lower-cases"):
+        token_spans(lower, "an Apple", lower("an Apple", add_special_tokens=False).input_ids)
+    nfkc = variant(openchat, normalizer={"type": "NFKC"})
+    with pytest.raises(InputError, match="normalizer changes it"):
+        token_spans(nfkc, "ﬁne ½", nfkc("ﬁne ½", add_special_tokens=False).input_ids)
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "un": 1, "##der": 2, "a": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    start, end = token_spans(words, "under", words.encode("under").ids)
+    assert list(zip(start.tolist(), end.tolist())) == [(0, 2), (2, 5)]
+    with pytest.raises(InputError, match="does not keep every byte"):
+        token_spans(words, "a under", words.encode("a under").ids)
+    with pytest.raises(InputError, match="no token for a character"):
+        token_spans(words, "zebra", words.encode("zebra").ids)
+
+
+def test_wrong_ids_are_refused(qwen):
+    ids = qwen("some text", add_special_tokens=False).input_ids
+    with pytest.raises(InputError, match="at byte 4"):
+        token_spans(qwen, "some test", ids)
+    with pytest.raises(InputError, match="at byte 9"):
+        token_spans(qwen, "some text and more", ids)
+
+
+def test_slow_tokenizers_are_refused():
+    with pytest.raises(InputError, match="fast tokenizer"):
+        token_bytes(object())
+
+
+def test_hash_is_the_same_after_saving_and_for_another_template(tiny_bpe, openchat, tiny_unigram, tmp_path):
+    for tokenizer in (tiny_bpe, openchat, tiny_unigram):
+        known = tokenizer_hash(tokenizer)
+        tokenizer.save_pretrained(tmp_path / known)
+        again = PreTrainedTokenizerFast.from_pretrained(tmp_path / known)
+        again.chat_template = "{{ messages }}"
+        again.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        assert tokenizer_hash(again) == known
+        assert tokenizer_hash(again.backend_tokenizer) == known
+        again.add_tokens(["something new"])
+        assert tokenizer_hash(again) != known
+    assert len({tokenizer_hash(t) for t in (tiny_bpe, openchat, tiny_unigram)}) == 3
+
+
+def test_same_vocabulary(openchat, qwen, llama3, tiny_bpe, tiny_unigram):
+    data = json.loads(openchat.backend_tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < 3]
+    data["normalizer"], data["pre_tokenizer"] = (
+        None,
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+    )
+    mistral = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="</s>")
+    assert len(mistral) == 32000
+    assert same_vocabulary(openchat, mistral)
+    assert same_vocabulary(mistral, openchat)
+    tokenizers = (openchat, qwen, llama3, tiny_bpe, tiny_unigram)
+    for a in tokenizers:
+        for b in tokenizers:
+            assert same_vocabulary(a, b) == (a is b)
+    data["model"]["vocab"]["▁thx"] = data["model"]["vocab"].pop("▁the")
+    data["model"]["merges"] = [
+        m
+        for m in data["model"]["merges"]
+        if "▁the" not in (m if isinstance(m, list) else m.split())
+        and "".join(m if isinstance(m, list) else m.split()) != "▁the"
+    ]
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+    assert not same_vocabulary(openchat, changed)
