@@ -158,12 +158,17 @@ class _RowSums(torch.autograd.Function):
 
 def terms(z_NV: Tensor, lse_N: Tensor, labels_N: Tensor, ids_NK: Tensor, probs_NK: Tensor, kind: str):
     """(sum of L_LM, sum of L_fusion) of the rows `z_NV`, given their logsumexp."""
-    at_label = z_NV.gather(1, labels_N[:, None])[:, 0]
-    at_ids = z_NV.gather(1, ids_NK.clamp(min=0)).masked_fill(probs_NK == 0, 0)  # 0 * -inf is no evidence
-    fusion = (probs_NK.sum(1) * lse_N).sum() - (probs_NK * at_ids).sum()
+    at_label, at_ids = z_NV.gather(1, labels_N[:, None])[:, 0], z_NV.gather(1, ids_NK.clamp(min=0))
+    return picked_terms(at_label, at_ids, lse_N, probs_NK, kind)
+
+
+def picked_terms(at_label_N: Tensor, at_ids_NK: Tensor, lse_N: Tensor, probs_NK: Tensor, kind: str):
+    """(sum of L_LM, sum of L_fusion), given the logits at the labels and at the targets' entries, and the logsumexp."""
+    at_ids_NK = at_ids_NK.masked_fill(probs_NK == 0, 0)  # 0 * -inf is no evidence
+    fusion = (probs_NK.sum(1) * lse_N).sum() - (probs_NK * at_ids_NK).sum()
     if kind == "kl":
         fusion = fusion + torch.xlogy(probs_NK, probs_NK).sum()
-    return (lse_N - at_label).sum(), fusion
+    return (lse_N - at_label_N).sum(), fusion
 
 
 def softmax_to_gradient_(p_NV: Tensor, labels_N, ids_NK, probs_NK, lm_weight, fusion_weight) -> Tensor:

@@ -1,0 +1,151 @@
+"""FusionConfig: transformers' TrainingArguments plus what pairwise fusion needs; the paper's values as defaults."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.loss import KINDS
+from fusechat_fuse.targets import CE_UNITS, FUNCTIONS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FusionConfig(TrainingArguments):
+    """Arguments of `FusionTrainer` and of `fusechat-fuse train`.
+
+    L = lm_loss_weight * L_LM + (1 - lm_loss_weight) * L_fusion, means over the labelled tokens of the whole
+    (accumulated, data-parallel) batch. Every field of `transformers.TrainingArguments` is there too.
+
+    Defaults that differ from transformers': num_train_epochs 3, learning_rate 5e-6, cosine schedule with warmup_steps
+    0.03 (a ratio), weight_decay 0, bf16 where the GPU has it, 128 conversations per step (`total_batch_size`),
+    4 per device, save_strategy "epoch" with save_total_limit 2, logging_steps 10, remove_unused_columns False and
+    logging_nan_inf_filter False (a loss that is not a number is shown).
+
+    Raises: InputError for a value that fusion cannot use, before anything starts.
+    Source: FuseChat (arXiv 2408.07990), section 4.1.
+    """
+
+    lm_loss_weight: float = field(
+        default=0.9, metadata={"help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning."}
+    )
+    fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(KINDS)})
+    fusion_function: str = field(
+        default="min_ce",
+        metadata={
+            "help": "Which distribution to train on: min_ce (lower cross-entropy per conversation), avg_ce (weights "
+            "exp(-CE)), min_ce_token (per token), source (always the source's).",
+            "choices": list(FUNCTIONS),
+        },
+    )
+    fuse_temperature: float = field(
+        default=1.0, metadata={"help": "T of the fusion distribution; rescales its shape, keeps its mass."}
+    )
+    ce_unit: str = field(
+        default="token",
+        metadata={
+            "help": "Compare cross-entropies per token (the paper) or per byte of text, which is comparable between "
+            "tokenizers.",
+            "choices": list(CE_UNITS),
+        },
+    )
+    max_length: int = field(default=2048, metadata={"help": "Tokens kept of a conversation."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put the conversations of a batch into one row without padding (FlashAttention: no waste)."},
+    )
+    lean_head: bool = field(
+        default=True,
+        metadata={"help": "Compute lm_head and loss for labelled positions only, in chunks, where the model allows."},
+    )
+    head_chunks: int = field(
+        default=8,
+        metadata={"help": "Calls of lm_head per batch where its weight is sharded: the same number on every rank."},
+    )
+    total_batch_size: int = field(
+        default=128,
+        metadata={
+            "help": "Conversations per optimizer step over all devices; gives gradient_accumulation_steps where that "
+            "is not set."
+        },
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "Batches per optimizer step on each device; unset: from total_batch_size."},
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Total number of training epochs."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 their ratio."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Conversations per device and batch."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Conversations per device in evaluation."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; unset: where the GPU has it. Weights stay float32."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not numbers."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the loss needs all columns."}
+    )
+    length_column_name: str = field(default="num_tokens", metadata={"help": "Column for group_by_length."})
+
+    def __post_init__(self):
+        self._check_fusion_values()
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = self._accumulation_steps()
+        if self.bf16 is None:
+            asked_for = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            self.bf16 = not (self.fp16 or self.use_cpu or asked_for) and is_torch_bf16_gpu_available()
+        if self.use_liger_kernel:  # its fused loss would replace the forward that carries the fusion columns
+            own = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
+        super().__post_init__()
+
+    def _check_fusion_values(self) -> None:
+        for name, allowed in (
+            ("fusion_loss_type", KINDS),
+            ("fusion_function", FUNCTIONS),
+            ("ce_unit", CE_UNITS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"value for {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}. Use one."
+                )
+        for name, good, expected in (
+            ("lm_loss_weight", 0 <= self.lm_loss_weight <= 1, "0 to 1"),
+            ("fuse_temperature", self.fuse_temperature > 0, "more than 0"),
+            ("max_length", self.max_length >= 2, "at least 2"),
+            ("head_chunks", self.head_chunks >= 1, "at least 1"),
+            ("total_batch_size", self.total_batch_size >= 1, "at least 1"),
+            ("remove_unused_columns", not self.remove_unused_columns, "False (the loss needs all columns)"),
+            ("label_smoothing_factor", not self.label_smoothing_factor, "0 (the fusion target is the smoothing)"),
+        ):
+            if not good:
+                raise InputError(f"value for {name}: expected {expected}, got {getattr(self, name)}. Change it.")
+
+    def _accumulation_steps(self) -> int:
+        """total_batch_size / (devices * per_device_train_batch_size), rounded to at least 1."""
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes == 1 and not self.use_cpu:
+            import torch
+
+            processes = max(torch.cuda.device_count(), 1) if "LOCAL_RANK" not in os.environ else 1
+        per_step = processes * self.per_device_train_batch_size
+        steps = max(round(self.total_batch_size / per_step), 1)
+        if steps * per_step != self.total_batch_size:
+            logger.warning(
+                "%d conversations per step instead of total_batch_size %d: %d devices x %d each x %d accumulated.",
+                steps * per_step,
+                self.total_batch_size,
+                processes,
+                self.per_device_train_batch_size,
+                steps,
+            )
+        return steps

@@ -1,0 +1,285 @@
+"""The lean head: lm_head and loss for labelled positions only and in chunks; logits of a whole sequence never exist.
+
+`install_lean_head(model)` puts a forward in front of the model's own. Called with the fusion columns it runs the
+decoder, picks the hidden states of the labelled positions and goes through lm_head chunk by chunk; called without them
+(generate, evaluation of logits, saving) it is the original forward. It is installed before any wrapping, so DDP, FSDP
+and DeepSpeed gather parameters as in every forward.
+
+Two ways through a chunk:
+- lm_head is a plain Linear whose whole weight is at hand: the gradient with respect to logits is known in closed form
+  (`loss.py`), so it is taken in the forward and nothing but d hidden and d weight is kept. Three matrix products, as in
+  plain training, over the labelled rows only.
+- else (sharded, hooked or adapted heads): lm_head is called as a module, and again in backward. The number of calls is
+  `chunks` on every rank, whatever its labels, or collective operations inside lm_head would wait forever; a chunk may
+  be empty.
+
+Shape letters: B batch, T tokens, N labelled positions, V vocabulary, D hidden, K entries of a distribution.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from fusechat_fuse.loss import IGNORED, check_ids, picked_terms, row_chunks, row_sums, softmax_to_gradient_
+
+
+@dataclass
+class FusionOutput(ModelOutput):
+    """Sums over labelled positions: `loss` = lambda lm_loss + (1 - lambda) fusion_loss carries the gradient."""
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    fusion_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does after lm_head: z -> cap tanh(scale z / cap)."""
+
+    scale: float | None = None
+    cap: float | None = None
+
+    def apply_(self, z: Tensor) -> Tensor:
+        if self.scale is not None:
+            z.mul_(self.scale)
+        if self.cap is not None:
+            z.div_(self.cap).tanh_().mul_(self.cap)
+        return z
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.scale is not None:
+            z = z * self.scale
+        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
+
+    def slope(self, transformed: Tensor) -> Tensor | None:
+        """d transformed / d z, from the transformed logits; None where it is 1."""
+        if self.cap is None:
+            return None if self.scale is None else torch.full_like(transformed[:1, :1], self.scale)
+        return (1 - (transformed / self.cap) ** 2) * (1.0 if self.scale is None else self.scale)
+
+
+def _none(config):
+    return LogitTransform()
+
+
+# Families whose forward is decoder -> lm_head -> transform, and nothing else. By class: the meaning of a scale differs.
+FAMILIES = {
+    "LlamaForCausalLM": _none,
+    "MistralForCausalLM": _none,
+    "MixtralForCausalLM": _none,
+    "GemmaForCausalLM": _none,
+    "Gemma2ForCausalLM": lambda config: LogitTransform(cap=config.final_logit_softcapping),
+    "Phi3ForCausalLM": _none,
+    "Qwen2ForCausalLM": _none,
+    "Qwen3ForCausalLM": _none,
+    "CohereForCausalLM": lambda config: LogitTransform(scale=config.logit_scale),
+    "GraniteForCausalLM": lambda config: LogitTransform(scale=1 / config.logits_scaling),
+}
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The causal language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def why_not_lean(model: nn.Module) -> str | None:
+    """The reason why the lean head cannot serve this model, or None."""
+    inner = causal_model(model)
+    name = type(inner).__name__
+    if not type(inner).__module__.startswith("transformers.models.") or name not in FAMILIES:
+        return f"{name} is not among the families whose head is known ({', '.join(FAMILIES)})"
+    if getattr(inner.config, "output_router_logits", False):
+        return "output_router_logits adds a loss of its own"
+    return None
+
+
+def takes_kept_logits(model: nn.Module) -> bool:
+    """Whether the model's own forward can compute logits for a boolean [B, T] mask of positions only."""
+    forward = type(causal_model(model)).forward
+    try:
+        return "slice_logits_to_keep" in inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+
+
+def install_lean_head(model: nn.Module, *, chunks: int = 8) -> None:
+    """Put the lean forward in front of the model's own (once); see the module's text.
+
+    Args:
+        model: a causal language model of a known family (`why_not_lean` is None), or a PEFT model around one; changed.
+        chunks: calls of lm_head where its weight is not whole at hand.
+
+    The installed forward takes, beside the model's own arguments: `shift_labels` [B, T], `target_ids` and
+    `target_probs` [B, T, K], `lm_loss_weight`, `fusion_loss_type`; and then returns a `FusionOutput` of sums.
+    """
+    inner = causal_model(model)
+    if getattr(inner, "_lean_head_installed", False):
+        return
+    original = inner.forward
+    transform = FAMILIES[type(inner).__name__](inner.config)
+
+    @functools.wraps(original)
+    def forward(*args, shift_labels=None, target_ids=None, target_probs=None, **kwargs):
+        if target_ids is None:
+            return (
+                original(*args, **kwargs)
+                if shift_labels is None
+                else original(*args, shift_labels=shift_labels, **kwargs)
+            )
+        weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
+        hidden = inner.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
+        return _head_loss(
+            inner.lm_head, hidden, shift_labels, target_ids, target_probs, weight, kind, transform, chunks
+        )
+
+    inner.forward = forward
+    inner._lean_head_installed = True
+
+
+@torch.compiler.disable
+def _head_loss(lm_head, hidden_BTD, labels, ids, probs, lm_loss_weight, kind, transform, chunks) -> FusionOutput:
+    rows = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
+    hidden = hidden_BTD.flatten(0, 1).index_select(0, rows)  # [N, D]
+    labels, ids, probs = labels.reshape(-1)[rows], ids.flatten(0, 1)[rows], probs.flatten(0, 1)[rows]
+    if weight_at_hand(lm_head):
+        check_ids(labels, ids, lm_head.weight.shape[0])
+        options = lm_loss_weight, kind, transform, torch.is_grad_enabled()
+        return FusionOutput(
+            *_GradientInForward.apply(hidden, lm_head.weight, lm_head.bias, labels, ids, probs, options)
+        )
+    return _recomputed(lm_head, hidden, labels, ids, probs, lm_loss_weight, kind, transform, chunks)
+
+
+def weight_at_hand(lm_head: nn.Module) -> bool:
+    """Whether lm_head(x) is x W^T (+ bias) with the whole W in memory now, and nothing listens to its calls."""
+    if type(lm_head) is not nn.Linear or "forward" in vars(lm_head):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    weight = lm_head.weight
+    whole = tuple(weight.shape) == (lm_head.out_features, lm_head.in_features)
+    return whole and not any(getattr(lm_head, hook) for hook in hooks) and not hasattr(weight, "full_tensor")
+
+
+def _recomputed(lm_head, hidden, labels, ids, probs, lm_loss_weight, kind, transform, chunks) -> FusionOutput:
+    def sums(hidden, labels, ids, probs):
+        return torch.stack(row_sums(transform(lm_head(hidden)), labels, ids, probs, kind))
+
+    # ZeRO-3 frees a weight after the forward, which the non-reentrant checkpoint reports as a changed shape
+    reentrant = any(hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
+    size = max(-(-len(hidden) // chunks), 1)
+    total = 0
+    for n in range(chunks):
+        part = slice(n * size, (n + 1) * size)
+        arguments = hidden[part], labels[part], ids[part], probs[part]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(sums, *arguments, use_reentrant=reentrant, preserve_rng_state=False)
+        else:
+            total = total + sums(*arguments)
+    # a term of weight 0 is left out: 0 times an infinite term would be NaN
+    loss = sum(w * term for w, term in zip((lm_loss_weight, 1 - lm_loss_weight), total) if w)
+    return FusionOutput(loss, *total.detach())
+
+
+class _GradientInForward(torch.autograd.Function):
+    """hidden [N, D], weight [V, D] -> sums of the losses; d hidden and d weight are taken chunk by chunk on the way.
+
+    Gradients are kept unnormalised (entries up to 1, so nothing underflows in half precision) and scaled in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, ids, probs, options):
+        lm_loss_weight, kind, transform, with_gradient = options
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False), torch.no_grad():
+            work = _Chunks(hidden, weight, bias, autocast or weight.dtype)
+            work.prepare_gradients([with_gradient and need for need in ctx.needs_input_grad[:3]])
+            lm_sum, fusion_sum = work.run(labels, ids, probs, lm_loss_weight, kind, transform)
+        ctx.gradients = work.gradients
+        ctx.mark_non_differentiable(lm_sum, fusion_sum)
+        # a term of weight 0 is left out: 0 times an infinite term would be NaN
+        loss = sum(w * s for w, s in ((lm_loss_weight, lm_sum), (1 - lm_loss_weight, fusion_sum)) if w)
+        return loss.clone(), lm_sum, fusion_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the lean head's gradient can be taken once; set lean_head=False to go through it again")
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None
+
+
+class _Chunks:
+    """The chunk loop of `_GradientInForward`, over buffers that are allocated once."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
+        self.exact = torch.promote_types(dtype, torch.float32)  # of losses and sums
+        self.gradients: list[Tensor | None] = [None, None, None]
+        self.parts = row_chunks(len(hidden), weight.shape[0], hidden.device)
+
+    def prepare_gradients(self, needed: list[bool]) -> None:
+        shapes = self.hidden.shape, self.weight.shape, (self.weight.shape[0],)
+        for n, (need, shape) in enumerate(zip(needed, shapes)):
+            if need:
+                self.gradients[n] = torch.zeros(shape, dtype=self.exact, device=self.hidden.device)
+
+    def run(self, labels, ids, probs, lm_loss_weight, kind, transform) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(2, dtype=self.exact, device=self.hidden.device)
+        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), probs.to(self.exact)
+        rows = max((b - a for a, b in self.parts), default=0)
+        low = torch.empty(rows, weight.shape[0], dtype=self.dtype, device=hidden.device)
+        buffer = low if self.dtype == self.exact else torch.empty_like(low, dtype=self.exact)
+        for a, b in self.parts:
+            z = buffer[: b - a]
+            torch.mm(hidden[a:b], weight.t(), out=low[: b - a])
+            if buffer is not low:
+                z.copy_(low[: b - a])
+            if self.bias is not None:
+                z.add_(self.bias)
+            transform.apply_(z)
+            slope = transform.slope(z)
+            chunk = labels[a:b], ids[a:b], probs[a:b]
+            sums += torch.stack(_terms_and_softmax_(z, *chunk, kind))
+            if any(g is not None for g in self.gradients):
+                softmax_to_gradient_(z, *chunk, lm_loss_weight, 1 - lm_loss_weight)
+                if slope is not None:
+                    z.mul_(slope)
+                self._accumulate(z, low[: b - a], hidden[a:b], weight, a, b)
+        self.gradients = [
+            None if g is None else g.to(own.dtype)
+            for g, own in zip(self.gradients, (self.hidden, self.weight, self.bias))
+        ]
+        return sums[0], sums[1]
+
+    def _accumulate(self, dz, low, hidden, weight, a, b) -> None:
+        d_hidden, d_weight, d_bias = self.gradients
+        if d_bias is not None:
+            d_bias += dz.sum(0)
+        if low.dtype != dz.dtype:
+            dz = low.copy_(dz)
+        if d_hidden is not None:
+            d_hidden[a:b] = dz @ weight
+        if d_weight is not None:
+            if d_weight.dtype == dz.dtype:
+                d_weight.addmm_(dz.t(), hidden)
+            else:
+                d_weight += dz.t() @ hidden
+
+
+def _terms_and_softmax_(z: Tensor, labels, ids, probs, kind):
+    """Sums of both terms of the rows `z`, which are replaced by their softmax."""
+    top = z.amax(1, keepdim=True) if z.numel() else z[:, :1]
+    picked_labels, picked_ids = z.gather(1, labels[:, None]), z.gather(1, ids.clamp(min=0))  # before z is overwritten
+    z.sub_(top).exp_()
+    total = z.sum(1, keepdim=True)
+    z.div_(total)
+    lse = (top + total.log())[:, 0]
+    return picked_terms(picked_labels[:, 0], picked_ids, lse, probs, kind)
