@@ -1,0 +1,127 @@
+"""Start-up hook: merge methods that installed packages declare are served by an unchanged mergekit.
+
+mergekit 0.1.5 has no plug-in discovery. `fusechat_merge.pth` calls `install()` when Python starts; it only puts a
+finder in front of `sys.meta_path`. Once `mergekit.merge_methods.registry` has been executed, the entry-point group
+`mergekit.merge_methods` is loaded and registered, in place of a built-in of the same name. A process that never imports
+mergekit pays for two small modules: the standard library's import machinery is enough, and what costs time
+(importlib.metadata, mergekit, torch) is imported by mergekit's users only.
+
+Switched off by the environment variable FUSECHAT_MERGE_AUTOLOAD=0. It never raises: what cannot be registered becomes
+one warning, and mergekit goes on with its own methods.
+"""
+
+import os
+import sys
+
+GROUP = "mergekit.merge_methods"
+REGISTRY = "mergekit.merge_methods.registry"
+SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
+OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
+
+_waiting = {}  # methods whose module was still being imported when the registry was ready
+
+
+class Finder:
+    """Finds only mergekit's registry, as the other finders would, and has it followed by the registration."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != REGISTRY:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
+            if spec is not None and spec.loader is not None:
+                _follow(spec.loader)
+                return spec
+        return None
+
+
+def install() -> None:
+    """Put the finder in front, once, unless the switch is off."""
+    if os.environ.get(SWITCH) != "0" and not installed():
+        sys.meta_path.insert(0, Finder())
+
+
+def installed() -> bool:
+    """Whether the finder is in place in this process."""
+    return any(isinstance(finder, Finder) for finder in sys.meta_path)
+
+
+def register() -> None:
+    """Import mergekit's registry and register the methods, whatever the switch says."""
+    import importlib
+
+    serve(importlib.import_module(REGISTRY), OWN)
+
+
+def _follow(loader) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module):
+        execute(module)
+        try:
+            serve(module)
+        except Exception as error:
+            _warn(f"the merge methods of installed packages are not served: {error!r}")
+
+    loader.exec_module = exec_module
+
+
+def serve(registry, also=()) -> None:
+    """Register every method of the entry-point group, and those of `also` {name: "module:object"}, with `registry`."""
+    if not isinstance(getattr(registry, "_METHODS", None), dict) or not callable(getattr(registry, "get", None)):
+        _warn(
+            "its merge-method registry is not the one this version knows, so mergekit's own methods stay in use. "
+            "Install mergekit 0.1.5, or a newer fusechat"
+        )
+        return
+    from importlib.metadata import entry_points
+
+    declared = {point.name: point.value for point in entry_points(group=GROUP)}
+    declared.update(also)
+    for name, place in sorted(declared.items()):
+        module_name, _, attribute = place.partition(":")
+        module = sys.modules.get(module_name)
+        if module is not None and getattr(module.__spec__, "_initializing", False):
+            _waiting[name] = (registry, module_name, attribute)  # `finish` comes when it is ready
+        else:
+            _register(registry, name, module_name, attribute)
+
+
+def finish(module_name: str) -> None:
+    """Register the methods of a module that itself started mergekit's import. Called on the module's last line."""
+    for name, (registry, waiting_for, attribute) in list(_waiting.items()):
+        if waiting_for == module_name:
+            del _waiting[name]
+            _register(registry, name, module_name, attribute)
+
+
+def _register(registry, name: str, module_name: str, attribute: str) -> None:
+    import importlib
+
+    try:
+        method = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:
+        _warn(f"merge method {name!r} of {module_name} cannot be loaded and is left out: {error!r}")
+        return
+    registry._METHODS[name] = method
+
+
+def versions() -> tuple[str, str]:
+    """(fusechat's version, mergekit's version), "unknown" where a distribution is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for distribution in ("fusechat", "mergekit"):
+        try:
+            found.append(version(distribution))
+        except PackageNotFoundError:
+            found.append("unknown")
+    return found[0], found[1]
+
+
+def _warn(message: str) -> None:
+    import warnings
+
+    ours, theirs = versions()
+    warnings.warn(f"fusechat {ours} with mergekit {theirs}: {message}.", RuntimeWarning, stacklevel=2)

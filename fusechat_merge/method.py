@@ -1,0 +1,233 @@
+"""SCE and VaRM as mergekit merge methods: what they accept, checked while mergekit plans; errors that name the model.
+
+`sce` and `varm` below are mergekit `MergeMethod` objects. mergekit resolves filters and gradients of the YAML
+parameters and calls them tensor by tensor; the numbers are `kernel`'s. Inputs of different dtypes are read as they are
+stored, so no converted copy of a whole tensor is made.
+"""
+
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
+from pydantic import PlainValidator
+from pydantic_core import PydanticCustomError
+
+from fusechat_merge import _autoload, kernel
+
+LOG = logging.getLogger(__name__)
+
+
+def _refuse(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
+    text = f"{name} for {method}: expected {expected}, got {value!r}. {remedy}"
+    return PydanticCustomError("merge_parameter", "{text}", {"text": text})
+
+
+def _number(value: Any) -> float:
+    """A YAML scalar as a number; NaN for what is none (a boolean is none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def _select_topk(value: Any) -> float:
+    if not 0 < _number(value) <= 1:
+        raise _refuse("select_topk", "sce", "a number in (0, 1]", value, "Use 1.0 to select all elements.")
+    return _number(value)
+
+
+def _weight(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not 0 <= _number(value) < math.inf:
+        raise _refuse("weight", "sce and varm", "a number >= 0", value, "Use 0 to leave a target out.")
+    return _number(value)
+
+
+def _choice(name: str, method: str, choices: Sequence[str]):
+    def validate(value: Any) -> str:
+        if value not in choices:
+            raise _refuse(name, method, " or ".join(choices), value, "Use one of these.")
+        return value
+
+    return validate
+
+
+def _shared(name: str, validate, default: Any, description: str) -> ParameterSpec:
+    return ParameterSpec(name, Annotated[Any, PlainValidator(validate)], ParameterScope.SHARED, default, description)
+
+
+WEIGHT = ParameterSpec(
+    "weight",
+    Annotated[Any, PlainValidator(_weight)],
+    ParameterScope.INPUT,  # the pivot's too, to refuse it
+    None,
+    "prior that multiplies a target's coefficient before the coefficients are normalised (default 1)",
+)
+
+
+class PivotMerge(MergeMethod):
+    """A merge of targets into the pivot (mergekit's base model), one tensor at a time."""
+
+    def __init__(self, name: str, pretty_name: str, reference_url: str, parameters: tuple[ParameterSpec, ...], compute):
+        self.spec = MergeMethodSpec(
+            name=name,
+            pretty_name=pretty_name,
+            reference_url=reference_url,
+            parameters=(*parameters, WEIGHT),
+            contract=InputContract(base=BasePolicy.REQUIRED),
+            optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+        )
+        self._compute = compute  # (pivot, targets, weights, result dtype, values) -> kernel.Merge
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        """mergekit's structural check, at planning time and before each tensor, in words that say what to change."""
+        where = f"{self.spec.name}, {group_name}" if group_name else self.spec.name
+        if base_id is None:
+            raise ValueError(
+                f"base_model for {where}: expected the pivot, got none. Add `base_model: PIVOT` to the configuration."
+            )
+        if base_id not in input_ids:
+            raise ValueError(
+                f"inputs for {where}: expected the pivot {base_id} among them, got {_names(input_ids)}. "
+                "List the pivot among the sources (its tensor must exist)."
+            )
+        if len(input_ids) < 2:
+            raise ValueError(
+                f"inputs for {where}: expected at least one target beside the pivot {base_id}, got none. Add a target."
+            )
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name and group_name.endswith(".slices[0]"):  # once for a planned output
+            LOG.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, *_autoload.versions())
+
+    def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
+        # from Python a weight may be given for the targets only
+        if group.base is not None:
+            ids = [entry.id for entry in group.entries]
+            targets = [entry.id for entry in group.non_base]
+            if isinstance(value, Mapping):
+                value = {group.base.id: None, **value}
+            elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(targets):
+                value = {group.base.id: None, **dict(zip(targets, value))}
+            elif not isinstance(value, Sequence):
+                value = {key: None if key == group.base.id else value for key in ids}
+        return super()._bind_per_input(group, parameter, value)
+
+    def _execute_resolved(self, groups: Sequence[TensorGroup], parameters, **options) -> tuple[torch.Tensor, ...]:
+        for group in groups:
+            for entry in group.entries:
+                if entry.tensor.is_floating_point() and entry.tensor.itemsize == 1:
+                    raise ValueError(
+                        f"dtype for tensor {group.metadata.name} of {entry.id}: expected float32, float16 or bfloat16, "
+                        f"got {str(entry.tensor.dtype)[6:]}, whose scales a merge cannot see. Convert that model first."
+                    )
+        return super()._execute_resolved(groups, parameters, **options)
+
+    def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None) -> tuple[torch.Tensor, ...]:
+        results = []
+        for group, values, dtype in zip(groups, parameters, input_dtypes):
+            if dtype != promoted_dtype(group):  # asked for: the inputs are to be seen in this precision
+                group = align_dtype(group, dtype)
+            results.append(self._merge(group, dict(values), out_dtype or dtype))
+        return tuple(results)
+
+    def _merge(self, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+        weights = self._target_weights(group, values.pop("weight"))
+        if group.base is None:
+            raise ValueError(f"base_model for {self.spec.name}: expected the pivot, got none. Pass base_index or base.")
+        try:
+            merge = self._compute(group.base.tensor, [e.tensor for e in group.non_base], weights, dtype, values)
+        except kernel.NonFiniteError as error:
+            entry = group.base if error.index is None else group.non_base[error.index]
+            raise ValueError(
+                f"weights for tensor {group.metadata.name} of {entry.id}: expected finite numbers, got NaN or inf. "
+                "Repair or leave out that model."
+            ) from None
+        return merge.merged
+
+    def _target_weights(self, group: TensorGroup, given: Mapping[Hashable, float | None]) -> list[float] | None:
+        values = [given[entry.id] for entry in group.non_base]
+        pivots = given[group.base.id] if group.base else None
+        if pivots is not None and any(value != pivots for value in values):  # all the same: one global setting
+            raise ValueError(
+                f"weight for the pivot {group.base.id}: expected none, got {pivots}. Give weights to the targets only."
+            )
+        if all(value is None for value in values):
+            return None
+        weights = [1.0 if value is None else value for value in values]
+        try:
+            kernel.check_weights(weights, len(values))
+        except ValueError as error:
+            raise ValueError(f"tensor {group.metadata.name}: {error}") from None
+        return weights
+
+
+def _names(ids: Sequence[Hashable]) -> str:
+    return ", ".join(str(key) for key in ids) or "none"
+
+
+def _compute_sce(pivot, targets, weights, dtype, values) -> kernel.Merge:
+    return kernel.sce(
+        pivot,
+        targets,
+        select_topk=values["select_topk"],
+        select_scope=values["select_scope"],
+        weights=weights,
+        dtype=dtype,
+    )
+
+
+def _compute_varm(pivot, targets, weights, dtype, values) -> kernel.Merge:
+    return kernel.varm(pivot, targets, granularity=values["granularity"], weights=weights, dtype=dtype)
+
+
+sce = PivotMerge(
+    "sce",
+    "SCE",
+    "https://arxiv.org/abs/2408.07990",
+    (
+        _shared("select_topk", _select_topk, 1.0, "share of the elements that are selected, in (0, 1]"),
+        _shared(
+            "select_scope",
+            _choice("select_scope", "sce", kernel.SELECT_SCOPES),
+            "all",
+            "what the selection serves: all (the paper) or coefficients (the code of FuseChat-7B-v2.0)",
+        ),
+        _shared("int8_mask", lambda value: value, False, "accepted for old recipes; has no effect"),
+    ),
+    _compute_sce,
+)
+
+varm = PivotMerge(
+    "varm",
+    "VaRM",
+    "https://arxiv.org/abs/2402.16107",
+    (
+        _shared(
+            "granularity",
+            _choice("granularity", "varm", kernel.GRANULARITIES),
+            "matrix",
+            "one ratio for each tensor (matrix) or for each element (element)",
+        ),
+    ),
+    _compute_varm,
+)
+
+_autoload.finish(__name__)
