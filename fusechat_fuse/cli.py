@@ -1,0 +1,208 @@
+"""The command `fusechat-fuse SUBCOMMAND`: flags, configuration files and exit codes around the library's functions.
+
+Each subcommand is one library function; its flags are that function's options. A `--config FILE.yml` gives the same
+names as flags would; flags on the command line win, unknown names are errors with a suggestion. Exit codes: 0 done,
+1 the run failed, 2 bad arguments or bad input (one sentence on standard error; `--debug` shows the traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from fusechat_fuse.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as InputError: one sentence, and for an unknown flag the nearest known one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise InputError(f"{message}. See {self.prog} --help.")
+
+    def parse_args(self, args=None, namespace=None):
+        for arg in args:
+            if arg.startswith("--") and (flag := arg.split("=")[0]) not in self._option_string_actions:
+                raise InputError(_unknown("flag", flag, list(self._option_string_actions)))
+        return super().parse_args(args, namespace)
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}" + (f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}.")
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _flag(parser, name: str, default=None, help: str = "", **kwargs) -> None:
+    """One `--name`; a bool default makes it a switch that also takes true or false, as transformers' flags do."""
+    if isinstance(default, bool):
+        kwargs |= {"type": _switch, "nargs": "?", "const": True}
+    elif default is not None and not kwargs.get("type") and not kwargs.get("nargs"):
+        kwargs["type"] = type(default)
+    if default not in (None, False):
+        help = f"{help} (default: {default})"
+    parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
+
+
+def _config_as_flags(path: str, known: list[str]) -> list[str]:
+    """The YAML file's entries as the flags they stand for."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"--config {path}: expected a readable YAML file, got: {' '.join(str(error).split())}."
+        ) from error
+    if not isinstance(entries, dict):
+        raise InputError(f"--config {path}: expected flag: value pairs, got {type(entries).__name__}.")
+    flags = []
+    for name, value in entries.items():
+        if name not in known:
+            raise InputError(f"--config {path}: {_unknown('key', str(name), known)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
+    return flags
+
+
+def _with_config(parser: _Parser, argv: list[str]) -> list[str]:
+    first = _Parser(prog=parser.prog, add_help=False)
+    first.add_argument("--config")
+    config, rest = first.parse_known_args(argv)
+    if config.config is None:
+        return argv
+    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
+    return [*_config_as_flags(config.config, [n for n in names if n not in ("config", "debug", "help")]), *rest]
+
+
+def _parser(name: str, description: str, add_flags) -> _Parser:
+    parser = _Parser(prog=f"fusechat-fuse {name}", description=description)
+    parser.add_argument("--config", metavar="FILE.yml", help="flags from a YAML file; flags given here win")
+    add_flags(parser)
+    if "--debug" not in parser._option_string_actions:
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _represent_flags(parser) -> None:
+    _flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
+    _flag(
+        parser, "data_path", required=True, help="chat data: JSON, JSONL, Parquet, a datasets directory or a Hub name"
+    )
+    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    _flag(parser, "pivot_name_or_path", help="the pivot, whose chat template --template pivot takes")
+    _flag(parser, "template", "pivot", help="pivot, native, a built-in template's name, or a .jinja file")
+    _flag(parser, "top_k", 10, help="tokens kept per predicted token")
+    _flag(parser, "max_length", 2048, help="tokens kept of a conversation")
+    _flag(parser, "tokens_per_batch", 8192, help="padded tokens of one forward pass; halved on out of memory")
+    _flag(parser, "shard_size", 256, help="conversations per shard, what a kill costs at most")
+    _flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    _flag(parser, "device_map", help="auto: one model over several GPUs")
+    _flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
+    _flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
+    _flag(parser, "split", "train", help="of a data set with several")
+    _flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
+    _flag(parser, "trust_remote_code", False, help="run code that comes with the model")
+
+
+def _represent(options: dict) -> None:
+    from fusechat_fuse import represent
+
+    names = {"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"}
+    result = represent(**{names.get(name, name): value for name, value in options.items()})
+    _say(result.manifest["counts"])
+
+
+def _train_flags(parser) -> None:
+    from transformers import HfArgumentParser
+
+    from fusechat_fuse.config import FusionConfig
+    from fusechat_fuse.training import TrainArguments
+
+    fields = HfArgumentParser([TrainArguments, FusionConfig], add_help=False, conflict_handler="resolve")
+    for action in fields._actions:
+        if action.dest == "output_dir":
+            action.required = True
+        if action.dest == "debug":  # --debug alone shows tracebacks, with a value it is transformers' own
+            action.nargs, action.const = "?", ""
+        parser._add_action(action)
+
+
+def _train(options: dict) -> None:
+    from dataclasses import fields
+
+    from fusechat_fuse.config import FusionConfig
+    from fusechat_fuse.training import train
+
+    of_config = {field.name for field in fields(FusionConfig) if field.init}
+    config = FusionConfig(**{name: options.pop(name) for name in list(options) if name in of_config})
+    _say(train(config=config, **options))
+
+
+COMMANDS = {
+    "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
+    "train": ("Fine-tune the pivot on aligned data: one target.", _train_flags, _train),
+}
+
+
+def _say(result) -> None:
+    """A command's result, on standard output, by the main process."""
+    import os
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result if isinstance(result, str) else json.dumps(result, indent=1, default=str), flush=True)
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {what}" for name, (what, _, _) in COMMANDS.items()]
+    return "\n".join(["usage: fusechat-fuse SUBCOMMAND [flags]", "", *lines, "", "fusechat-fuse SUBCOMMAND --help"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    try:
+        return _run(argv)
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        bad_input = isinstance(error, InputError)
+        print(f"fusechat-fuse: {'error' if bad_input else 'failed: ' + type(error).__name__}: {text}", file=sys.stderr)
+        return 2 if bad_input else 1
+
+
+def _run(argv: list[str]) -> int:
+    name = argv[0]
+    if name not in COMMANDS:
+        raise InputError(_unknown("subcommand", name, list(COMMANDS)))
+    description, add_flags, run = COMMANDS[name]
+    parser = _parser(name, description, add_flags)
+    try:
+        options = vars(parser.parse_args(_with_config(parser, argv[1:])))
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
+    del options["config"]
+    if name != "train":
+        del options["debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fusechat_fuse").setLevel(logging.INFO)
+    run(options)
+    return 0
