@@ -1,0 +1,136 @@
+"""The target's model card: what it was made from, how, and how to use it; with the Hub's metadata."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+PAPER = "https://arxiv.org/abs/2408.07990"
+CITATION = """@article{wan2024fusechat,
+  title={FuseChat: Knowledge Fusion of Chat Models},
+  author={Fanqi Wan and Longguang Zhong and Ziyi Yang and Ruijun Chen and Xiaojun Quan},
+  journal={arXiv preprint arXiv:2408.07990},
+  year={2024}
+}"""
+TRAINING = (
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_length",
+    "bf16",
+    "seed",
+    "packing",
+)
+FIGURES = "train_loss eval_loss eval_lm_loss eval_fusion_loss eval_source_share eval_mapped_mass".split()
+
+
+def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> None:
+    """Write README.md into the target directory.
+
+    Args:
+        output: the target directory.
+        trainer: FusionTrainer after training.
+        pivot: PivotFiles of the pivot.
+        arguments: TrainArguments of the run.
+        metrics: what the run returned.
+    """
+    config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
+    pivot_name, sources = _name(pivot.name), [_name(name) for name in trainer.sources]
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fusechat", "model-fusion", *(["plain-fine-tuning"] if config.lm_loss_weight == 1 else [])],
+    }
+    if _is_hub_name(pivot.name):
+        metadata["base_model"] = pivot.name
+    source_list = ", ".join(sources)
+    how = "Plain fine-tuning of" if config.lm_loss_weight == 1 else "Pairwise knowledge fusion into"
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {output.resolve().name}",
+        "",
+        f"{how} **{pivot_name}** (the pivot){'' if config.lm_loss_weight == 1 else f' of **{source_list}**'}, after "
+        f"[FuseChat]({PAPER}). It has the pivot's architecture, tokenizer and vocabulary: targets of one pivot merge, "
+        "for example with mergekit's `sce`.",
+        "",
+        "## Loss",
+        "",
+        _table(
+            {
+                "language-model weight lambda": config.lm_loss_weight,
+                "fusion loss": config.fusion_loss_type,
+                "fusion function": f"{config.fusion_function} (cross-entropy per {config.ce_unit})",
+                "temperature": config.fuse_temperature,
+            }
+        ),
+        "",
+        "## Data and alignment",
+        "",
+        _table({"pivot": pivot_name, "source": source_list, **_alignment(manifest)}),
+        "",
+        "## Training",
+        "",
+        _table({**_training(config, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
+        "",
+        "## Versions",
+        "",
+        _table({name: _version(name) for name in ("fusechat", "transformers", "torch", "accelerate")}),
+        "",
+        "## Citation",
+        "",
+        "```bibtex",
+        CITATION,
+        "```",
+        "",
+    ]
+    (output / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _alignment(manifest: dict) -> dict:
+    """Counts, options and certificate of the data, flat."""
+    rows = {}
+    for section in ("counts", "options", "certificate"):
+        for key, value in (manifest.get(section) or {}).items():
+            if isinstance(value, int | float | str | bool) and not os.path.isabs(str(value)):
+                rows[key.replace("_", " ")] = value
+    return rows
+
+
+def _training(config, arguments) -> dict:
+    rows = {name: getattr(getattr(config, name), "value", getattr(config, name)) for name in TRAINING}
+    rows["conversations per step"] = (
+        config.train_batch_size * config.gradient_accumulation_steps * max(config.world_size, 1)
+    )
+    if arguments.lora_r:
+        rows["LoRA"] = f"r {arguments.lora_r}, alpha {arguments.lora_alpha}, on {arguments.lora_target_modules}"
+    return rows
+
+
+def _table(rows: dict) -> str:
+    cells = [
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in rows.items()
+    ]
+    return "\n".join(["| | |", "|---|---|", *cells])
+
+
+def _is_hub_name(name: str) -> bool:
+    return not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def _name(name: str) -> str:
+    """A Hub name as it is, a directory by its last part: no path of one machine in a card."""
+    return name if _is_hub_name(name) else os.path.basename(os.path.abspath(name))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,73 @@
+"""Figures of a training or evaluation stretch, summed on the device and read (over all processes) only when logged."""
+
+import time
+
+import torch
+
+from fusechat_fuse.collator import STATS
+
+
+class FusionMeter:
+    """Sums of losses and of what the fusion function chose.
+
+    Args:
+        sources: names of the sources; more than one: the share of each is reported on its own.
+    """
+
+    def __init__(self, sources: list[str]):
+        self.sources = sources
+        self.reset()
+
+    def reset(self) -> None:
+        self._losses = self._choices = None
+        self._start = time.perf_counter()
+
+    def pause(self) -> float:
+        """Stop the clock (evaluation within training); give the answer to `resume`."""
+        return time.perf_counter()
+
+    def resume(self, paused: float) -> None:
+        self._start += time.perf_counter() - paused
+
+    def add(self, lm_sum, fusion_sum, labelled, tokens, stats) -> None:
+        """Add a batch: sums of L_LM and L_fusion, labelled and all tokens (0-d), conversation_stats [B, C, 5]."""
+        stats = stats.reshape(-1, len(STATS)).to(_exact(lm_sum.device))
+        losses = torch.stack([x.detach().to(stats) for x in (lm_sum, fusion_sum, labelled, tokens)])
+        index = stats[:, 0].long().clamp(-1, len(self.sources) - 1) + 1  # row 0: several sources mixed
+        # per source: conversations, those that took it, mapped mass, predicted tokens, tokens cut off
+        values = torch.cat([torch.ones_like(stats[:, :1]), stats[:, 1:]], 1)
+        choices = stats.new_zeros(len(self.sources) + 1, values.shape[1]).index_add_(0, index, values)
+        if self._losses is None:
+            self._losses, self._choices = losses, choices
+        else:
+            self._losses += losses
+            self._choices += choices
+
+    def read(self, accelerator, lm_loss_weight: float, prefix: str = "") -> dict[str, float]:
+        """Means since the last reset, over all processes; resets."""
+        seconds = time.perf_counter() - self._start
+        if self._losses is None:
+            return {}
+        flat = accelerator.reduce(torch.cat([self._losses, self._choices.flatten()]), "sum").tolist()
+        self.reset()
+        (lm, fusion, labelled, tokens), table = flat[:4], torch.tensor(flat[4:]).view(len(self.sources) + 1, -1)
+        lm, fusion = (x / max(labelled, 1) for x in (lm, fusion))
+        conversations, taken, mass, predicted, cut = table.sum(0).tolist()
+        figures = {
+            "fused_loss": lm_loss_weight * lm + (1 - lm_loss_weight) * fusion,
+            "lm_loss": lm,
+            "fusion_loss": fusion,
+            "source_share": taken / max(conversations, 1),
+            "mapped_mass": mass / max(predicted, 1),
+            "tokens_per_second": tokens / seconds,
+        }
+        if cut:
+            figures["cut_tokens"] = cut
+        if len(self.sources) > 1:
+            for name, row in zip(self.sources, table[1:].tolist()):
+                figures[f"source_share/{name}"] = row[1] / max(conversations, 1)
+        return {prefix + name: value for name, value in figures.items()}
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,291 @@
+"""FusionTrainer: transformers' Trainer with the loss of pairwise fusion, at the price of plain fine-tuning.
+
+What it adds: a collator, one of three ways to the loss sums (lean head, the model's own logits for labelled positions,
+full logits), and figures in the logs. What it leaves alone: everything else, so accelerate, PEFT, checkpoints,
+callbacks and hyper-parameter search work as they do with Trainer.
+
+Normalisation: sums over labelled tokens divided by their number in the whole step (`num_items_in_batch`, over
+accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and one gradient.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from fusechat_fuse.collator import FusionCollator
+from fusechat_fuse.config import FusionConfig
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.head import FusionOutput, causal_model, install_lean_head, takes_kept_logits, why_not_lean
+from fusechat_fuse.loss import IGNORED, row_sums
+from fusechat_fuse.meter import FusionMeter
+from fusechat_fuse.representation import Representation, load_representation, write_atomic
+
+logger = logging.getLogger(__name__)
+# Trainer sets these for its own purposes; the target keeps the pivot's
+PIVOT_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class FusionTrainer(Trainer):
+    """A `transformers.Trainer` for pairwise fusion.
+
+    L = lambda mean(L_LM) + (1 - lambda) mean(L_fusion) over the labelled tokens of the whole step (`loss.py`).
+
+    Args:
+        model: a causal language model of transformers (or a PEFT model around one), or use `model_init`.
+        args: FusionConfig.
+        data_collator: default: a FusionCollator as `args` says.
+        train_dataset, eval_dataset: aligned or combined data: a directory, `load_representation(dir)`,
+            `datasets.load_from_disk(dir)`, or a list of rows. eval_dataset may be a dict of these.
+        processing_class: the pivot's tokenizer; saved with every checkpoint.
+        sources: names of the sources, for the logs; default: as the data's manifest says.
+        Everything else as in Trainer.
+
+    Logs, beside Trainer's: lm_loss, fusion_loss (means over labelled tokens), source_share (part of the conversations
+    that took the source's distribution; of several sources each on its own), mapped_mass (mean probability mass that
+    the alignment could carry over), tokens_per_second (all processes). Evaluation: the same with eval_.
+
+    Raises: InputError for data that is not aligned or does not fit the model.
+    """
+
+    loss_is_scaled_for_ga = True
+    save_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        sources=None,
+        **kwargs,
+    ):
+        args = FusionConfig() if args is None else args
+        if not isinstance(args, FusionConfig):
+            raise InputError(
+                f"arguments for FusionTrainer: expected a FusionConfig, got {type(args).__name__}. Build one; "
+                "it takes every field of TrainingArguments."
+            )
+        train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
+        self.sources = list(sources or source_names(train_dataset if train_dataset is not None else eval_dataset))
+        self._meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
+        if model is not None:
+            self._prepare_model(model, args)
+            vocab_size = vocabulary_size(model)
+        else:
+            vocab_size = None
+        if data_collator is None:
+            data_collator = _collator(args, processing_class, vocab_size)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # Trainer counts num_items_in_batch for us
+
+    # -- model --------------------------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._prepare_model(model, self.args)
+        return model
+
+    def _prepare_model(self, model, args) -> None:
+        """Choose the way to the loss once, before any wrapping, and say so where it is not the lean one."""
+        if not args.lean_head:
+            reason = "lean_head is off"
+        elif args.n_gpu > 1:
+            reason = "one process drives several GPUs (start one process per GPU with torchrun or accelerate)"
+        else:
+            reason = why_not_lean(model)
+        self._pivot_config = {name: getattr(model.config, name, None) for name in PIVOT_CONFIG}
+        if reason is None:
+            self.loss_path = "lean"
+            install_lean_head(model, chunks=args.head_chunks)
+        else:
+            self.loss_path = "kept" if args.lean_head and args.n_gpu <= 1 and takes_kept_logits(model) else "full"
+            which = {"kept": "the model's own logits of all labelled positions", "full": "full logits"}[self.loss_path]
+            logger.warning("The lean head is not used: %s. Training goes through %s.", reason, which)
+        low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        if low and not args.deepspeed and args.learning_rate < 1e-4:
+            logger.warning(
+                "Trainable weights are %s: steps of %g are mostly rounded away. Load the model in float32 and let bf16 "
+                "autocast do the rest.",
+                str(low.pop()).removeprefix("torch."),
+                args.learning_rate,
+            )
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The batch's share of the step's loss; the sum over batches and the mean over processes is the step's loss."""
+        labelled = (inputs["shift_labels"] != IGNORED).sum()
+        out, aux = self._loss_sums(model, inputs)
+        mode = "train" if model.training else "eval"
+        tokens = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
+        )
+        self._meters[mode].add(out.lm_loss, out.fusion_loss, labelled, tokens, inputs["conversation_stats"])
+        if num_items_in_batch is None or mode == "eval":
+            loss, parts = out.loss / labelled.clamp(min=1), 1
+        else:
+            if torch.is_tensor(num_items_in_batch):
+                num_items_in_batch = num_items_in_batch.flatten()[0]  # DataParallel repeats it per device
+            averaged = self.accelerator.num_processes // self.get_tp_size()
+            averaged = averaged if self.args.average_tokens_across_devices else 1
+            loss = out.loss * averaged / torch.as_tensor(num_items_in_batch, device=out.loss.device).clamp(min=1)
+            parts = self.current_gradient_accumulation_steps
+        if aux is not None:
+            loss = loss + aux / parts
+        return (loss, out) if return_outputs else loss
+
+    def _loss_sums(self, model, inputs) -> tuple[FusionOutput, torch.Tensor | None]:
+        """(sums over the batch's labelled positions, auxiliary loss of a mixture of experts or None)."""
+        config = self.args
+        arguments = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        targets = {name: inputs[name] for name in ("shift_labels", "target_ids", "target_probs")}
+        if self.loss_path == "lean":
+            options = {"lm_loss_weight": config.lm_loss_weight, "fusion_loss_type": config.fusion_loss_type}
+            return model(**arguments, **targets, **options), None
+        mask = targets["shift_labels"] != IGNORED
+        kept = {"logits_to_keep": mask} if self.loss_path == "kept" else {}
+        outputs = model(**arguments, **kept, use_cache=False)
+        rows = None if kept else mask.reshape(-1).nonzero(as_tuple=True)[0]
+        logits = outputs.logits if kept else outputs.logits.flatten(0, 1)
+        chosen = (targets[name][mask] for name in ("shift_labels", "target_ids", "target_probs"))
+        lm_sum, fusion_sum = row_sums(logits, *chosen, config.fusion_loss_type, rows)
+        weights = config.lm_loss_weight, 1 - config.lm_loss_weight
+        loss = sum(w * term for w, term in zip(weights, (lm_sum, fusion_sum)) if w)
+        aux = getattr(outputs, "aux_loss", None)
+        if aux is not None:
+            aux = aux * getattr(causal_model(self.model), "router_aux_loss_coef", 0.0)
+        return FusionOutput(loss, lm_sum.detach(), fusion_sum.detach()), aux
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            logits = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}).logits
+        return loss, logits, inputs["labels"]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As Trainer's, with the loss as a mean over labelled tokens (not over batches) and the fusion figures."""
+        self._meters["eval"].reset()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        prefix = f"{metric_key_prefix}_"
+        figures = self._meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
+        if figures:
+            output.metrics[f"{prefix}loss"] = figures.pop(f"{prefix}fused_loss")
+            output.metrics.update(figures)
+        return output
+
+    # -- logs, sampling, saving ---------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.is_in_train:
+            figures = self._meters["train"].read(self.accelerator, self.args.lm_loss_weight)
+            figures.pop("fused_loss", None)
+            logs.update(figures)
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        start = self._meters["train"].pause()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._meters["train"].resume(start)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "num_tokens"):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(size, lengths=dataset.num_tokens.tolist())
+        return super()._get_train_sampler(train_dataset)
+
+    def merge_adapter(self) -> None:
+        """Replace a PEFT model by the model with its adapters merged into the weights (not for sharded models)."""
+        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model).merge_and_unload()
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Weights (in `save_dtype` if set), config as the pivot's, tokenizer; no pickled arguments."""
+        output_dir = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.save_dtype is not None:
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = {k: v.to(self.save_dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+        config = causal_model(model).config
+        trained_with = {name: getattr(config, name, None) for name in PIVOT_CONFIG}
+        vars(config).update(self._pivot_config)
+        try:
+            super()._save(str(output_dir), state_dict)
+        finally:
+            vars(config).update(trained_with)
+        if self.args.should_save:
+            (output_dir / "training_args.bin").unlink(missing_ok=True)
+            file = output_dir / "config.json"
+            if self.save_dtype is not None and file.is_file():
+                written = json.loads(file.read_bytes()) | {"dtype": str(self.save_dtype).removeprefix("torch.")}
+                write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
+
+
+def open_dataset(dataset):
+    """A directory becomes a Representation; data that is not aligned is refused."""
+    if isinstance(dataset, dict):
+        return {name: open_dataset(one) for name, one in dataset.items()}
+    if isinstance(dataset, str | os.PathLike):
+        dataset = load_representation(dataset)
+    if isinstance(dataset, Representation) and dataset.manifest["kind"] not in ("aligned", "combined"):
+        raise InputError(
+            f"data for {dataset.path}: expected aligned data, got a {dataset.manifest['kind']}. Align it to a source's "
+            "representation first: fusechat-fuse align."
+        )
+    return dataset
+
+
+def source_names(dataset) -> list[str]:
+    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it does not."""
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    manifest = getattr(dataset, "manifest", {})
+    names = [source.get("name") for source in manifest.get("sources", [manifest.get("source") or {}])]
+    names = [os.path.basename(str(name).rstrip("/")) for name in names if name]
+    return names or ["source"]
+
+
+def vocabulary_size(model) -> int:
+    """Rows of the embedding, as the configuration says (ZeRO-3 has none of them in memory)."""
+    return causal_model(model).config.get_text_config().vocab_size
+
+
+def _collator(args: FusionConfig, tokenizer, vocab_size: int | None) -> FusionCollator:
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return FusionCollator(
+        pad_token_id=next((n for n in ids if n is not None), 0),
+        vocab_size=vocab_size,
+        max_length=args.max_length,
+        fusion_function=args.fusion_function,
+        fuse_temperature=args.fuse_temperature,
+        ce_unit=args.ce_unit,
+        packing=args.packing,
+    )

@@ -1,0 +1,153 @@
+"""`fusechat-fuse train`: a pivot and aligned data in, a target checkpoint out.
+
+Everything that can be wrong with the input is found before the weights are loaded. The output directory belongs to one
+run (`fusion_run.json` says which); the same command continues a run that was killed, from its last whole checkpoint,
+and leaves a finished one alone. The target loads with AutoModelForCausalLM and AutoTokenizer and keeps the pivot's
+vocabulary, so all targets of one pivot merge.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fusechat_fuse.card import write_model_card
+from fusechat_fuse.config import FusionConfig
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.pivot import PivotFiles
+from fusechat_fuse.run_directory import RunDirectory
+from fusechat_fuse.trainer import FusionTrainer, open_dataset
+
+logger = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class TrainArguments:
+    """What `fusechat-fuse train` takes beside FusionConfig."""
+
+    model_name_or_path: str = field(metadata={"help": "The pivot: a directory or a Hub name."})
+    data_path: str = field(metadata={"help": "Aligned or combined data, a directory that align or combine wrote."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Aligned data to evaluate on."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the trained weights; steps of 5e-6 vanish in bfloat16, which autocast uses anyway.",
+            "choices": list(DTYPES),
+        },
+    )
+    save_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Precision of the saved target; unset: as trained, so that small task vectors survive."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters (needs peft); 0 trains all weights."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "Modules with adapters: all-linear or names with commas."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Start anew in a directory that holds another run."})
+
+
+def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dict:
+    """Train one target: the pivot fine-tuned on aligned data with the loss of pairwise fusion.
+
+    L = lambda mean(L_LM) + (1 - lambda) mean(L_fusion); lambda = `config.lm_loss_weight`; 1.0 is plain fine-tuning.
+
+    Args:
+        model_name_or_path: the pivot, a directory or a Hub name.
+        data_path: directory that `align` or `combine` wrote for this pivot.
+        config: FusionConfig; `config.output_dir` receives the target.
+        **options: the other fields of `TrainArguments` (eval_data_path, dtype, save_dtype, attn_implementation,
+            trust_remote_code, lora_r, lora_alpha, lora_dropout, lora_target_modules, overwrite).
+
+    Returns:
+        Metrics of the run (train_loss, train_runtime, eval_* where there is evaluation data), also in fusion_run.json.
+
+    Raises:
+        InputError: data that is not aligned, or not to this model's tokenizer, or with ids beyond its vocabulary; a
+            model that cannot be read; an output directory with another run's data.
+
+    Source: FuseChat (arXiv 2408.07990), section 3.2.
+    """
+    arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
+    _check_arguments(arguments)
+    data = open_dataset(arguments.data_path)
+    eval_data = open_dataset(arguments.eval_data_path) if arguments.eval_data_path else None
+    pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+    for one in (data, eval_data):
+        if one is not None:
+            pivot.check_data(one)
+    run = RunDirectory(config, arguments, pivot, data)
+    with config.main_process_first(local=False, desc="claiming the output directory"):
+        finished = run.claim(write=config.process_index == 0)
+    if finished is not None:
+        logger.warning("%s holds this very run, finished; nothing to do.", config.output_dir)
+        return finished
+    checkpoint = run.checkpoint()
+    trainer = FusionTrainer(
+        _load(pivot, arguments, config),
+        config,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=pivot.tokenizer,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+    trainer.log_metrics("train", metrics)
+    _save_target(trainer, pivot, arguments, metrics, run)
+    return metrics
+
+
+def _check_arguments(arguments: TrainArguments) -> None:
+    for name in ("dtype", "save_dtype"):
+        value = getattr(arguments, name)
+        if value not in (*DTYPES, *([None] if name == "save_dtype" else [])):
+            raise InputError(f"value for {name}: expected one of {', '.join(DTYPES)}, got {value!r}. Use one.")
+    if arguments.lora_r < 0:
+        raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
+
+
+def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
+    model = pivot.load_model(dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attn_implementation)
+    if not arguments.lora_r:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("lora_r for training: expected peft, got no such package. Run pip install peft.") from error
+    names = arguments.lora_target_modules
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+    )
+    if config.activation_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, lora)
+
+
+def _save_target(trainer, pivot: PivotFiles, arguments, metrics: dict, run: "RunDirectory") -> None:
+    """Weights (adapters merged in), the pivot's own tokenizer files, model card and, last, the run's end."""
+    output = Path(trainer.args.output_dir)
+    trainer.save_dtype = arguments.save_dtype and getattr(torch, arguments.save_dtype)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if arguments.lora_r and sharded:
+        logger.warning("Adapters of a sharded model are saved as they are: merge them with peft before mergekit-yaml.")
+    elif arguments.lora_r:
+        if trainer.args.should_save:
+            trainer.model.save_pretrained(output / "adapter")
+        trainer.merge_adapter()
+    trainer.save_model(str(output))
+    trainer.save_state()
+    if trainer.args.should_save:
+        pivot.copy_files(output)
+        write_model_card(output, trainer, pivot, arguments, metrics)
+        run.finish(metrics)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,196 @@
+"""`train`: a pivot directory and aligned data in, a loadable target out; what it refuses; how it continues."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.training import TrainArguments, train
+from tests import real_tokenizers
+from tests.fusion_rows import aligned_rows
+from tests.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer
+
+
+@pytest.fixture(scope="module")
+def pivot(tmp_path_factory):
+    return pivot_directory(tmp_path_factory.mktemp("models") / "pivot")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return aligned_directory(tmp_path_factory.mktemp("data") / "aligned")
+
+
+def test_a_target_loads_generates_and_keeps_what_is_the_pivots(pivot, data, tmp_path):
+    output = tmp_path / "target"
+    metrics = train(pivot, data, config(output, num_train_epochs=4), eval_data_path=data)
+    losses = logged(output)
+    assert sum(losses[-3:]) < sum(losses[:3])  # it learns
+    for name in ("lm_loss", "fusion_loss", "source_share", "mapped_mass", "tokens_per_second"):
+        assert len(logged(output, name)) == len(losses)
+    assert metrics["eval_lm_loss"] < logged(output, "lm_loss")[0]
+    for step in range(len(losses)):
+        lm, fusion = (logged(output, name)[step] for name in ("lm_loss", "fusion_loss"))
+        assert losses[step] == pytest.approx(0.9 * lm + 0.1 * fusion, rel=1e-5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    before = load_file(pivot / "model.safetensors")
+    after = load_file(output / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == after[name].shape for name in before)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (output / name).read_bytes() == (pivot / name).read_bytes()
+    old, new = (json.loads((folder / "config.json").read_bytes()) for folder in (pivot, output))
+    assert old == new
+    loaded = transformers.AutoTokenizer.from_pretrained(output)
+    assert loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+    assert not [file.name for file in output.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_model_card_tells_the_story(pivot, data, tmp_path):
+    output = tmp_path / "openchat-strong"
+    train(pivot, data, config(output, max_steps=1))
+    text = (output / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "fusechat" in metadata["tags"]
+    assert "base_model" not in metadata  # a directory is no Hub name
+    for told in ("openchat-strong", "strong-source", "prefix", "0.93", "0.9", "min_ce", "2408.07990", "train_loss"):
+        assert told in text
+    assert str(tmp_path) not in text
+    assert str(Path(pivot).parent) not in text
+
+
+def test_the_same_command_again_leaves_a_finished_run_alone(pivot, data, tmp_path):
+    first = train(pivot, data, config(tmp_path / "t", max_steps=2))
+    stamp = (tmp_path / "t" / "model.safetensors").stat().st_mtime_ns
+    assert train(pivot, data, config(tmp_path / "t", max_steps=2)) == pytest.approx(first)
+    assert (tmp_path / "t" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_another_runs_directory_is_refused_with_the_difference(pivot, data, tmp_path):
+    train(pivot, data, config(tmp_path / "t", max_steps=1))
+    with pytest.raises(InputError, match=r"another run's \(lm_loss_weight = 0.9 there and 0.5 here\)"):
+        train(pivot, data, config(tmp_path / "t", max_steps=1, lm_loss_weight=0.5))
+    other = aligned_directory(tmp_path / "other", seed=9)
+    with pytest.raises(InputError, match=r"another run's \(data = "):
+        train(pivot, other, config(tmp_path / "t", max_steps=1))
+    train(pivot, data, config(tmp_path / "t", max_steps=1, lm_loss_weight=0.5), overwrite=True)
+    assert json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())["identity"]["options"]["lm_loss_weight"] == 0.5
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match=r"expected an empty one, got other files \('notes.txt'\)"):
+        train(pivot, data, config(tmp_path / "mine", max_steps=1))
+    assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_bad_input_is_found_before_any_work(pivot, data, tmp_path):
+    output = tmp_path / "never"
+    plain = aligned_directory(tmp_path / "plain", kind="representation")
+    with pytest.raises(InputError, match=r"expected aligned data, got a representation"):
+        train(pivot, plain, config(output))
+    with pytest.raises(InputError, match=r"representation for .*nowhere: expected a finished directory"):
+        train(pivot, tmp_path / "nowhere", config(output))
+    wide = aligned_directory(tmp_path / "wide", vocab_size=VOCAB + 1)
+    with pytest.raises(InputError, match=rf"expected ids below {VOCAB} .* got data of a pivot with {VOCAB + 1}"):
+        train(pivot, wide, config(output))
+    with pytest.raises(InputError, match=r"got one without config.json"):
+        train(tmp_path / "plain", data, config(output))
+    with pytest.raises(InputError, match=r"expected a model directory or a Hub name"):
+        train(tmp_path / "absent", data, config(output))
+    with pytest.raises(InputError, match=r"value for dtype: expected one of float32"):
+        train(pivot, data, config(output), dtype="int8")
+    other = tmp_path / "other-tokenizer"
+    shutil.copytree(pivot, other)
+    real_tokenizers.tiny_unigram().save_pretrained(other)
+    with pytest.raises(InputError, match=r"tokenizer for .*aligned: expected the one of .*other-tokenizer"):
+        train(other, data, config(output))
+    assert not output.exists()
+
+
+def test_a_row_beyond_the_vocabulary_stops_the_run(pivot, tmp_path):
+    rows = aligned_rows(8, vocab_size=500)
+    rows[5]["source_ids"][0, 0] = VOCAB
+    data = aligned_directory(tmp_path / "wrong", rows)
+    with pytest.raises(InputError, match=rf"token id for conversation 'c5'.* of {VOCAB}, got {VOCAB}"):
+        train(pivot, data, config(tmp_path / "t", fusion_function="source"))
+
+
+def test_same_ids_under_another_chat_template_are_the_same_tokenizer(pivot, data, tmp_path):
+    copy = tmp_path / "pivot"
+    shutil.copytree(pivot, copy)
+    own = tokenizer().from_pretrained(pivot)
+    own.chat_template = "{{ messages[0].content }}"
+    own.save_pretrained(copy)
+    train(copy, data, config(tmp_path / "t", max_steps=1))
+
+
+def test_saved_in_another_precision(pivot, data, tmp_path):
+    train(pivot, data, config(tmp_path / "t", max_steps=1), save_dtype="bfloat16")
+    assert {t.dtype for t in load_file(tmp_path / "t" / "model.safetensors").values()} == {torch.bfloat16}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "t").dtype == torch.bfloat16
+
+
+def test_low_rank_adapters_are_merged_into_the_target(pivot, data, tmp_path):
+    pytest.importorskip("peft")
+    train(pivot, data, config(tmp_path / "t", max_steps=3, learning_rate=1e-2), lora_r=2)
+    before, after = load_file(pivot / "model.safetensors"), load_file(tmp_path / "t" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not changed & {"lm_head.weight", "model.embed_tokens.weight"}
+    assert (tmp_path / "t" / "adapter" / "adapter_model.safetensors").is_file()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "t")
+
+
+WORKER = """
+import sys
+from tests.tiny_runs import config
+from fusechat_fuse.training import train
+pivot, data, output = sys.argv[1:]
+settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+train(pivot, data, config(output, **settings))
+"""
+
+
+def test_a_killed_run_continues_exactly(pivot, data, tmp_path):
+    command = [sys.executable, "-c", WORKER, str(pivot), str(data)]
+    options = {"cwd": Path(__file__).parents[1], "env": {**os.environ, "PYTHONPATH": "."}}
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], **options, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
+        assert time.time() < deadline
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "README.md").exists()
+    # a checkpoint that the kill cut short has no trainer_state.json: it may not be continued from
+    (tmp_path / "killed" / "checkpoint-99").mkdir()
+    (tmp_path / "killed" / "checkpoint-99" / "model.safetensors").write_bytes(b"")
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    train(pivot, data, config(tmp_path / "killed", **settings))
+    train(pivot, data, config(tmp_path / "whole", **settings))
+    assert len(logged(tmp_path / "whole")) == 9
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_arguments_parse_as_flags():
+    parser = transformers.HfArgumentParser(TrainArguments)
+    arguments = parser.parse_args_into_dataclasses(["--model_name_or_path", "m", "--data_path", "d", "--overwrite"])[0]
+    assert arguments == TrainArguments("m", "d", overwrite=True)
