@@ -1,0 +1,467 @@
+"""Messages to ids: the published formats, contents found by construction, nothing that becomes a special token."""
+
+import importlib.resources
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fusechat_fuse.chat import (
+    ConversationEncoder,
+    encode_conversation,
+    end_of_turn_of,
+    load_fast_tokenizer,
+    native_template,
+    resolve_template,
+)
+from fusechat_fuse.conversations import Unusable
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.templates import BUILT_IN
+from tests.real_tokenizers import tiny_bpe
+from tests.reference_represent import spans_by_offsets
+
+SINGLE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]
+MULTI = [
+    *SINGLE,
+    {"role": "user", "content": "How are you today?"},
+    {"role": "assistant", "content": "Fine, thank you."},
+]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+# the published formats, written out by hand: (one turn, what a second turn adds, one turn after a system message)
+EXPECTED = {
+    "openchat_3.5": (
+        "<s>GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant: Hi there.<|end_of_turn|>",
+        "GPT4 Correct User: How are you today?<|end_of_turn|>GPT4 Correct Assistant: Fine, thank you.<|end_of_turn|>",
+        "<s>GPT4 Correct System: Be brief.<|end_of_turn|>GPT4 Correct User: Hello<|end_of_turn|>"
+        "GPT4 Correct Assistant: Hi there.<|end_of_turn|>",
+    ),
+    "mistral": (
+        "<s>[INST] Hello [/INST] Hi there.</s>",
+        "[INST] How are you today? [/INST] Fine, thank you.</s>",
+        "<s>[INST] Be brief.\n\nHello [/INST] Hi there.</s>",
+    ),
+    "llama-3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHi there.<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nHow are you today?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nFine, thank you.<|eot_id|>",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHi there.<|eot_id|>",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\nHi there.<end_of_turn>\n",
+        "<start_of_turn>user\nHow are you today?<end_of_turn>\n<start_of_turn>model\nFine, thank you.<end_of_turn>\n",
+        "<bos><start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\nHi there.<end_of_turn>\n",
+    ),
+    "phi-3": (
+        "<s><|user|>\nHello<|end|>\n<|assistant|>\nHi there.<|end|>\n",
+        "<|user|>\nHow are you today?<|end|>\n<|assistant|>\nFine, thank you.<|end|>\n",
+        "<s><|system|>\nBe brief.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\nHi there.<|end|>\n",
+    ),
+    "internlm2": (
+        "<s><|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi there.<|im_end|>\n",
+        "<|im_start|>user\nHow are you today?<|im_end|>\n<|im_start|>assistant\nFine, thank you.<|im_end|>\n",
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi there.<|im_end|>\n",
+    ),
+    "yi": (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi there.<|im_end|>\n",
+        "<|im_start|>user\nHow are you today?<|im_end|>\n<|im_start|>assistant\nFine, thank you.<|im_end|>\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi there.<|im_end|>\n",
+    ),
+    "qwen": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi there.<|im_end|>\n",
+        "<|im_start|>user\nHow are you today?<|im_end|>\n<|im_start|>assistant\nFine, thank you.<|im_end|>\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi there.<|im_end|>\n",
+    ),
+}
+FAMILIES = list(EXPECTED)
+
+
+def stand_in(family, chat_template=None):
+    """A byte-level tokenizer with the special tokens of a family, and no template unless given."""
+    marks = {
+        "openchat_3.5": ["<s>", "</s>", "<|end_of_turn|>"],
+        "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+        "llama-3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "gemma": ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        "phi-3": ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        "internlm2": ["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        "yi": ["<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    }[family]
+    data = json.loads(tiny_bpe().backend_tokenizer.to_str())
+    data["added_tokens"] = []
+    for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        data["model"]["vocab"][f"unused{data['model']['vocab'].pop(name)}"] = len(data["model"]["vocab"])
+    data["model"]["vocab"] = {piece: i for i, piece in enumerate(data["model"]["vocab"])}
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(json.dumps(data))
+    backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    special = {"bos_token": BUILT_IN[family].bos} if BUILT_IN[family].bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=BUILT_IN[family].end_of_turn, chat_template=chat_template, **special
+    )
+
+
+def check(tokenizer, messages, encoded, trimmed=False):
+    """What must hold of any encoding: spans tile the contents, end with the end of turn, and the bytes agree."""
+    assert (np.diff(encoded.predicted) > 0).all()
+    assert encoded.predicted.min() > 0
+    assert {a.dtype.name for a in (encoded.input_ids, encoded.predicted, encoded.start, encoded.end)} == {"int32"}
+    assert encoded.message.dtype == np.int16
+    assert [m for n, m in enumerate(encoded.message) if n == 0 or m != encoded.message[n - 1]] == [
+        n for n, message in enumerate(messages) if message["role"] == "assistant"
+    ]
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        raw = message["content"].encode()
+        spans = [(int(s), int(e)) for s, e, m in zip(encoded.start, encoded.end, encoded.message) if m == n]
+        assert spans[-1] == (len(raw), len(raw) + 1)
+        assert tokenizer.convert_ids_to_tokens(
+            int(encoded.input_ids[encoded.predicted[encoded.message == n][-1]])
+        ) == end_of_turn_of(tokenizer)
+        kept = raw.strip() if trimmed else raw
+        lead = len(raw) - len(raw.lstrip()) if trimmed else 0
+        position = lead
+        for start, end in spans[:-1]:
+            assert start == position
+            assert end >= start
+            position = end
+        assert position == lead + len(kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_built_in_templates_are_the_published_formats(family):
+    template = resolve_template(family, stand_in(family))
+    one, more, system = EXPECTED[family]
+    assert template.render(SINGLE) == one
+    assert template.render(MULTI) == one + more
+    assert template.render(SYSTEM + SINGLE) == system
+    assert template.render(SYSTEM + MULTI) == system + more
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("messages", [SINGLE, MULTI, SYSTEM + SINGLE, SYSTEM + MULTI], ids=["one", "two", "s1", "s2"])
+def test_every_family_without_a_template_of_its_own(family, messages):
+    tokenizer = stand_in(family)
+    encoder = ConversationEncoder(tokenizer, "native")
+    assert encoder.template.source == BUILT_IN[family].source
+    encoded = encoder.encode(messages)
+    one, more, system = EXPECTED[family]
+    text = (system if messages[0]["role"] == "system" else one) + (more if len(messages) > 3 else "")
+    assert list(encoded.input_ids) == tokenizer(text, add_special_tokens=False).input_ids
+    check(tokenizer, messages, encoded)
+    # every mark of the family is one token, and contents are where plain search finds them
+    places = [
+        (n, text.index(m["content"]), text.index(m["content"]) + len(m["content"]))
+        for n, m in enumerate(messages)
+        if m["role"] == "assistant"
+    ]
+    expected = spans_by_offsets(tokenizer, text, places)
+    end_of_turn = encoded.end - encoded.start == 1
+    end_of_turn &= encoded.input_ids[encoded.predicted] == tokenizer.eos_token_id
+    got = zip(*(a[~end_of_turn].tolist() for a in (encoded.predicted, encoded.message, encoded.start, encoded.end)))
+    assert list(got) == expected
+
+
+@pytest.mark.parametrize("name", ["openchat", "qwen", "llama3", "tiny_bpe", "tiny_unigram"])
+@pytest.mark.parametrize("template", ["native", *FAMILIES])
+def test_contents_of_all_kinds_on_real_tokenizers_with_every_template(name, template, request):
+    tokenizer = request.getfixturevalue(name)
+    encoder = ConversationEncoder(tokenizer, template)
+    answers = [
+        "",
+        "Hi",
+        "  two before, two after  ",
+        "\n\tcode:\n    return 1\n",
+        "naïve wörld 你好，世界 🙂👩‍👩‍👧 العربية",
+        "▁ a literal mark ▁▁",
+        "GPT4 Correct User: user assistant [INST] <|im_sta",
+        " ",
+        "1234567890 " * 3,
+    ]
+    messages = [m for a in answers for m in ({"role": "user", "content": a[::-1]}, {"role": "assistant", "content": a})]
+    messages = SYSTEM + messages
+    encoded = encoder.encode(messages)
+    trimmed = "| trim" in encoder.template.source
+    check(tokenizer, messages, encoded, trimmed)
+    # read back: each predicted token's own bytes are its span of the content
+    for t, message, start, end in zip(encoded.predicted, encoded.message, encoded.start, encoded.end):
+        raw = messages[message]["content"].encode()
+        piece = tokenizer.decode([int(encoded.input_ids[t])])
+        if end <= len(raw) and "�" not in piece and "▁" not in messages[message]["content"]:
+            span = raw[start:end].decode()
+            assert span.strip() == piece.strip() if start > 0 and end < len(raw) else span.strip() in piece
+
+
+def test_ids_of_the_model_card_single_and_multi_turn(openchat):
+    user, assistant = [420, 6316, 28781, 3198, 3123, 1247, 28747], [420, 6316, 28781, 3198, 3123, 21631, 28747]
+    one = [1, *user, 22557, 32000, *assistant]
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "How are you today?"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    two = [*one, 15359, 32000, *user, 1602, 460, 368, 3154, 28804, 32000, *assistant]
+    assert openchat("GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant:").input_ids == one
+    for template in ("native", "pivot", "openchat_3.5"):
+        encoder = ConversationEncoder(openchat, template)
+        assert list(encoder.encode(messages[:2]).input_ids) == [*one, 15359, 32000]
+        multi = encoder.encode(messages)
+        assert list(multi.input_ids) == [*two, 15359, 32000]
+        assert list(multi.predicted) == [len(one), len(one) + 1, len(two), len(two) + 1]
+        assert list(zip(multi.message, multi.start, multi.end)) == [(1, 0, 2), (1, 2, 3), (3, 0, 2), (3, 2, 3)]
+
+
+def test_token_that_straddles_header_and_content_is_clipped(openchat, llama3):
+    # openchat: '▁Hi' holds the header's blank; llama-3 in openchat's template: 'ĠHi' likewise
+    for tokenizer, piece in ((openchat, "▁Hi"), (llama3, "ĠHi")):
+        encoded = encode_conversation(tokenizer, SINGLE, "openchat_3.5")
+        first = encoded.predicted[0]
+        assert tokenizer.convert_ids_to_tokens(int(encoded.input_ids[first])) == piece
+        assert (encoded.start[0], encoded.end[0]) == (0, 2)
+
+
+def test_trimming_template_keeps_offsets_into_the_original_content(llama3):
+    messages = [SINGLE[0], {"role": "assistant", "content": " \n é!  \t"}]
+    encoded = encode_conversation(llama3, messages, "native")
+    text = llama3.decode(encoded.input_ids)
+    assert text.endswith("\n\né!<|eot_id|>")
+    assert (encoded.start[0], encoded.end[-2]) == (3, 6)  # é is two bytes
+    assert (encoded.start[-1], encoded.end[-1]) == (9, 10)  # the end of turn stands at the original length
+
+
+def test_whitespace_only_answer_that_is_trimmed_away_leaves_the_end_of_turn(llama3):
+    encoded = encode_conversation(llama3, [SINGLE[0], {"role": "assistant", "content": " \n "}], "native")
+    assert list(zip(encoded.start, encoded.end)) == [(3, 4)]
+
+
+def test_pivot_template_takes_each_tokenizers_own_bos_and_end_of_turn(openchat, qwen, llama3, tiny_unigram):
+    toks = {"openchat": openchat, "qwen": qwen, "llama3": llama3, "tiny": tiny_unigram}
+    own = {
+        "openchat": ("<s>", "<|end_of_turn|>"),
+        "qwen": ("", "<|im_end|>"),
+        "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
+        "tiny": ("<s>", "<|end|>"),
+    }
+    for model, tokenizer in toks.items():
+        for pivot, pivot_tokenizer in toks.items():
+            template = resolve_template("pivot", tokenizer, pivot_tokenizer)
+            encoder = ConversationEncoder(tokenizer, template)
+            encoded = encoder.encode(MULTI)
+            (p_bos, p_turn), (bos, turn) = own[pivot], own[model]
+            text = pivot_tokenizer.apply_chat_template(MULTI, tokenize=False)
+            text = bos + text.removeprefix(p_bos).replace(p_turn, turn)
+            assert list(encoded.input_ids) == tokenizer(text, add_special_tokens=False).input_ids, (model, pivot)
+            assert encoder.end_of_turn_id == tokenizer.convert_tokens_to_ids(turn)
+            check(tokenizer, MULTI, encoded)
+            if bos:
+                assert encoded.input_ids[0] == tokenizer.convert_tokens_to_ids(bos)
+
+
+def test_pivots_end_of_turn_in_a_content_is_left_alone_for_the_source(openchat, qwen):
+    messages = [SINGLE[0], {"role": "assistant", "content": "write <|end_of_turn|> to stop"}]
+    template = resolve_template("pivot", qwen, openchat)
+    encoded = ConversationEncoder(qwen, template).encode(messages)
+    check(qwen, messages, encoded)
+    assert "write <|end_of_turn|> to stop<|im_end|>" in qwen.decode(encoded.input_ids)
+    with pytest.raises(
+        Unusable, match="message 1 holds the text of the special token '<|end_of_turn|>'".replace("|", r"\|")
+    ):
+        ConversationEncoder(openchat, template).encode(messages)
+
+
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("text", ["<s>", "a</s>b", "<|end_of_turn|>", "<unk>"])
+def test_special_token_text_in_a_content_is_refused(openchat, role, text):
+    messages = [dict(m) for m in SINGLE]
+    messages[role]["content"] = f"x {text} y"
+    with pytest.raises(Unusable, match=f"message {role} holds the text of the special token") as caught:
+        encode_conversation(openchat, messages)
+    assert caught.value.reason == "special_token"
+
+
+def test_content_that_becomes_special_only_beside_the_template_is_refused(tiny_bpe):
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '>\n' if m['role'] == 'user' else '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = stand_in("qwen", source)
+    fine = ConversationEncoder(tokenizer, "native").encode(SINGLE)
+    assert len(fine.input_ids)
+    with pytest.raises(Unusable, match="message 0 joins its surroundings to a special token"):
+        ConversationEncoder(tokenizer, "native").encode([{"role": "user", "content": "say <|im_end|"}, SINGLE[1]])
+
+
+BODY = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "reason"),
+    [
+        ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + BODY
+         + "{% endfor %}", SYSTEM + SINGLE, r"refuses the conversation \(no system\)"),
+        ("{% for m in messages %}{% if m['role'] != 'system' %}" + BODY + "{% endif %}{% endfor %}", SYSTEM + SINGLE,
+         r"leaves out message 0 \(system\)"),
+        ("{{ messages[0]['content'] }}{% for m in messages %}" + BODY + "{% endfor %}", SINGLE, "repeats message 0"),
+        ("{% for m in messages %}" + BODY.replace("m['content']", "m['content'].split('</t>')[-1]") + "{% endfor %}",
+         [SINGLE[0], {"role": "assistant", "content": "<t>hm</t>yes"}],
+         "changes the text of or around message 1"),
+        ("{% for m in messages %}" + BODY.replace("m['content']", "m['content'] | upper") + "{% endfor %}", SINGLE,
+         "changes the text of or around message 0"),
+        ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+         "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+         "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}", MULTI,
+         "renders the first 2 messages differently once the conversation goes on"),
+        ("{% for m in messages if m['role'] != 'system' %}{% if loop.last %}{{ messages[0]['content'] }}{% endif %}"
+         + BODY + "{% endfor %}", SYSTEM + MULTI, "renders the first 3 messages differently"),
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", SINGLE,
+         "end of turn|ends no turn"),
+        ("{% for m in messages %}" + BODY + "{% endfor %}{{ messages[-1]['content'] | length }}", SINGLE,
+         "changes the text|adds text at the end"),
+    ],
+    ids=["raises", "drops", "repeats", "thinking", "changes", "unstable", "moves_system", "no_turn", "counts"],
+)  # fmt: skip
+def test_template_that_does_not_keep_the_conversation_is_refused_with_the_reason(source, messages, reason):
+    encoder = ConversationEncoder(stand_in("qwen", source), "native")
+    with pytest.raises(Unusable, match=reason) as caught:
+        encoder.encode(messages)
+    assert caught.value.reason == "template"
+
+
+def test_same_templates_serve_the_conversations_they_keep(tiny_bpe):
+    source = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+              "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+              "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}")  # fmt: skip
+    tokenizer = stand_in("qwen", source)
+    check(tokenizer, SINGLE, ConversationEncoder(tokenizer, "native").encode(SINGLE))
+
+
+def test_template_must_not_depend_on_the_day(tmp_path):
+    source = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    source += "{{ date_string }}\n{% for m in messages %}" + BODY + "{% endfor %}"
+    tokenizer = stand_in("qwen", source)
+    encoded = ConversationEncoder(tokenizer, "native").encode(SINGLE)
+    assert tokenizer.decode(encoded.input_ids).startswith("26 Jul 2024\n")
+
+
+def test_jinja_file_built_in_name_and_neither(tmp_path, openchat):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + '> ' + m['content'] + eos_token }}{% endfor %}"
+    )
+    encoded = encode_conversation(openchat, SINGLE, str(file))
+    assert openchat.decode(encoded.input_ids).replace("<s> ", "<s>").startswith("<s>user> Hello<|end_of_turn|>")
+    check(openchat, SINGLE, encoded)
+    with pytest.raises(InputError, match=r"expected one of pivot, native, openchat_3.5, .* got neither"):
+        resolve_template("chatmlx", openchat)
+    file.write_text("{% for m in %}")
+    with pytest.raises(InputError, match=r"mine.jinja: expected a Jinja chat template"):
+        resolve_template(str(file), openchat)
+
+
+def test_tokenizer_without_template_or_known_marks_asks_for_one(tiny_unigram):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_unigram.backend_tokenizer, eos_token="</s>", bos_token="<s>")
+    with pytest.raises(InputError, match=r"Give template one of openchat_3.5, mistral, .* or a .jinja file"):
+        native_template(bare)
+    # but another's template serves it, with its own EOS and BOS
+    encoded = encode_conversation(bare, SINGLE, "openchat_3.5")
+    assert encoded.input_ids[encoded.predicted[-1]] == bare.eos_token_id
+
+
+def test_truncation_keeps_whole_tokens_and_says_so(openchat):
+    whole = encode_conversation(openchat, MULTI)
+    assert not whole.truncated
+    for length in (len(whole.input_ids) - 1, 21, 19):
+        cut = encode_conversation(openchat, MULTI, max_length=length)
+        assert cut.truncated
+        np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:length])
+        kept = whole.predicted < length
+        for name in ("predicted", "message", "start", "end"):
+            np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[kept])
+    with pytest.raises(Unusable, match="no predicted token within 17 tokens") as caught:
+        encode_conversation(openchat, MULTI, max_length=17)
+    assert caught.value.reason == "too_long"
+
+
+def test_text_that_the_tokens_do_not_give_back_is_refused_with_the_reason(qwen, openchat):
+    messages = [SINGLE[0], {"role": "assistant", "content": "e\u0301"}]
+    with pytest.raises(Unusable, match="not in Unicode's NFC form") as caught:
+        encode_conversation(qwen, messages)
+    assert caught.value.reason == "bytes"
+    check(openchat, messages, encode_conversation(openchat, messages))
+
+
+def test_special_tokens_that_swallow_blanks_leave_a_hole(openchat):
+    data = json.loads(stand_in("phi-3").backend_tokenizer.to_str())
+    for token in data["added_tokens"]:
+        token["rstrip"] = token["content"] != "<s>"
+    from tokenizers import Tokenizer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|end|>", bos_token="<s>"
+    )
+    encoded = encode_conversation(tokenizer, [SINGLE[0], {"role": "assistant", "content": "  indented"}], "native")
+    assert encoded.start[0] == 2
+    assert encoded.end[-2] == 10
+
+
+# --- loading tokenizers
+
+
+def copy_of(tokenizer, folder, **config):
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def test_llama_class_directory_keeps_the_ids_of_its_tokenizer_json(tmp_path, openchat, caplog):
+    folder = copy_of(openchat, tmp_path / "m", tokenizer_class="LlamaTokenizer", legacy=True)
+    text = "def f():\n        return 1 <s> x"
+    with caplog.at_level(logging.WARNING):
+        loaded = load_fast_tokenizer(folder)
+    assert not caplog.records
+    assert loaded(text).input_ids == openchat(text).input_ids
+    assert loaded.chat_template == openchat.chat_template
+    # the class named in the directory would change them: this is why it is not used
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != openchat(text).input_ids
+
+
+def test_directory_with_a_vocabulary_file_alone_gives_a_warning(tmp_path, caplog):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    with importlib.resources.as_file(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1") as f:
+        shutil.copy(f, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    with caplog.at_level(logging.WARNING):
+        loaded = load_fast_tokenizer(folder)
+    assert "has no tokenizer.json" in caplog.text
+    assert loaded("Hello").input_ids[-1] == 22557
+
+
+def test_what_is_no_tokenizer_is_said(tmp_path, openchat):
+    with pytest.raises(InputError, match="expected a model directory, got none there"):
+        load_fast_tokenizer(tmp_path / "nothing")
+    with pytest.raises(InputError, match="got no tokenizer"):
+        load_fast_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"expected a readable tokenizer.json"):
+        load_fast_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="expected a fast tokenizer"):
+        load_fast_tokenizer(object())
+    with pytest.raises(InputError, match="expected a model directory or Hub name"):
+        load_fast_tokenizer("nobody/nothing-of-this-name")
+    assert load_fast_tokenizer(openchat) is openchat
