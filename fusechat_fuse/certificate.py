@@ -1,0 +1,170 @@
+"""Is an alignment good? Coverage, and the bits-per-byte gap between the source and what alignment made of it.
+
+    gap = bits the aligned distribution needs for the actual pivot tokens / bytes
+        - bits the source needs for its actual tokens / bytes            over the covered stretches
+
+A stretch runs from one place where tokens of both start (or end) together to the next; it is covered if neither side
+has a hole in it and every pivot token in it has an answer. A perfect alignment has gap 0. Where an answered row leaves
+the actual token out, it is charged FLOOR and counted (`without_actual`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusechat_fuse.correspondence import EXACT, INSIDE, Correspondence
+from fusechat_fuse.mapping import Mapped, Stream
+
+FLOOR = 1e-6
+COUNTED = (
+    *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "without_actual"),
+    *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits"),
+)
+
+
+class CoverageError(RuntimeError):
+    """An alignment answers fewer of the pivot's predicted tokens than was asked for."""
+
+
+def log_of_actual(pivot: Stream, mapped: Mapped) -> np.ndarray:
+    """log of the probability each row gives the actual pivot token (float64 [P], -inf where it has none)."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.where(mapped.ids == pivot.ids[:, None], mapped.probs, 0).sum(1))
+
+
+def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np.ndarray):
+    """Covered stretches: (stretch of each pivot token, of each source token, covered [S]); -1 before the first.
+
+    Both sides number the same common starts, so stretch s is the same text on either.
+    """
+    exact = match.kind == EXACT
+    heads_p, heads_q = np.flatnonzero(exact), match.source[exact]
+    S = len(heads_p)
+    of_p = np.cumsum(exact) - 1
+    marks = np.zeros(len(source), np.int64)
+    marks[heads_q] = 1
+    of_q = np.cumsum(marks) - 1
+    covered = np.ones(S, bool)
+    for of, stream in ((of_p, pivot), (of_q, source)):
+        broken = (stream.start[1:] != stream.end[:-1]) & (of[1:] == of[:-1]) & (of[1:] >= 0)
+        covered[of[1:][broken]] = False
+    covered[of_p[(of_p >= 0) & ~answered]] = False
+    last_p = np.append(heads_p[1:], len(pivot)) - 1
+    last_q = np.append(heads_q[1:], len(source)) - 1
+    covered &= pivot.end[last_p] == source.end[last_q]
+    return of_p, of_q, covered
+
+
+def tally(
+    pivot: Stream,
+    source: Stream,
+    match: Correspondence,
+    mapped: Mapped,
+    safe: np.ndarray,
+    conversation: np.ndarray,
+    conversations: int,
+) -> dict[str, np.ndarray]:
+    """The counted quantities of each conversation.
+
+    Args:
+        pivot, source, match, mapped: of one batch.
+        safe: bool [P].
+        conversation: int [P], which conversation of the batch a pivot token belongs to.
+        conversations: how many there are.
+
+    Returns:
+        name -> float64 [conversations], names in COUNTED; bits and bytes over covered stretches.
+    """
+
+    def per_conversation(weights, where=None) -> np.ndarray:
+        chosen = slice(None) if where is None else where
+        weights = np.broadcast_to(np.asarray(weights, np.float64), len(conversation))[chosen]
+        return np.bincount(conversation[chosen], weights, conversations)
+
+    answered = mapped.answered
+    log_actual = log_of_actual(pivot, mapped)
+    of_p, of_q, covered = stretches(pivot, source, match, answered)
+    bits = -np.log2(np.e) * np.maximum(log_actual, np.log(FLOOR))
+    if mapped.exact_actual:  # tiny probabilities are meant
+        bits = -np.log2(np.e) * log_actual
+    inside = (of_p >= 0) & np.append(covered, False)[of_p]
+    inside_q = (of_q >= 0) & np.append(covered, False)[of_q]
+    heads = np.flatnonzero(match.kind == EXACT)
+    source_bits = np.bincount(of_q[inside_q], source.ce[inside_q].astype(np.float64), len(covered)) / np.log(2)
+    source_of = np.bincount(conversation[heads], source_bits, conversations) if len(heads) else np.zeros(conversations)
+    return {
+        "predicted": per_conversation(1),
+        "answered": per_conversation(answered),
+        "exact": per_conversation(answered & (mapped.kind == EXACT)),
+        "inside": per_conversation(answered & (mapped.kind == INSIDE)),
+        "safe": per_conversation(answered & safe),
+        "one_hot": per_conversation(~answered & (mapped.ids >= 0).any(1)),
+        "mass": per_conversation(mapped.mass, answered),
+        "without_actual": per_conversation(answered & np.isneginf(log_actual)),
+        "covered_tokens": per_conversation(inside),
+        "covered_bytes": per_conversation(pivot.end - pivot.start, inside),
+        "source_bits": source_of,
+        "aligned_bits": per_conversation(bits, inside),
+    }
+
+
+def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
+    """The figures from summed counts: shares of predicted tokens, mean mass, bits per byte, the gap.
+
+    Args:
+        counted: sums over conversations, names in COUNTED.
+
+    Returns:
+        predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, without_actual;
+        one_hot (of all), covered_tokens (of all), covered_bytes (count), source_bits_per_byte, aligned_bits_per_byte,
+        gap_bits_per_byte. None where there is nothing to divide by.
+    """
+
+    def share(name: str, of: str) -> float | None:
+        return counted[name] / counted[of] if counted[of] else None
+
+    source, aligned = share("source_bits", "covered_bytes"), share("aligned_bits", "covered_bytes")
+    return {
+        "predicted_tokens": int(counted["predicted"]),
+        "coverage": share("answered", "predicted"),
+        "exact": share("exact", "answered"),
+        "inside": share("inside", "answered"),
+        "safe": share("safe", "answered"),
+        "mean_mapped_mass": share("mass", "answered"),
+        "without_actual": share("without_actual", "answered"),
+        "one_hot": share("one_hot", "predicted"),
+        "covered_tokens": share("covered_tokens", "predicted"),
+        "covered_bytes": int(counted["covered_bytes"]),
+        "source_bits_per_byte": source,
+        "aligned_bits_per_byte": aligned,
+        "gap_bits_per_byte": None if source is None else aligned - source,
+    }
+
+
+def summary_lines(figures: dict) -> list[str]:
+    """The certificate for a terminal: a few lines, worst conversations and slices included."""
+
+    def percent(value) -> str:
+        return "none" if value is None else f"{100 * value:.2f} %"
+
+    def bits(value) -> str:
+        return "none" if value is None else f"{value:.4f}"
+
+    whole = figures["all"]
+    lines = [
+        f"coverage {percent(whole['coverage'])} of {whole['predicted_tokens']} predicted tokens "
+        f"(exact {percent(whole['exact'])}, inside {percent(whole['inside'])}, safe {percent(whole['safe'])})",
+        f"mean mapped mass {percent(whole['mean_mapped_mass'])}, one-hot {percent(whole['one_hot'])}, "
+        f"actual token missing {percent(whole['without_actual'])}",
+        f"bits per byte: source {bits(whole['source_bits_per_byte'])}, aligned {bits(whole['aligned_bits_per_byte'])}, "
+        f"gap {bits(whole['gap_bits_per_byte'])} over {percent(whole['covered_tokens'])} of the tokens",
+    ]
+    for name, part in sorted(figures.get("slices", {}).items()):
+        lines.append(
+            f"slice {name}: coverage {percent(part['coverage'])}, gap {bits(part['gap_bits_per_byte'])}, "
+            f"{part['predicted_tokens']} tokens"
+        )
+    if figures.get("worst"):
+        worst = ", ".join(f"{row['id']} {bits(row['gap_bits_per_byte'])}" for row in figures["worst"])
+        lines.append(f"largest gaps: {worst}")
+    return lines

@@ -1,0 +1,224 @@
+"""The vocabularies of one tokenizer pair, ready for `mapping.py`: built once, kept under both tokenizers' hashes.
+
+The cache is a folder of safetensors files named by content (`FUSECHAT_CACHE`, else `~/.cache/fusechat`); deleting it
+costs seconds for `exact` and `prefix` and minutes for `min_edit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fusechat_fuse.correspondence import joined_bytes
+from fusechat_fuse.mapping import Vocabularies
+from fusechat_fuse.representation import Representation, load_tokenizer, write_atomic
+from fusechat_fuse.tokens import same_vocabulary, token_table
+from fusechat_fuse.vocabulary import (
+    PairCounts,
+    PathTable,
+    Speller,
+    exact_map,
+    min_edit_map,
+    preferred_ids,
+    statistics_map,
+)
+
+logger = logging.getLogger(__name__)
+_CACHE_VERSION = 1
+
+
+def cache_folder(cache_dir=None) -> Path:
+    """Where vocabulary maps are kept: the argument, else FUSECHAT_CACHE, else ~/.cache/fusechat."""
+    return Path(cache_dir or os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat")
+
+
+def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load, save
+
+    file = folder / f"{name}.safetensors"
+    if file.exists():
+        try:
+            return load(file.read_bytes())
+        except Exception as error:
+            logger.warning("%s cannot be read (%s); it is computed again.", file, error)
+    arrays = build()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, save(arrays))
+    except OSError as error:
+        logger.warning("vocabulary map not kept in %s: %s", folder, error)
+    return arrays
+
+
+@dataclass
+class Side:
+    """One tokenizer as alignment sees it: bytes by id (None for what has a role only), padded to the embedding."""
+
+    bytes: list
+    pieces: list
+    sha256: str
+    end_of_turn: int | None
+    bos: int | None
+    lengths: np.ndarray  # [V] bytes of each id, 0 for special tokens
+    first_byte: np.ndarray  # [V] -1 for special tokens
+    last_byte: np.ndarray  # [V]
+    joined: np.ndarray  # bool [256, 256]
+
+    @classmethod
+    def of(cls, representation: Representation, tokenizer) -> Side:
+        about, table = representation.manifest["tokenizer"], token_table(tokenizer)
+        end_of_turn, bos = about.get("end_of_turn_id"), about.get("bos_id")
+        size = max(len(table.bytes), int(representation.manifest.get("model", {}).get("vocab_size") or 0))
+        spelled = table.bytes + [None] * (size - len(table.bytes))
+        for role in (end_of_turn, bos):
+            if role is not None:
+                spelled[role] = None
+        pad = lambda pick: np.array([pick(piece) if piece else -1 for piece in spelled], np.int64)  # noqa: E731
+        return cls(
+            bytes=spelled,
+            pieces=table.pieces + [None] * (size - len(table.pieces)),
+            sha256=about["sha256"],
+            end_of_turn=end_of_turn,
+            bos=bos,
+            lengths=np.maximum(pad(len), 0),
+            first_byte=pad(lambda piece: piece[0]),
+            last_byte=pad(lambda piece: piece[-1]),
+            joined=joined_bytes(spelled),
+        )
+
+
+@dataclass
+class Pair:
+    """Pivot and source side, whether they share one vocabulary, and what the mapping needs."""
+
+    pivot: Side
+    source: Side
+    identity: bool
+    speller: Speller
+    by_bytes: dict
+    folder: Path
+
+    @classmethod
+    def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> Pair:
+        """Read both tokenizers from the representations' directories."""
+        tokenizer = load_tokenizer(pivot.path)
+        equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
+        other = tokenizer if equal else load_tokenizer(source.path)
+        speller, side = Speller(tokenizer), Side.of(pivot, tokenizer)
+        return cls(
+            pivot=side,
+            source=Side.of(source, other),
+            identity=equal or same_vocabulary(tokenizer, other),
+            speller=speller,
+            by_bytes=preferred_ids(side.bytes, [*speller.is_byte_piece, *[False] * len(side.bytes)]),
+            folder=cache_folder(cache_dir) / "vocabulary",
+        )
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}-{self.pivot.sha256[:16]}-{self.source.sha256[:16]}-v{_CACHE_VERSION}"
+
+    def vocabularies(self, mapping: str, counts: PairCounts | None = None, workers: int = 1) -> Vocabularies:
+        """Maps of the pair for one of `exact`, `min_edit`, `statistics` (with counts) or `prefix`.
+
+        Returns:
+            Vocabularies; special tokens are mapped by role (end of turn, BOS), identical ones also where the two
+            vocabularies are one.
+        """
+        single = None
+        if self.identity:
+            table = PathTable([[i] if same else [] for i, same in enumerate(self._same())])
+            single = table.first.copy()
+        else:
+            table = self._paths()
+            if mapping == "min_edit":
+                single = self._ids("min_edit", lambda: min_edit_map(self.source.bytes, self.by_bytes, workers=workers))
+            elif mapping == "statistics":
+                single = statistics_map(self.source.bytes, self.pivot.bytes, self.by_bytes, counts)
+            elif mapping == "exact":
+                single = exact_map(self.source.bytes, self.by_bytes)
+        vocab = Vocabularies(
+            pivot_bytes=self.pivot.bytes,
+            source_bytes=self.source.bytes,
+            to_pivot=single,
+            table=table,
+            spell=self.speller.paths,
+            by_bytes=self.by_bytes,
+        )
+        return self._by_role(vocab)
+
+    def _same(self) -> list[bool]:
+        mine, theirs = self.pivot.pieces, self.source.pieces
+        return [i < len(mine) and piece is not None and mine[i] == piece for i, piece in enumerate(theirs)]
+
+    def _by_role(self, vocab: Vocabularies) -> Vocabularies:
+        """End of turn and BOS of the source become the pivot's."""
+        paths = {}
+        for role in ("bos", "end_of_turn"):
+            theirs, mine = getattr(self.source, role), getattr(self.pivot, role)
+            if theirs is not None:
+                paths[theirs] = [] if mine is None else [mine]
+                if vocab.to_pivot is not None:
+                    vocab.to_pivot[theirs] = -1 if mine is None else mine
+        first = vocab.table.extend(list(paths.values()))
+        for n, i in enumerate(paths):  # the added rows take the place of the source id's own
+            for array in (vocab.table.offset, vocab.table.length, vocab.table.first):
+                array[i] = array[first + n]
+        return replace(vocab)
+
+    def _ids(self, kind: str, build) -> np.ndarray:
+        cached = _cached(self.folder, self._name(kind), lambda: {"ids": build()})["ids"].astype(np.int32)
+        ids = np.full(len(self.source.bytes), -1, np.int32)
+        ids[: len(cached)] = cached[: len(ids)]
+        return ids
+
+    def _paths(self) -> PathTable:
+        def build() -> dict[str, np.ndarray]:
+            table = PathTable(self.speller.paths([piece or b"" for piece in self.source.bytes]))
+            return {"flat": table.flat, "length": table.length}
+
+        cached = _cached(self.folder, self._name("prefix"), build)
+        table, missing = PathTable([]), len(self.source.bytes) - len(cached["length"])
+        table.flat, length = cached["flat"].astype(np.int32), cached["length"].astype(np.int32)
+        table.length = np.append(length, np.zeros(max(missing, 0), np.int32))[: len(self.source.bytes)]
+        table.offset = np.cumsum(table.length, dtype=np.int64) - table.length
+        table.index_first()
+        return table
+
+
+def save_counts(path, counts: PairCounts, pair: Pair) -> None:
+    """Keep alignment counts for another corpus: safetensors with both tokenizers' hashes."""
+    from safetensors.numpy import save
+
+    about = {"pivot": pair.pivot.sha256, "source": pair.source.sha256, "pivot_size": str(counts.pivot_size)}
+    write_atomic(Path(path), save({"keys": counts.keys, "counts": counts.counts}, metadata=about))
+
+
+def load_counts(path, pair: Pair) -> PairCounts:
+    """Counts that an earlier `align` left (a file, or the directory that holds `counts.safetensors`).
+
+    Raises: InputError where they are of another tokenizer pair or cannot be read.
+    """
+    from safetensors import safe_open
+
+    from fusechat_fuse.errors import InputError
+
+    file = Path(path) / "counts.safetensors" if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            about, keys, counts = tensors.metadata() or {}, tensors.get_tensor("keys"), tensors.get_tensor("counts")
+    except Exception as error:
+        raise InputError(
+            f"counts for {file}: expected counts.safetensors that align wrote, got {error}. Give another path."
+        ) from error
+    for side in ("pivot", "source"):
+        if about.get(side) != getattr(pair, side).sha256:
+            raise InputError(
+                f"counts for {file}: expected counts of the same tokenizers, got another {side} tokenizer. "
+                "Leave counts out to collect them from this corpus."
+            )
+    return PairCounts(keys, counts, int(about["pivot_size"]))

@@ -1,0 +1,344 @@
+"""Which pivot token, or which path of pivot tokens, a source token's bytes become: computed once per tokenizer pair.
+
+Four maps from source id to pivot, all from bytes to bytes (`tokens.token_bytes`), none of them V x V:
+    exact       the pivot token of the same bytes
+    min_edit    else the pivot token at the least Levenshtein distance (in characters)
+    statistics  else the pivot token most often aligned with it over the corpus
+    prefix      the whole path of pivot tokens that spells the bytes in mid-text (a ragged table)
+Here -1 is "no pivot token". Special tokens are mapped by role, by the caller, never by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusechat_fuse.tokens import CHARACTER_OF_BYTE, MARK, backend_of, component, token_table
+
+Bytes = bytes | None
+
+
+def preferred_ids(pivot_bytes: Sequence[Bytes], is_byte_piece: Sequence[bool]) -> dict[bytes, int]:
+    """Bytes -> pivot id; of several ids with the same bytes an ordinary one before a `<0xNN>` one, then the lowest."""
+    chosen: dict[bytes, int] = {}
+    for byte_piece in (False, True):
+        for i, piece in enumerate(pivot_bytes):
+            if piece and bool(is_byte_piece[i]) == byte_piece:
+                chosen.setdefault(piece, i)
+    return chosen
+
+
+def exact_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int]) -> np.ndarray:
+    """EM: the pivot token of the same bytes.
+
+    Args:
+        source_bytes: [V_S] bytes of each source id, None for special tokens.
+        by_bytes: pivot id of each byte string (`preferred_ids`).
+
+    Returns:
+        int32 [V_S], -1 where no pivot token has these bytes.
+    """
+    return np.array([by_bytes.get(piece, -1) if piece else -1 for piece in source_bytes], np.int32)
+
+
+def _characters(piece: bytes) -> str:
+    """Text for an edit distance: characters, and one symbol for each byte that is no part of one."""
+    return piece.decode("utf-8", "surrogateescape")
+
+
+def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, workers: int = 1) -> np.ndarray:
+    """MinED: the pivot token of least Levenshtein distance; of several at that distance the one of lowest id.
+
+    A distance is at least the difference in length, so pivot tokens are tried by length, nearest first, and a source
+    token is settled once the next difference exceeds its best distance.
+
+    Args:
+        source_bytes: [V_S] bytes of each source id, None for special tokens.
+        by_bytes: pivot id of each byte string (`preferred_ids`).
+        workers: threads.
+
+    Returns:
+        int32 [V_S], -1 for special tokens only.
+
+    Source: FuseLLM (arXiv 2401.10491) section 3.2. The released FuseChat code cannot run this mode.
+    """
+    mapping = exact_map(source_bytes, by_bytes)
+    pivot: dict[int, tuple[list[str], np.ndarray]] = {}
+    for piece, i in sorted(by_bytes.items(), key=lambda item: item[1]):
+        text = _characters(piece)
+        pivot.setdefault(len(text), ([], []))
+        pivot[len(text)][0].append(text)
+        pivot[len(text)][1].append(i)
+    pivot = {length: (texts, np.array(ids)) for length, (texts, ids) in pivot.items()}
+    queries: dict[int, list[tuple[int, str]]] = {}
+    for i, piece in enumerate(source_bytes):
+        if piece and mapping[i] < 0:
+            text = _characters(piece)
+            queries.setdefault(len(text), []).append((i, text))
+    for length, group in queries.items():
+        for at in range(0, len(group), 2048):
+            ids, texts = zip(*group[at : at + 2048])
+            mapping[list(ids)] = _nearest(texts, length, pivot, workers)
+    return mapping
+
+
+def _nearest(texts: Sequence[str], length: int, pivot: dict, workers: int) -> np.ndarray:
+    """Nearest pivot ids of texts that all have `length` characters."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    worst = np.iinfo(np.uint16).max
+    best, chosen = np.full(len(texts), worst, np.int64), np.full(len(texts), -1, np.int64)
+    for other in sorted(pivot, key=lambda n: abs(n - length)):
+        open_ = np.flatnonzero(best >= abs(other - length))  # equal: a lower id at the same distance is still possible
+        if not len(open_):
+            break
+        candidates, ids = pivot[other]
+        cutoff = min(int(best[open_].max()), max(length, other))
+        for first in range(0, len(candidates), 4096):
+            distances = cdist(
+                [texts[i] for i in open_],
+                candidates[first : first + 4096],
+                scorer=Levenshtein.distance,
+                score_cutoff=cutoff,
+                dtype=np.uint16,
+                workers=workers,
+            )
+            at = distances.argmin(axis=1)
+            found, found_ids = distances[np.arange(len(open_)), at].astype(np.int64), ids[first + at]
+            better = (found < best[open_]) | ((found == best[open_]) & (found_ids < chosen[open_]))
+            better &= found <= max(length, other)
+            best[open_[better]], chosen[open_[better]] = found[better], found_ids[better]
+    return chosen
+
+
+@dataclass
+class PairCounts:
+    """How often source id and pivot id were aligned over a corpus: sparse, sorted, summable.
+
+    keys int64 [N] = source_id * pivot_size + pivot_id, ascending and unique; counts int64 [N].
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+    pivot_size: int
+
+    @classmethod
+    def of(cls, source_ids: np.ndarray, pivot_ids: np.ndarray, pivot_size: int) -> PairCounts:
+        """Counts of aligned pairs (source_ids[i], pivot_ids[i])."""
+        keys, counts = np.unique(source_ids.astype(np.int64) * pivot_size + pivot_ids, return_counts=True)
+        return cls(keys, counts.astype(np.int64), pivot_size)
+
+    @classmethod
+    def total(cls, parts: Sequence[PairCounts], pivot_size: int) -> PairCounts:
+        """The sum of several counts."""
+        keys = np.concatenate([np.zeros(0, np.int64), *(part.keys for part in parts)])
+        counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
+        unique, where = np.unique(keys, return_inverse=True)
+        return cls(unique, np.bincount(where, counts, len(unique)).astype(np.int64), pivot_size)
+
+
+def statistics_map(
+    source_bytes: Sequence[Bytes], pivot_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], counts: PairCounts
+) -> np.ndarray:
+    """MS: the same bytes if a pivot token has them, else the pivot token most often aligned with the source token.
+
+    Among pivot tokens aligned equally often the one at the least edit distance, then of the lowest id.
+
+    Args:
+        source_bytes, pivot_bytes: [V_S], [V_P] bytes of each id, None for special tokens.
+        by_bytes: pivot id of each byte string (`preferred_ids`).
+        counts: how often the two were aligned (`PairCounts`).
+
+    Returns:
+        int32 [V_S], -1 where no pivot token has the bytes and none was ever aligned with it.
+
+    Source: FuseChat (arXiv 2408.07990) section 3.2.
+    Differs from the released code, where a larger count makes a pair *less* likely to be chosen.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    mapping = exact_map(source_bytes, by_bytes)
+    source, pivot = counts.keys // counts.pivot_size, counts.keys % counts.pivot_size
+    usable = mapping[source] < 0
+    usable &= np.array([piece is not None for piece in source_bytes])[source]
+    usable &= np.array([piece is not None for piece in pivot_bytes])[pivot]
+    source, pivot, count = source[usable], pivot[usable], counts.counts[usable]
+    order = np.lexsort((pivot, -count, source))
+    source, pivot, count = source[order], pivot[order], count[order]
+    first = np.concatenate([[0], np.flatnonzero(np.diff(source)) + 1]) if len(source) else np.zeros(0, np.int64)
+    mapping[source[first]] = pivot[first]
+    tied = np.flatnonzero(np.diff(source) == 0)
+    tied = tied[np.isin(tied, first) & (count[tied] == count[tied + 1])]
+    for at in tied:
+        end = at + int(np.searchsorted(-count[at:][source[at:] == source[at]], -count[at], side="right"))
+        text = _characters(source_bytes[source[at]])
+        ids = pivot[at:end]
+        distances = [Levenshtein.distance(text, _characters(pivot_bytes[i])) for i in ids]
+        mapping[source[at]] = ids[int(np.argmin(distances))]
+    return mapping
+
+
+class Speller:
+    """Spells bytes as pivot tokens in mid-text.
+
+    Works on a copy of the pivot tokenizer without normalizer, prefix, post-processor and special added tokens, so
+    ' the' gives [▁the] and 'the' [the]. Leading continuation bytes of a cut character are spelled byte by byte. An
+    unfinished character at the end: a byte-level pivot runs its merges on the raw bytes; the path of another pivot
+    stops before it.
+    """
+
+    def __init__(self, tokenizer):
+        table = token_table(tokenizer)
+        self.bytes, self.family = table.bytes, table.pipeline.family
+        self.is_byte_piece = [piece is not None and _is_byte_piece(piece) for piece in table.pieces]
+        self.unk_id = table.unk_id
+        self._copy, self._merges_only, self._replaces_blanks = _stripped(tokenizer)
+        self._byte_ids = {}
+        for i, piece in enumerate(self.bytes):
+            if piece is not None and len(piece) == 1 and (piece[0] not in self._byte_ids or self.is_byte_piece[i]):
+                self._byte_ids[piece[0]] = i
+
+    def paths(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """The path of pivot ids of each byte string; shorter than the bytes where the pivot cannot spell the rest."""
+        split = [_split_utf8(piece) for piece in pieces]
+        bodies = [self._text(body) for _, body, tail in split if not (tail and self._merges_only)]
+        encoded = iter(self._copy.encode_batch(bodies, add_special_tokens=False))
+        paths = []
+        for piece, (lead, body, tail) in zip(pieces, split):
+            path = [self._byte_ids.get(byte, -1) for byte in lead]
+            if tail and self._merges_only:
+                spelled = "".join(CHARACTER_OF_BYTE[byte] for byte in body + tail)
+                path += self._merges_only.encode(spelled, add_special_tokens=False).ids
+            else:
+                path += next(encoded).ids
+            paths.append(self._as_far_as_right(piece, path))
+        return paths
+
+    def _text(self, body: bytes) -> str:
+        text = body.decode()
+        return text.replace(" ", MARK) if self._replaces_blanks else text
+
+    def _as_far_as_right(self, piece: bytes, path: list[int]) -> list[int]:
+        """The path up to the first id that does not spell the bytes (unknown token, no token for a byte)."""
+        at, mark = 0, MARK.encode()
+        for n, i in enumerate(path):
+            own = self.bytes[i] if i >= 0 else None
+            if own is None:
+                return path[:n]
+            if not piece.startswith(own, at):
+                rest = piece[at:].replace(mark, b" ")
+                if mark not in piece or not rest.startswith(own):
+                    return path[:n]
+                at += len(own) + 2 * own.count(b" ")
+                continue
+            at += len(own)
+        return path
+
+
+def _is_byte_piece(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _split_utf8(piece: bytes) -> tuple[bytes, bytes, bytes]:
+    """(leading continuation bytes, valid UTF-8, what follows the first byte that is not valid)."""
+    lead = 0
+    while lead < len(piece) and 0x80 <= piece[lead] < 0xC0:
+        lead += 1
+    try:
+        piece[lead:].decode()
+        return piece[:lead], piece[lead:], b""
+    except UnicodeDecodeError as error:
+        return piece[:lead], piece[lead : lead + error.start], piece[lead + error.start :]
+
+
+def _stripped(tokenizer):
+    """(copy that reads mid-text, copy that only merges raw bytes or None, whether blanks must be given as '▁')."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    backend, table = backend_of(tokenizer), token_table(tokenizer)
+    ordinary = backend.get_vocab(with_added_tokens=False)
+    kept = [t for _, t in sorted(backend.get_added_tokens_decoder().items()) if not t.special]
+    if all(token.content in ordinary for token in kept):
+        copy = Tokenizer(backend.model)  # shares the model; nothing below changes it
+        copy.add_tokens(kept)
+    else:
+        data = json.loads(backend.to_str())
+        data["added_tokens"] = [token for token in data["added_tokens"] if not token["special"]]
+        copy = Tokenizer.from_str(json.dumps(data | {"normalizer": None, "post_processor": None}))
+        copy.no_padding()
+        copy.no_truncation()
+    before = component(backend.pre_tokenizer)
+    copy.pre_tokenizer = None
+    if before:
+        copy.pre_tokenizer = backend.pre_tokenizer
+        text = json.dumps(_without_prefix(before))
+        copy.pre_tokenizer = pre_tokenizers.Sequence([])
+        copy.pre_tokenizer = _pre_tokenizer_from(text)
+    merges_only = None
+    if table.pipeline.family == "byte_level":
+        merges_only = Tokenizer(backend.model)
+    replaces = table.pipeline.family == "metaspace" and "Metaspace" not in json.dumps(before)
+    return copy, merges_only, replaces
+
+
+def _pre_tokenizer_from(text: str):
+    from tokenizers import Tokenizer, models
+
+    shell = json.loads(Tokenizer(models.BPE()).to_str()) | {"pre_tokenizer": json.loads(text)}
+    return Tokenizer.from_str(json.dumps(shell)).pre_tokenizer
+
+
+def _without_prefix(node: dict) -> dict:
+    """A pre-tokenizer that puts nothing before its text."""
+    if "pretokenizers" in node:
+        return node | {"pretokenizers": [_without_prefix(child) for child in node["pretokenizers"]]}
+    if node["type"] == "Metaspace":
+        return node | {"prepend_scheme": "never"}
+    if node["type"] == "ByteLevel":
+        return node | {"add_prefix_space": False}
+    return node
+
+
+class PathTable:
+    """Ragged table of pivot paths, one row per source id, with more rows added on the way.
+
+    flat int32 [N], offset int64 [R], length int32 [R], first int32 [R] (-1 for an empty path).
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]]):
+        self.length = np.array([len(path) for path in paths], np.int32)
+        self.flat = np.array([i for path in paths for i in path], np.int32)
+        self.offset = np.cumsum(self.length, dtype=np.int64) - self.length
+        self.index_first()
+
+    def index_first(self) -> None:
+        """Set `first` from the other arrays."""
+        padded = np.append(self.flat, -1)
+        self.first = np.where(self.length > 0, padded[np.minimum(self.offset, len(self.flat))], -1).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def path(self, row: int) -> list[int]:
+        """One row as a list."""
+        return self.flat[self.offset[row] : self.offset[row] + self.length[row]].tolist()
+
+    def extend(self, paths: Sequence[Sequence[int]]) -> int:
+        """Add rows; returns the number of the first one."""
+        more, first = PathTable(paths), len(self)
+        self.offset = np.concatenate([self.offset, more.offset + len(self.flat)])
+        self.length = np.concatenate([self.length, more.length])
+        self.flat = np.concatenate([self.flat, more.flat])
+        self.index_first()
+        return first
+
+    def at(self, rows: np.ndarray, c: int) -> np.ndarray:
+        """The c-th token of each path, -1 past its end; same shape as `rows`."""
+        if c == 0:
+            return self.first[rows]
+        padded = np.append(self.flat, -1)
+        return np.where(self.length[rows] > c, padded[np.minimum(self.offset[rows] + c, len(self.flat))], -1)
