@@ -1,0 +1,218 @@
+"""`combine`: several aligned sources become one, conversation by conversation.
+
+    min_ce   the source with the lowest cross-entropy; of equal ones the first
+    avg_ce   q = sum_j w_j q_j,   w_j = exp(-CE_j) / sum_i exp(-CE_i)
+
+Combining is associative: a combination stands for its sources. For avg_ce a row keeps `source_log_weight` =
+log sum_j exp(-CE_j), its weight when more sources are added; its `source_ce` is the weighted mean of the sources'.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.mapping import add_up_equal_ids
+from fusechat_fuse.representation import (
+    Representation,
+    ShardWriter,
+    load_representation,
+    load_tokenizer,
+    save_tokenizer,
+)
+
+FUNCTIONS = ("min_ce", "avg_ce")
+SHARD = 256
+_OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "source_ce", "source_bytes")
+_OF_SOURCE += ("source_tokens", "source_index", "source_log_weight", "source_best_ce")
+logger = logging.getLogger(__name__)
+
+
+def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str = "token") -> dict:
+    """Combine representations of several sources that were aligned to one pivot.
+
+    A combination can be combined again: adding one source to it equals combining all at once (exactly for min_ce, to
+    the float16 of the stored log-probabilities for avg_ce). A conversation that some sources lack is combined from
+    the others. A repeated call goes on where a killed one stopped.
+
+    Args:
+        aligned_dirs: at least two directories that `align` or `combine` wrote, same pivot representation.
+        output_dir: new, or an earlier start of the same run.
+        function: min_ce or avg_ce (equations in the module's text).
+        ce_unit: token (nats per token of each source's own tokenizer, the paper) or byte (nats per byte of text,
+            comparable between tokenizers).
+
+    Returns:
+        The manifest that was written: `sources` names them, `taken` counts the conversations each one won (min_ce);
+        a row's `source_index` [1] points into `sources` (-1: a mixture).
+
+    Raises:
+        InputError: fewer than two directories, another pivot, another function in an earlier combination.
+
+    Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
+    """
+    if function not in FUNCTIONS:
+        raise InputError(f"value for function: expected one of {', '.join(FUNCTIONS)}, got {function!r}. Use one.")
+    if ce_unit not in ("token", "byte"):
+        raise InputError(f"value for ce_unit: expected token or byte, got {ce_unit!r}. Use one of them.")
+    parts = _open_all(aligned_dirs, function, ce_unit)
+    lists = [_sources(part) for part in parts]
+    sources = [source for several in lists for source in several]
+    offsets = np.cumsum([0, *(len(several) for several in lists)])
+    rows = _join(parts)
+    identity = {
+        "options": {"function": function, "ce_unit": ce_unit},
+        "pivot": parts[0].manifest["pivot"],
+        "sources": [_key(source) for source in sources],
+    }
+    writer = ShardWriter(output_dir, identity, kind="combined")
+    save_tokenizer(load_tokenizer(parts[0].path), writer.path)
+    shards = range(-(-len(rows) // SHARD))
+    for shard in shards:
+        if not writer.done(shard):
+            fused, taken = [], Counter()
+            for places in rows[shard * SHARD : (shard + 1) * SHARD]:
+                row = _fuse([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
+                taken[str(int(row["source_index"][0]))] += 1
+                fused.append(row)
+            writer.write(shard, fused, {"taken": dict(sorted(taken.items()))})
+    taken = sum((Counter(writer.info(shard)["info"]["taken"]) for shard in shards), Counter())
+    first = parts[0].manifest
+    manifest = {
+        **identity,
+        "sources": sources,
+        "taken": {source["name"]: taken[str(n)] for n, source in _named(sources)},
+    }
+    manifest |= {key: first.get(key) for key in ("model", "tokenizer", "template", "versions")}
+    writer.finish(len(shards), manifest)
+    return load_representation(writer.path).manifest
+
+
+def _named(sources: list[dict]) -> list[tuple[int, dict]]:
+    """Sources with a name for the counts; equal names are told apart by their number."""
+    seen = Counter(source.get("model") for source in sources)
+    return [
+        (n, source | {"name": str(source.get("model")) + (f" #{n}" if seen[source.get("model")] > 1 else "")})
+        for n, source in enumerate(sources)
+    ]
+
+
+def _key(source: dict) -> dict:
+    return {name: source.get(name) for name in ("model", "model_fingerprint", "tokenizer", "data", "mapping")}
+
+
+def _sources(part: Representation) -> list[dict]:
+    """What is in an aligned or combined directory: one description a source."""
+    manifest = part.manifest
+    if manifest["kind"] == "combined":
+        return manifest["sources"]
+    options = manifest["options"]
+    return [
+        {
+            **manifest["source"],
+            "mapping": [options["mapping"], options["safe_only"], options.get("counts")],
+            "certificate": manifest["certificate"]["all"],
+        }
+    ]
+
+
+def _open_all(aligned_dirs, function: str, ce_unit: str) -> list[Representation]:
+    if isinstance(aligned_dirs, (str, Path)) or len(aligned_dirs) < 2:
+        raise InputError(
+            f"aligned directories for combine: expected at least two, got {aligned_dirs!r}. "
+            "One aligned directory needs no combining: train on it."
+        )
+    parts = [load_representation(path) for path in aligned_dirs]
+    for part in parts:
+        kind, first = part.manifest["kind"], parts[0]
+        if kind not in ("aligned", "combined"):
+            raise InputError(
+                f"data for {part.path}: expected aligned or combined, got a {kind}. Run align on it first."
+            )
+        if part.manifest["pivot"] != first.manifest["pivot"]:
+            raise InputError(
+                f"pivot for {part.path}: expected that of {first.path}, got another pivot representation. "
+                "Align all sources to one pivot representation."
+            )
+        if kind == "combined" and part.manifest["options"] != {"function": function, "ce_unit": ce_unit}:
+            raise InputError(
+                f"combination for {part.path}: expected function {function} by {ce_unit}, got "
+                f"{part.manifest['options']['function']} by {part.manifest['options']['ce_unit']}. Use the same."
+            )
+    return parts
+
+
+def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:
+    """For each conversation, in the order of first sight: its (directory, row) places."""
+    places, seen = defaultdict(list), defaultdict(Counter)
+    for n, part in enumerate(parts):
+        for i, key in enumerate(zip(part.ids, part._column("content_hash"))):
+            occurrence = seen[n][key]
+            seen[n][key] += 1
+            places[(*key, occurrence)].append((n, i))
+    lacking = sum(len(found) < len(parts) for found in places.values())
+    if lacking:
+        logger.warning("%d of %d conversations are not in every directory.", lacking, len(places))
+    return list(places.values())
+
+
+def _numbered(row: dict, offset: int) -> dict:
+    index = row.get("source_index")
+    index = np.zeros(1, np.int32) if index is None else np.asarray(index, np.int32)[:1]
+    return row | {"source_index": np.where(index >= 0, index + offset, -1).astype(np.int32)}
+
+
+def source_cross_entropy(row: dict, ce_unit: str = "token") -> float:
+    """A row's source CE: nats per source token, or per byte of assistant text."""
+    ce = float(row["source_ce"])
+    return ce if ce_unit == "token" else ce * row["source_tokens"] / max(row["source_bytes"], 1)
+
+
+def _fuse(rows: list[dict], function: str, ce_unit: str) -> dict:
+    """One conversation out of its rows from several sources."""
+    ces = [source_cross_entropy(row, ce_unit) for row in rows]
+    if function == "min_ce":
+        return rows[int(np.argmin(np.where(np.isnan(ces), np.inf, ces)))]
+    return average(rows, ces)
+
+
+def average(rows: list[dict], ces: list[float]) -> dict:
+    """The avg_ce mixture of one conversation's rows.
+
+    Args:
+        rows: aligned or combined rows of the same pivot tokens, borrowed.
+        ces: CE_j of each; ignored for a row that has a `source_log_weight` of its own.
+
+    Returns:
+        A row: union of ids with mixed probabilities, mixed `mapped_mass`; `source_token_ce` of the mixture;
+        `source_bytes` and `source_tokens` of the source with the lowest CE.
+    """
+    log_weight = np.array([row.get("source_log_weight", -ce) for row, ce in zip(rows, ces)], np.float64)
+    total = np.logaddexp.reduce(log_weight)
+    w = np.exp(log_weight - total)
+    best_ce = [row.get("source_best_ce", ce) for row, ce in zip(rows, ces)]
+    best = rows[int(np.argmin(best_ce))]
+    ids = np.concatenate([row["source_ids"] for row in rows], axis=1)
+    probs = np.concatenate([share * row["source_probs"] for share, row in zip(w, rows)], axis=1).astype(np.float64)
+    add_up_equal_ids(ids, probs)
+    with np.errstate(divide="ignore"):
+        token = -np.log(sum(share * np.exp(-row["source_token_ce"].astype(np.float64)) for share, row in zip(w, rows)))
+    mixed = {
+        "source_ids": ids,
+        "source_probs": probs.astype(np.float32),
+        "source_token_ce": token.astype(np.float32),
+        "mapped_mass": sum(share * row["mapped_mass"].astype(np.float64) for share, row in zip(w, rows)).astype(
+            np.float16
+        ),
+        "source_ce": float(sum(share * row["source_ce"] for share, row in zip(w, rows))),
+        "source_bytes": best["source_bytes"],
+        "source_tokens": best["source_tokens"],
+        "source_index": np.full(1, -1, np.int32),
+        "source_log_weight": float(total),
+        "source_best_ce": float(min(best_ce)),
+    }
+    return {key: value for key, value in rows[0].items() if key not in _OF_SOURCE} | mixed
