@@ -12,7 +12,7 @@ _HOME = {
     "load_conversations": "conversations",
     "represent": "capture",
     "load_representation": "representation",
-    "align": "pairing",
+    "align": "alignment",
     "combine": "fusion",
     "fusion_loss": "loss",
     "FusionConfig": "config",

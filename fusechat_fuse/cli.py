@@ -127,6 +127,39 @@ def _represent(options: dict) -> None:
     _say(result.manifest["counts"])
 
 
+def _align_flags(parser) -> None:
+    _flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
+    _flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
+    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    _flag(parser, "mapping", "statistics", help="exact (EM), min_edit (MinED), statistics (MS) or prefix")
+    _flag(parser, "num_proc", type=int, help="processes (default: one)")
+    _flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
+    _flag(parser, "counts", help="counts of an earlier corpus, for statistics")
+    _flag(parser, "fail_under_coverage", type=float, help="least share of predicted tokens that must have an answer")
+    _flag(parser, "cache_dir", help="where vocabulary maps are kept (default: FUSECHAT_CACHE or ~/.cache/fusechat)")
+
+
+def _align(options: dict) -> None:
+    from fusechat_fuse import align
+    from fusechat_fuse.certificate import summary_lines
+
+    _say("\n".join(summary_lines(align(**options)["certificate"])))
+
+
+def _combine_flags(parser) -> None:
+    _flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
+    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    _flag(parser, "function", "min_ce", help="min_ce or avg_ce")
+    _flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
+
+
+def _combine(options: dict) -> None:
+    from fusechat_fuse import combine
+
+    manifest = combine(options.pop("aligned"), **options)
+    _say({name: manifest.get(name) for name in ("sources", "taken", "counts")})
+
+
 def _train_flags(parser) -> None:
     from transformers import HfArgumentParser
 
@@ -155,6 +188,8 @@ def _train(options: dict) -> None:
 
 COMMANDS = {
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
+    "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
+    "combine": ("Combine several aligned sources.", _combine_flags, _combine),
     "train": ("Fine-tune the pivot on aligned data: one target.", _train_flags, _train),
 }
 
