@@ -22,14 +22,8 @@ from fusechat_fuse.certificate import COUNTED, CoverageError, certificate, tally
 from fusechat_fuse.correspondence import EXACT, correspond, line_up, safe_starts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.mapping import Mapped, Stream, Vocabularies, prefix_rows, single_id_rows
-from fusechat_fuse.pairing import Pair, Side, load_counts, save_counts
-from fusechat_fuse.representation import (
-    Representation,
-    ShardWriter,
-    load_representation,
-    load_tokenizer,
-    save_tokenizer,
-)
+from fusechat_fuse.pairing import Pair, Side, copy_tokenizer, load_counts, save_counts
+from fusechat_fuse.representation import Representation, ShardWriter, load_representation
 from fusechat_fuse.vocabulary import PairCounts
 
 MAPPINGS = ("exact", "min_edit", "statistics", "prefix")
@@ -93,7 +87,7 @@ def align(
         "source": _origin(source),
     }
     writer = ShardWriter(output_dir, identity, kind="aligned")
-    save_tokenizer(load_tokenizer(pivot.path), writer.path)
+    copy_tokenizer(pivot.path, writer.path)
     job = _Job(pivot, source, pairs, pair, mapping, safe_only)
     if mapping == "statistics" and not pair.identity and used is None:
         used = _collect_counts(job, writer.path, processes)

@@ -17,13 +17,8 @@ import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.mapping import add_up_equal_ids
-from fusechat_fuse.representation import (
-    Representation,
-    ShardWriter,
-    load_representation,
-    load_tokenizer,
-    save_tokenizer,
-)
+from fusechat_fuse.pairing import copy_tokenizer
+from fusechat_fuse.representation import Representation, ShardWriter, load_representation
 
 FUNCTIONS = ("min_ce", "avg_ce")
 SHARD = 256
@@ -70,7 +65,7 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
         "sources": [_key(source) for source in sources],
     }
     writer = ShardWriter(output_dir, identity, kind="combined")
-    save_tokenizer(load_tokenizer(parts[0].path), writer.path)
+    copy_tokenizer(parts[0].path, writer.path)
     shards = range(-(-len(rows) // SHARD))
     for shard in shards:
         if not writer.done(shard):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.correspondence import joined_bytes
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.mapping import Vocabularies
-from fusechat_fuse.representation import Representation, load_tokenizer, write_atomic
+from fusechat_fuse.representation import Representation, write_atomic
 from fusechat_fuse.tokens import same_vocabulary, token_table
 from fusechat_fuse.vocabulary import (
     PairCounts,
@@ -53,6 +56,29 @@ def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]])
     except OSError as error:
         logger.warning("vocabulary map not kept in %s: %s", folder, error)
     return arrays
+
+
+def read_tokenizer(path):
+    """The `tokenizers.Tokenizer` in a representation's directory (without transformers: seconds less)."""
+    from tokenizers import Tokenizer
+
+    file = Path(path) / "tokenizer" / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(
+            f"tokenizer for {path}: expected tokenizer/tokenizer.json in it, got none. Represent it again."
+        )
+    return Tokenizer.from_file(str(file))
+
+
+def copy_tokenizer(source, target) -> None:
+    """Give a store the tokenizer of another one, whole or not at all; one that is there stays."""
+    there = Path(target) / "tokenizer"
+    if there.exists():
+        return
+    staging = Path(tempfile.mkdtemp(dir=target, prefix=".tokenizer.", suffix=".tmp"))
+    shutil.copytree(Path(source) / "tokenizer", staging / "tokenizer")
+    (staging / "tokenizer").rename(there)
+    staging.rmdir()
 
 
 @dataclass
@@ -106,9 +132,9 @@ class Pair:
     @classmethod
     def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> Pair:
         """Read both tokenizers from the representations' directories."""
-        tokenizer = load_tokenizer(pivot.path)
+        tokenizer = read_tokenizer(pivot.path)
         equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
-        other = tokenizer if equal else load_tokenizer(source.path)
+        other = tokenizer if equal else read_tokenizer(source.path)
         speller, side = Speller(tokenizer), Side.of(pivot, tokenizer)
         return cls(
             pivot=side,
@@ -204,8 +230,6 @@ def load_counts(path, pair: Pair) -> PairCounts:
     Raises: InputError where they are of another tokenizer pair or cannot be read.
     """
     from safetensors import safe_open
-
-    from fusechat_fuse.errors import InputError
 
     file = Path(path) / "counts.safetensors" if Path(path).is_dir() else Path(path)
     try:

@@ -35,6 +35,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTE_OF_CHARACTER = _byte_alphabet()
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+_TO_LATIN_1 = {byte: "\uffff" for byte in range(256)} | {ord(c): chr(byte) for c, byte in BYTE_OF_CHARACTER.items()}
 
 
 def backend_of(tokenizer):
@@ -117,9 +118,13 @@ class Pipeline:
     def piece_bytes(self, piece: str) -> bytes:
         """The bytes one vocabulary entry stands for in mid-text."""
         if self.family == "byte_level":
-            return b"".join(
-                bytes([BYTE_OF_CHARACTER[c]]) if c in BYTE_OF_CHARACTER else c.encode("utf-8", "replace") for c in piece
-            )
+            try:
+                return piece.translate(_TO_LATIN_1).encode("latin-1")
+            except UnicodeEncodeError:  # a character that stands for itself
+                return b"".join(
+                    bytes([BYTE_OF_CHARACTER[c]]) if c in BYTE_OF_CHARACTER else c.encode("utf-8", "replace")
+                    for c in piece
+                )
         if self.byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])
         if self.family == "metaspace":

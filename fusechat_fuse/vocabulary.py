@@ -257,7 +257,7 @@ def _split_utf8(piece: bytes) -> tuple[bytes, bytes, bytes]:
 
 def _stripped(tokenizer):
     """(copy that reads mid-text, copy that only merges raw bytes or None, whether blanks must be given as '▁')."""
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer
 
     backend, table = backend_of(tokenizer), token_table(tokenizer)
     ordinary = backend.get_vocab(with_added_tokens=False)
@@ -272,12 +272,8 @@ def _stripped(tokenizer):
         copy.no_padding()
         copy.no_truncation()
     before = component(backend.pre_tokenizer)
-    copy.pre_tokenizer = None
     if before:
-        copy.pre_tokenizer = backend.pre_tokenizer
-        text = json.dumps(_without_prefix(before))
-        copy.pre_tokenizer = pre_tokenizers.Sequence([])
-        copy.pre_tokenizer = _pre_tokenizer_from(text)
+        copy.pre_tokenizer = _pre_tokenizer(_without_prefix(before))
     merges_only = None
     if table.pipeline.family == "byte_level":
         merges_only = Tokenizer(backend.model)
@@ -285,10 +281,11 @@ def _stripped(tokenizer):
     return copy, merges_only, replaces
 
 
-def _pre_tokenizer_from(text: str):
+def _pre_tokenizer(described: dict):
+    """The pre-tokenizer a tokenizer.json would describe so."""
     from tokenizers import Tokenizer, models
 
-    shell = json.loads(Tokenizer(models.BPE()).to_str()) | {"pre_tokenizer": json.loads(text)}
+    shell = json.loads(Tokenizer(models.BPE()).to_str()) | {"pre_tokenizer": described}
     return Tokenizer.from_str(json.dumps(shell)).pre_tokenizer
 
 
