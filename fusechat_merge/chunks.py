@@ -84,7 +84,7 @@ class Chunks:
         self.dtype = dtype
         self.device = pivot.device
         largest = CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK
-        self.size = min(largest, blocks(self.numel) * BLOCK)
+        self.size = min(largest, max(1, blocks(self.numel)) * BLOCK)
 
     def each(self, step: Callable[[Piece], object], scratch: int = 0) -> list:
         """Call `step` on every piece and return what it returned, in the order of the pieces.

@@ -143,10 +143,10 @@ def sce(
     _check_tau(select_topk)
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
     plan = _calculate(pivot, targets, select_topk, weights)
-    if len(targets) == 1 and select_topk == 1 and bool(plan.coefficients[0] > 0):
-        merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
-    elif not bool(plan.coefficients.any()):
+    if not bool(plan.coefficients.any()):
         merged = pivot.detach().to(dtype or pivot.dtype, copy=True)
+    elif len(targets) == 1:  # nothing to weigh, nothing to erase: no rounding through the difference
+        merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
     else:
         selection = plan.selection if select_scope == "all" else None
         merged = _erase_and_add(plan, selection, _like(pivot, dtype), watch)
@@ -167,6 +167,8 @@ def varm(
     plan = _calculate(pivot, targets, 1.0, weights)
     if not bool(plan.coefficients.any()):
         merged = pivot.detach().to(dtype or pivot.dtype, copy=True)
+    elif len(targets) == 1:
+        merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
     elif granularity == "matrix":
         merged = _add_weighted(plan, _like(pivot, dtype))
     else:

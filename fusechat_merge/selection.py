@@ -4,7 +4,7 @@ v = population variance over j of the task vectors d_j, elementwise. The pivot d
 computed from the targets' differences to the first target: those are exact where the targets are close, and an element
 counts as "all equal" exactly when the stored numbers are. Kept are the floor(tau * n) elements of largest v, n = number
 of elements not all equal, ties at the threshold by lowest index. The threshold comes from counting the bits of v,
-sixteen at a time: no sort, no index tensor, one array of v.
+sixteen at a time: no sort, one array of v; what rounding leaves undecided at the threshold is settled in float64.
 """
 
 import math
@@ -28,13 +28,13 @@ class Selection:
         differing: n, the number of elements whose task vectors are not all equal.
     """
 
-    def __init__(self, values: Tensor, threshold: float, kept: int, differing: int):
-        self._values, self._threshold = values, threshold
+    def __init__(self, values: Tensor, limit: float, kept: int, differing: int):
+        self._values, self._limit = values, limit  # kept are the elements whose value is above the limit
         self.kept, self.differing = kept, differing
 
     def mask(self, piece: Piece, out: Tensor) -> Tensor:
         """1 where an element of the piece is kept, else 0, written to the front of `out` [C]; the rest is zero."""
-        torch.sub(self._values[piece.start : piece.stop], self._threshold, out=out[: piece.length])
+        torch.sub(self._values[piece.start : piece.stop], self._limit, out=out[: piece.length])
         out[piece.length :] = 0
         return out.relu_().sign_()
 
@@ -58,9 +58,8 @@ def select(chunks: Chunks, tau: float) -> Selection | None:
         return None
     if kept == 0:
         return Selection(variances, math.inf, 0, differing)
-    threshold, ties = kth_largest(variances, kept)
-    _raise_first_ties(variances, threshold, ties)
-    return Selection(variances, threshold, kept, differing)
+    limit = _decide(chunks, variances, kth_largest(variances, kept)[0], kept)
+    return Selection(variances, limit, kept, differing)
 
 
 def _variances(chunks: Chunks) -> tuple[Tensor, int, int]:
@@ -115,11 +114,38 @@ def kth_largest(values: Tensor, k: int) -> tuple[float, int]:
     return float(torch.tensor([prefix], dtype=integer).view(values.dtype)), k - above
 
 
-def _raise_first_ties(values: Tensor, threshold: float, ties: int) -> None:
-    """Lift the first `ties` elements that equal the threshold above it, in place."""
-    for piece in values.split(COUNT_ELEMENTS):
-        places = torch.nonzero(piece == threshold).flatten()[:ties]
-        piece[places] = math.inf
-        ties -= places.numel()
-        if ties == 0:
-            return
+def _decide(chunks: Chunks, variances: Tensor, threshold: float, kept: int) -> float:
+    """Settle which elements near the threshold are kept, and return the limit above which `variances` are kept.
+
+    Rounding may have put two equal variances in either order. All those within rounding of the threshold are computed
+    again in float64 (exactly, for 16-bit storage), ranked, ties by index, and overwritten: kept ones become infinite.
+    """
+    reach = 8 * len(chunks.targets) * torch.finfo(chunks.dtype).eps
+    low, high = threshold * (1 - reach), threshold * (1 + reach)
+
+    def step(piece: Piece) -> tuple[int, Tensor, Tensor]:
+        variance = variances[piece.start : piece.stop]
+        above = variance > high
+        places = torch.nonzero((variance >= low) ^ above).flatten() + piece.start
+        return int(torch.count_nonzero(above)), places, _ranks(chunks, places, threshold)
+
+    counts, places, ranks = zip(*chunks.each(step))
+    places, ranks = torch.cat(places), torch.cat(ranks)
+    last, ties = kth_largest(ranks, kept - sum(counts))
+    chosen = ranks > last
+    chosen[torch.nonzero(ranks == last).flatten()[:ties]] = True
+    variances[places] = chosen.to(variances.dtype) * torch.finfo(variances.dtype).max
+    return high
+
+
+def _ranks(chunks: Chunks, places: Tensor, threshold: float) -> Tensor:
+    """(M sum_j e_j^2 - (sum_j e_j)^2) / (M threshold) at these places, e_j = target_j - target_0, in float64, rounded to
+    40 binary places: M times the variance over the threshold, equal where the variances are equal."""
+    first = chunks.targets[0][places].double()
+    total, square = torch.zeros_like(first), torch.zeros_like(first)
+    for target in chunks.targets[1:]:
+        difference = target[places].double() - first
+        total += difference
+        square += difference * difference
+    count = len(chunks.targets)
+    return torch.round((count * square - total * total) / (count * threshold) * 2.0**40)

@@ -7,21 +7,16 @@ import torch
 
 def task_vectors(pivot, targets):
     """d_j = target_j - pivot as lists of floats."""
-    flat = [float(x) for x in pivot.double().flatten()]
-    return flat, [[float(x) - y for x, y in zip(t.double().flatten(), flat)] for t in targets]
+    flat = pivot.double().flatten().tolist()
+    return flat, [[x - y for x, y in zip(t.double().flatten().tolist(), flat)] for t in targets]
 
 
 def variances(deltas):
-    """Population variance over the targets, for each element."""
-    count = len(deltas)
-    values = []
-    for column in zip(*deltas):
-        if all(x == column[0] for x in column):
-            values.append(0.0)
-            continue
-        mean = math.fsum(column) / count
-        values.append(math.fsum((x - mean) ** 2 for x in column) / count)
-    return values
+    """The population variance over the targets for each element, times one common factor, as exact integers."""
+    ratios = [[x.as_integer_ratio() for x in d] for d in deltas]
+    scale = max((denominator for d in ratios for _, denominator in d), default=1)
+    whole = [[numerator * (scale // denominator) for numerator, denominator in d] for d in ratios]
+    return [len(column) * sum(x * x for x in column) - sum(column) ** 2 for column in zip(*whole)]
 
 
 def selected(deltas, tau):

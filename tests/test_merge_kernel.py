@@ -1,0 +1,353 @@
+"""The kernel against the float64 oracle, by the tolerances it promises, and what must not change a bit of it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fusechat_merge import chunks, kernel, selection
+from fusechat_merge.kernel import NonFiniteError, sce_coefficients, sce_merge, varm_merge
+from tests import reference_merge
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+def family(shape, dtypes, scales=(1e-4, 3e-4, 1e-3), seed=0, magnitude=0.02):
+    """A pivot (dtypes[0]) and targets (the other dtypes) whose task vectors have these standard deviations."""
+    generator = torch.Generator().manual_seed(seed)
+    pivot = magnitude * torch.randn(shape, generator=generator, dtype=F64)
+    targets = [
+        (pivot + scale * torch.randn(shape, generator=generator, dtype=F64)).to(dtype)
+        for scale, dtype in zip(itertools.cycle(scales), dtypes[1:])
+    ]
+    return pivot.to(dtypes[0]), targets
+
+
+def ulp(values, dtype):
+    """Distance of neighbouring numbers of `dtype` at |values| (float64)."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(values.abs().clamp(min=info.tiny)))
+    return torch.exp2(exponent) * info.eps
+
+
+def undecided(pivot, targets, tau):
+    """Elements the promise leaves out: variance within 1e-6 of the threshold, task vectors that sum to about 0."""
+    _, deltas = reference_merge.task_vectors(pivot, targets)
+    out = [any(c) and abs(math.fsum(c)) <= 1e-6 * math.fsum(abs(x) for x in c) for c in zip(*deltas)]
+    if tau < 1:
+        values = reference_merge.variances(deltas)
+        kept = sum(reference_merge.selected(deltas, tau))
+        if 0 < kept < len(values):
+            threshold = sorted(values, reverse=True)[kept - 1]
+            near = {i for i, v in enumerate(values) if 10**6 * abs(v - threshold) <= threshold}
+            if len({values[i] for i in near}) > 1:  # exact ties are decided, by index
+                out = [o or i in near for i, o in enumerate(out)]
+    return torch.tensor(out, dtype=torch.bool).reshape(pivot.shape)
+
+
+def assert_promised(merged, exact, pivot, targets, tau=1.0):
+    """Within 1 ulp of a 16-bit storage dtype, 8 ulp of max(|pivot|, |merged|) in float32."""
+    assert merged.dtype == pivot.dtype
+    assert merged.shape == pivot.shape
+    limit = (
+        ulp(exact, merged.dtype)
+        if merged.dtype.itemsize == 2
+        else 8 * ulp(exact.abs().maximum(pivot.double().abs()), F32)
+    )
+    wrong = ((merged.double() - exact).abs() > limit) & ~undecided(pivot, targets, tau)
+    assert not wrong.any(), (merged[wrong][:4], exact[wrong][:4])
+
+
+def test_worked_by_hand():
+    pivot = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    targets = [torch.tensor([2.0, 0.0, 1.0, 3.0]), torch.tensor([4.0, 2.0, 1.0, 0.0])]
+    # d = [1, -1, 0, 2] and [3, 1, 0, -1]; squares 6 and 11
+    assert sce_coefficients(pivot, targets).tolist() == pytest.approx([6 / 17, 11 / 17], rel=1e-12)
+    # sums 4, 0, 0, 1: the second keeps +1 (a sum of zero counts as positive), the fourth keeps +2
+    assert sce_merge(pivot, targets).tolist() == pytest.approx([1 + 39 / 17, 2.0, 1.0, 3.0], rel=1e-7)
+    # variances 1, 1, 0, 2.25; three differ; floor(0.7 * 3) = 2: the fourth and, of the tie, the first
+    assert sce_coefficients(pivot, targets, select_topk=0.7).tolist() == pytest.approx([5 / 15, 10 / 15], rel=1e-12)
+    assert sce_merge(pivot, targets, select_topk=0.7).tolist() == pytest.approx([1 + 35 / 15, 1.0, 1.0, 3.0], rel=1e-7)
+    varm = [1 + (6 * 1 + 11 * 3) / 17, 1 + (-6 + 11) / 17, 1.0, 1 + (6 * 2 - 11) / 17]
+    assert varm_merge(pivot, targets).tolist() == pytest.approx(varm, rel=1e-7)
+    element = [1 + (1 + 27) / 10, 1.0, 1.0, 1 + (8 - 1) / 5]
+    assert varm_merge(pivot, targets, granularity="element").tolist() == pytest.approx(element, rel=1e-7)
+
+
+MIXES = [(F32,) * 6, (F16,) * 4, (BF16,) * 6, (BF16, F32, F16, BF16), (F32, BF16, BF16), (F16, F32), (F64, F64, F32)]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.999, 0.3, 0.02])
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
+def test_sce_is_the_oracle(dtypes, tau):
+    for shape, seed in (((17, 9), 1), ((1,), 2), ((3, 5, 7), 3), ((700,), 4)):
+        pivot, targets = family(shape, dtypes, seed=seed)
+        for scope in kernel.SELECT_SCOPES:
+            exact, eta = reference_merge.sce(pivot, targets, tau, scope)
+            assert sce_coefficients(pivot, targets, select_topk=tau).tolist() == pytest.approx(eta, rel=1e-6)
+            merged = sce_merge(pivot, targets, select_topk=tau, select_scope=scope)
+            assert_promised(merged, exact, pivot, targets, tau)
+
+
+@pytest.mark.parametrize("granularity", kernel.GRANULARITIES)
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
+def test_varm_is_the_oracle(dtypes, granularity):
+    pivot, targets = family((17, 29), dtypes, seed=5)
+    weights = [1.0 + index for index in range(len(targets))]
+    for given in (None, weights):
+        exact, _ = reference_merge.varm(pivot, targets, granularity, given)
+        assert_promised(varm_merge(pivot, targets, granularity=granularity, weights=given), exact, pivot, targets)
+
+
+def test_coefficients_follow_task_vectors_however_small():
+    for scale in (1e-7, 1e-5, 1e-3):
+        pivot, targets = family((200, 50), (F32,) * 4, scales=(0.3 * scale, scale, 3 * scale), magnitude=0.0)
+        eta = sce_coefficients(pivot, targets)
+        assert eta.tolist() == pytest.approx([0.09 / 10.09, 1 / 10.09, 9 / 10.09], rel=0.05)
+
+
+def test_weights_multiply_the_coefficients():
+    pivot, targets = family((400,), (F32,) * 4, seed=6)
+    weights = [2.0, 0.0, 0.5]
+    exact, eta = reference_merge.sce(pivot, targets, 0.4, weights=weights)
+    assert sce_coefficients(pivot, targets, select_topk=0.4, weights=weights).tolist() == pytest.approx(eta, rel=1e-6)
+    assert_promised(sce_merge(pivot, targets, select_topk=0.4, weights=weights), exact, pivot, targets, 0.4)
+    same = sce_merge(pivot, targets, weights=[3.0, 3.0, 3.0])
+    assert torch.allclose(same, sce_merge(pivot, targets), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("tau", "size"), [(0.7, 10), (0.1, 1000), (0.29, 100), (0.5, 3), (0.0005, 1000), (0.333, 999)])
+def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
+    pivot = torch.zeros(2 * size)
+    step = torch.zeros(2 * size)
+    step[::2] = 1.0  # every differing element has the same variance, every other element is equal in all targets
+    targets = [step, -step, 5 * torch.ones(2 * size) - 5]
+    plan = kernel.sce(pivot, targets, select_topk=tau)
+    kept = math.floor(tau * size)
+    assert plan.selected * 2 * size == pytest.approx(kept)
+    chosen = selection.select(chunks.Chunks(pivot, targets, F32), tau)
+    mask = torch.cat(
+        chunks.Chunks(pivot, targets, F32).each(lambda p: chosen.mask(p, p.scratch[0])[: p.length].clone(), 1)
+    )
+    expected = torch.zeros(2 * size)
+    expected[: 2 * kept : 2] = 1.0
+    assert torch.equal(mask, expected)
+    assert (chosen.kept, chosen.differing) == (kept, size)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_kth_largest_is_the_sorted_one(dtype):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.rand(5000, generator=generator, dtype=dtype)
+    values[::3] = values[0]
+    values[1::5] = 0.0
+    values[7] = 1e-44 if dtype == F32 else 1e-300
+    order = values.sort(descending=True).values
+    for k in (1, 2, 500, 1666, 2500, 4000, 4999, 5000):
+        value, ties = selection.kth_largest(values, k)
+        assert value == order[k - 1].item()
+        assert ties == k - int((values > value).sum())
+
+
+def test_the_counted_bits_do_not_depend_on_the_counting_pieces(monkeypatch):
+    values = torch.rand(10_000, generator=torch.Generator().manual_seed(1))
+    whole = selection.kth_largest(values, 1234)
+    monkeypatch.setattr(selection, "COUNT_ELEMENTS", 777)
+    assert selection.kth_largest(values, 1234) == whole
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tau", [1.0, 0.3])
+def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtype, tau):
+    pivot, targets = family((150_001,), (dtype,) * 6, seed=8)
+    functions = [
+        lambda: sce_merge(pivot, targets, select_topk=tau),
+        lambda: sce_merge(pivot, targets, select_topk=tau, select_scope="coefficients"),
+        lambda: sce_coefficients(pivot, targets, select_topk=tau),
+        lambda: varm_merge(pivot, targets),
+        lambda: varm_merge(pivot, targets, granularity="element"),
+    ]
+    expected = [function() for function in functions]
+    threads = torch.get_num_threads()
+    try:
+        for count, size in ((1, 1 << 16), (2, 1 << 14), (3, 3 * 1024), (2, 1 << 20), (5, 1 << 15)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(chunks, "CPU_CHUNK", size)
+            for function, first in zip(functions, expected):
+                assert torch.equal(function(), first)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_threads_of_the_caller_keep_their_setting():
+    pivot, targets = family((200_000,), (F32,) * 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        sce_merge(pivot, targets)
+        assert torch.get_num_threads() == 3
+        import threading
+
+        seen = []
+        worker = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        worker.start()
+        worker.join()
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_order_of_the_targets_changes_nothing_but_rounding(tau):
+    pivot, targets = family((3000,), (F32,) * 5, seed=9)
+    first = sce_merge(pivot, targets, select_topk=tau)
+    limit = 8 * ulp(first.double().abs().maximum(pivot.double().abs()), F32)
+    decided = ~undecided(pivot, targets, tau)
+    for order in itertools.permutations(range(4)):
+        again = sce_merge(pivot, [targets[i] for i in order], select_topk=tau)
+        assert not (((again - first).abs().double() > limit) & decided).any()
+
+
+def test_scaling_the_task_vectors_scales_the_update():
+    _, deltas = family((1000,), (F32,) * 4, seed=10, magnitude=0.0)
+    pivot = torch.zeros(1000)
+    for tau in (1.0, 0.2):
+        update = sce_merge(pivot, deltas, select_topk=tau)
+        assert torch.equal(sce_merge(pivot, [d * 2.0**-20 for d in deltas], select_topk=tau), update * 2.0**-20)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-110, 2.0**-80, 2.0**70, 2.0**110])
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_magnitudes_whose_squares_leave_float32(magnitude, tau):
+    pivot, targets = family((300,), (F32,) * 4, scales=(0.3, 1.0, 3.0), seed=12, magnitude=1.0)
+    pivot, targets = pivot * magnitude, [target * magnitude for target in targets]
+    exact, eta = reference_merge.sce(pivot, targets, tau)
+    assert sce_coefficients(pivot, targets, select_topk=tau).tolist() == pytest.approx(eta, rel=1e-6)
+    assert_promised(sce_merge(pivot, targets, select_topk=tau), exact, pivot, targets, tau)
+    for granularity in kernel.GRANULARITIES:
+        exact, _ = reference_merge.varm(pivot, targets, granularity)
+        assert_promised(varm_merge(pivot, targets, granularity=granularity), exact, pivot, targets)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.5, 0.95])
+def test_dead_weights_beside_living_ones_count_as_elements(tau):
+    pivot, targets = family((400,), (F32,) * 4, seed=13)
+    for index, tensor in enumerate((pivot, *targets)):
+        tensor[100:300] = (index % 3) * 1e-30 * torch.arange(1, 201)  # differ, but float32 squares of that vanish
+        tensor[300:] = 0.5  # do not differ
+    exact, eta = reference_merge.sce(pivot, targets, tau)
+    assert kernel.sce(pivot, targets, select_topk=tau).selected == math.floor(tau * 300) / 400
+    assert sce_coefficients(pivot, targets, select_topk=tau).tolist() == pytest.approx(eta, rel=1e-6)
+    assert_promised(sce_merge(pivot, targets, select_topk=tau), exact, pivot, targets, tau)
+
+
+def test_coefficients_of_very_different_size():
+    pivot, targets = family((500,), (F32,) * 3, scales=(1e-12, 1.0), seed=14, magnitude=0.0)
+    targets[1][::2] = 0.0
+    exact, eta = reference_merge.sce(pivot, targets)
+    assert sce_coefficients(pivot, targets).tolist() == pytest.approx(eta, rel=1e-6)
+    assert_promised(sce_merge(pivot, targets), exact, pivot, targets)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_one_target(dtype):
+    pivot, targets = family((2000,), (dtype,) * 2, seed=15)
+    assert torch.equal(sce_merge(pivot, targets), targets[0])
+    assert torch.equal(
+        sce_merge(pivot, targets, select_topk=0.9), pivot
+    )  # one target: no element differs between targets
+    assert torch.equal(sce_merge(pivot, targets, weights=[7.0]), targets[0])
+    assert torch.equal(varm_merge(pivot, targets), targets[0])
+
+
+def test_targets_equal_to_the_pivot_give_the_pivot():
+    pivot, _ = family((3, 4), (BF16,))
+    for targets in ([pivot], [pivot, pivot.clone(), pivot.float()]):
+        assert torch.equal(sce_merge(pivot, targets), pivot)
+        assert torch.equal(sce_merge(pivot, targets, select_topk=0.5), pivot)
+        assert sce_coefficients(pivot, targets).tolist() == [0.0] * len(targets)
+        for granularity in kernel.GRANULARITIES:
+            assert torch.equal(varm_merge(pivot, targets, granularity=granularity), pivot)
+
+
+def test_a_target_left_at_the_pivot_changes_the_majority_not_the_mean():
+    pivot, targets = family((500,), (F32,) * 3, seed=16)
+    targets.append(pivot.clone())
+    exact, eta = reference_merge.sce(pivot, targets)
+    assert eta[2] == 0.0
+    assert_promised(sce_merge(pivot, targets), exact, pivot, targets)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (3, 0, 2)])
+def test_scalars_and_empty_tensors(shape):
+    pivot, targets = family(shape, (F32,) * 3, seed=17)
+    for tau in (1.0, 0.5):
+        merged = sce_merge(pivot, targets, select_topk=tau)
+        exact, _ = reference_merge.sce(pivot, targets, tau) if pivot.numel() else (pivot.double(), None)
+        assert_promised(merged, exact, pivot, targets, tau)
+        assert sce_coefficients(pivot, targets, select_topk=tau).shape == (2,)
+    for granularity in kernel.GRANULARITIES:
+        assert varm_merge(pivot, targets, granularity=granularity).shape == shape
+
+
+def test_strided_inputs_are_read_and_left_alone():
+    pivot, targets = family((40, 30), (F32,) * 4, seed=18)
+    expected = sce_merge(pivot.T.contiguous(), [t.T.contiguous() for t in targets], select_topk=0.5)
+    before = [t.clone() for t in (pivot, *targets)]
+    merged = sce_merge(pivot.T, [t.T for t in targets], select_topk=0.5)
+    assert torch.equal(merged, expected)
+    assert merged.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(before, (pivot, *targets)))
+    with torch.inference_mode():
+        assert torch.equal(sce_merge(pivot.T, [t.T for t in targets], select_topk=0.5), expected)
+    pivot.requires_grad_()
+    assert not sce_merge(pivot, targets).requires_grad
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [None, 0, 2])
+def test_nan_and_infinity_are_named(place, value, tau):
+    pivot, targets = family((70_000,), (BF16,) * 4, seed=19)
+    (pivot if place is None else targets[place])[69_999] = value
+    for function in (lambda: sce_merge(pivot, targets, select_topk=tau), lambda: varm_merge(pivot, targets)):
+        with pytest.raises(NonFiniteError, match=r"the pivot|target [02]") as caught:
+            function()
+        assert caught.value.index == place
+
+
+def test_one_target_with_nan_is_named():
+    with pytest.raises(NonFiniteError):
+        sce_merge(torch.zeros(3), [torch.tensor([0.0, float("nan"), 1.0])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(2), []), {}, "expected at least one tensor, got none"),
+        ((torch.zeros(2), [torch.zeros(3)]), {}, r"target 0: expected shape \(2,\) on cpu as the pivot, got \(3,\)"),
+        (
+            (torch.zeros(2), [torch.zeros(2).to(torch.float8_e4m3fn)]),
+            {},
+            "target 0: expected float32.*got float8_e4m3fn",
+        ),
+        ((torch.zeros(2, dtype=torch.int32), [torch.zeros(2)]), {}, "the pivot: expected float32.*got int32"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": 0.0}, r"expected a number in \(0, 1\], got 0.0"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": 1.5}, r"expected a number in \(0, 1\], got 1.5"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": float("nan")}, r"in \(0, 1\], got nan"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_scope": "some"}, "expected all or coefficients, got 'some'"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"weights": [1.0, 2.0]}, "expected 1, got 2"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"weights": [-1.0]}, r"expected numbers >= 0, got \[-1.0\]"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"weights": [0.0]}, "expected at least one above 0, got all zero"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        sce_merge(*arguments, **options)
+
+
+def test_unknown_granularity():
+    with pytest.raises(ValueError, match="expected matrix or element, got 'layer'"):
+        varm_merge(torch.zeros(2), [torch.zeros(2)], granularity="layer")
