@@ -1,0 +1,466 @@
+"""`represent` end to end on tiny models: the model's own numbers, whatever the batch, however often it is killed."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from fusechat_fuse import forward
+from fusechat_fuse.capture import plan_batches, represent
+from fusechat_fuse.chat import ConversationEncoder, load_fast_tokenizer, resolve_template
+from fusechat_fuse.conversations import load_conversations
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.forward import PredictionHead
+from fusechat_fuse.representation import load_tokenizer
+from tests.reference_represent import distribution
+
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+
+
+class OddHead(LlamaForCausalLM):
+    """A model whose logits no known form gives: they are shifted by a function of themselves."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + output.logits.sin()
+        return output
+
+
+class OddHeadAllLogits(OddHead):
+    """The same, without `logits_to_keep`."""
+
+    def forward(self, input_ids=None, use_cache=None):
+        return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+
+def make_model(name="llama", vocab_size=600, scale=25.0):
+    torch.manual_seed(0)
+    build = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SIZE)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(vocab_size=vocab_size, num_local_experts=4, **SIZE)),
+        "gemma2": lambda: Gemma2ForCausalLM(
+            Gemma2Config(vocab_size=vocab_size, final_logit_softcapping=3.0, query_pre_attn_scalar=8, **SIZE)
+        ),
+        "cohere": lambda: CohereForCausalLM(CohereConfig(vocab_size=vocab_size, logit_scale=0.25, **SIZE)),
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(vocab_size=vocab_size, logits_scaling=4.0, **SIZE)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4)),
+        "odd": lambda: OddHead(LlamaConfig(vocab_size=vocab_size, **SIZE)),
+        "odd_all": lambda: OddHeadAllLogits(LlamaConfig(vocab_size=vocab_size, **SIZE)),
+    }[name]
+    model = build().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(scale)
+    return model
+
+
+def conversations(n=23, seed=0):
+    rng = np.random.default_rng(seed)
+    words = "the of and statement value wörld 你好 if else return x y 12 \n".split(" ")
+
+    def text(longest):
+        return " ".join(rng.choice(words, rng.integers(0, longest)))
+
+    rows = []
+    for i in range(n):
+        messages = [{"role": "system", "content": text(4)}] if i % 3 == 0 else []
+        for _ in range(1 + i % 3):
+            messages += [{"role": "user", "content": text(12)}, {"role": "assistant", "content": text(25)}]
+        rows.append({"id": f"c{i}", "messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_bpe):
+    """A model directory and a data file."""
+    path = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(path / "m")
+    tiny_bpe.save_pretrained(path / "m")
+    (path / "data.json").write_text(json.dumps(conversations()))
+    return path
+
+
+def files(path):
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def assert_is_plain_forward(stored, model, top_k):
+    """Each row against the model's own forward on that conversation alone, in float64 loops for a few positions."""
+    for row in stored:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(row["input_ids"][None].astype(np.int64))).logits[0].double()
+        logprobs = torch.log_softmax(logits, -1)[row["predicted"] - 1].numpy()
+        actual = row["input_ids"][row["predicted"]]
+        np.testing.assert_allclose(row["ce"], -logprobs[np.arange(len(actual)), actual], atol=1e-4, rtol=0)
+        best = -np.sort(-logprobs, axis=1)[:, :top_k]
+        stored_lp = row["topk_logprobs"].astype(np.float64)
+        assert (np.abs(stored_lp - best) <= 1e-3 * np.maximum(1, np.abs(best))).all()
+        # ids: their true log-probabilities are the best ones, so they are identical except for ties
+        np.testing.assert_allclose(np.take_along_axis(logprobs, row["topk_ids"], 1), best, atol=2e-5, rtol=1e-5)
+        for p in (0, len(actual) - 1):
+            ids, lps, ce = distribution(logits[row["predicted"][p] - 1].tolist(), int(actual[p]), top_k)
+            assert abs(ce - row["ce"][p]) < 1e-4
+            assert list(row["topk_ids"][p][:3]) == ids[:3] or abs(lps[0] - lps[3]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "cohere", "granite", "gpt2", "odd", "odd_all"])
+def test_values_are_the_models_own_in_every_family(tmp_path, tiny_bpe, name):
+    model = make_model(name)
+    stored = represent(model, conversations(9), tmp_path, tokenizer=tiny_bpe, top_k=7, tokens_per_batch=700)
+    assert len(stored) == 9
+    assert stored[0]["topk_ids"].shape[1] == 7
+    assert_is_plain_forward(stored, model, 7)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_scaled_and_capped_logits_take_the_short_way(tiny_bpe, name):
+    head = PredictionHead(make_model(name), np.arange(16))
+    assert head.after is not None
+    assert head.after(torch.tensor(2.0)) != 2.0
+    assert PredictionHead(make_model("odd"), np.arange(16)).after is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "odd"])
+def test_chunks_of_the_head_do_not_show(name):
+    model, rng = make_model(name), np.random.default_rng(0)
+    sequences = [rng.integers(0, 600, n).astype(np.int32) for n in (30, 17, 5)]
+    predicted = [np.arange(3, 30), np.array([2, 3, 16]), np.array([1])]
+    whole = PredictionHead(model, np.arange(16))(sequences, predicted, 5)
+    small = PredictionHead(model, np.arange(16), chunk_bytes=4 * 600 * 4)(sequences, predicted, 5)
+    for a, b in zip(whole, small):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_allclose(a.ce, b.ce, atol=1e-5)
+
+
+def test_batches_do_not_change_what_is_stored(tmp_path, folder):
+    stores = [
+        represent(folder / "m", folder / "data.json", tmp_path / f"{n}-{size}", tokens_per_batch=n, shard_size=size)
+        for n, size in ((1, 50), (300, 50), (100000, 50), (300, 4))
+    ]
+    for store in stores[1:]:
+        for a, b in zip(stores[0], store):
+            np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
+            np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-5)
+    assert stores[0].manifest["counts"]["padding_share"] == 0
+
+
+def test_plan_keeps_the_budget_and_pads_little():
+    rng = np.random.default_rng(0)
+    tokens = padded = 0
+    for _ in range(20):
+        lengths = np.clip(rng.lognormal(6, 0.8, 256).astype(int), 4, 2048)
+        batches = plan_batches(lengths, 8192)
+        assert sorted(np.concatenate(batches)) == list(range(256))
+        assert all(len(batch) * lengths[batch].max() <= 8192 or len(batch) == 1 for batch in batches)
+        assert [lengths[batch].max() for batch in batches] == sorted((lengths[b].max() for b in batches), reverse=True)
+        tokens += lengths.sum()
+        padded += sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert 1 - tokens / padded < 0.05
+    assert plan_batches(np.array([5000, 3]), 100)[0].tolist() == [0]
+    assert plan_batches(np.zeros(0, int), 100) == []
+
+
+def test_directory_holds_all_that_the_contract_names(tmp_path, folder, tiny_bpe):
+    import datasets
+
+    rows = conversations(5)
+    rows.insert(2, {"id": "bad", "messages": [{"role": "user", "content": "x"}]})
+    rows.insert(4, {"id": "special", "messages": [{"role": "user", "content": "<|im_end|>"}, rows[0]["messages"][-1]]})
+    rows[0]["slice"] = "code"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    stored = represent(folder / "m", tmp_path / "data.json", tmp_path / "r", top_k=4, max_length=120)
+    assert stored.ids == [f"c{i}" for i in range(5)]
+    assert stored[0]["slice"] == "code"
+    assert len(datasets.load_from_disk(str(tmp_path / "r"))) == 5
+    assert load_tokenizer(tmp_path / "r")("the x").input_ids == tiny_bpe("the x").input_ids
+    manifest = stored.manifest
+    assert manifest["options"] == {
+        "top_k": 4,
+        "max_length": 120,
+        "shard_size": 256,
+        "dtype": "auto",
+        "template": "pivot",
+    }
+    assert manifest["model"]["name"] == "m"
+    assert manifest["model"]["vocab_size"] == 600
+    assert manifest["tokenizer"]["end_of_turn_id"] == manifest["tokenizer"]["eos_id"] == 2
+    counts = manifest["counts"]
+    assert counts["conversations"] == 5
+    assert counts["rows_read"] == 7
+    assert counts["skipped"] == {"no_answer": 1, "special_token": 1}
+    assert counts["predicted_tokens"] == sum(len(row["ce"]) for row in stored)
+    assert counts["truncated"] == sum(len(row["input_ids"]) == 120 for row in stored) > 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "skipped.jsonl").read_text().splitlines()]
+    assert [(e["row"], e["id"], e["reason"], e["action"]) for e in lines] == [
+        (2, "bad", "no_answer", "skipped"),
+        (4, "special", "special_token", "skipped"),
+    ]
+
+
+def test_source_with_another_tokenizer_sees_the_pivots_template(tmp_path, openchat, qwen):
+    rows = conversations(6)
+    pivot = represent(make_model("llama", len(openchat)), rows, tmp_path / "p", tokenizer=openchat, pivot=openchat)
+    source = represent(make_model("llama", len(qwen)), rows, tmp_path / "s", tokenizer=qwen, pivot=openchat)
+    assert pivot.ids == source.ids
+    for row, a, b in zip(rows, pivot, source):
+        text = openchat.apply_chat_template(row["messages"], tokenize=False)
+        assert openchat.decode(a["input_ids"]).replace("<s> ", "<s>") == text.replace(
+            "<|end_of_turn|>G", "<|end_of_turn|> G"
+        )
+        assert qwen.decode(b["input_ids"]) == text.removeprefix("<s>").replace("<|end_of_turn|>", "<|im_end|>")
+        assert a["content_hash"] == b["content_hash"]
+        ends = [{(m, e) for m, e in zip(r["message"], r["end"])} for r in (a, b)]
+        lengths = {(m, len(row["messages"][m]["content"].encode()) + 1) for m in set(a["message"].tolist())}
+        assert all(lengths <= found for found in ends)
+    assert source.manifest["tokenizer"]["end_of_turn_id"] == qwen.convert_tokens_to_ids("<|im_end|>")
+    assert source.manifest["template"]["name"] == "pivot"
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, folder, monkeypatch, caplog):
+    want = represent(folder / "m", folder / "data.json", tmp_path / "a")
+    sizes, run = [], PredictionHead._run
+
+    def limited(self, ids, *args):
+        sizes.append(ids.numel())
+        if ids.numel() > 600:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return run(self, ids, *args)
+
+    monkeypatch.setattr(forward.PredictionHead, "_run", limited)
+    with caplog.at_level(logging.WARNING):
+        got = represent(folder / "m", folder / "data.json", tmp_path / "b")
+    assert "Out of memory at" in caplog.text
+    assert sum(size > 600 for size in sizes) <= 5
+    for a, b in zip(want, got):
+        np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
+        np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-5)
+    longest = max(want.num_tokens)
+    monkeypatch.setattr(
+        forward.PredictionHead, "_run", lambda self, ids, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    )
+    with pytest.raises(InputError, match=f"memory for a conversation of {longest} tokens: expected it to fit alone"):
+        represent(folder / "m", folder / "data.json", tmp_path / "c")
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory(tmp_path, folder, monkeypatch):
+    def broken(self, *args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(forward.PredictionHead, "_run", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        represent(folder / "m", folder / "data.json", tmp_path / "c")
+
+
+def poisoned(tokenizer):
+    """A model that gives NaN from the token '~' on."""
+    model = make_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    return model
+
+
+def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny_bpe):
+    rows = [{"id": str(i), "messages": conversations(2, i)[1]["messages"]} for i in range(120)]
+    rows[77] = {"id": "77", "messages": [{"role": "user", "content": "a ~"}, {"role": "assistant", "content": "b"}]}
+    stored = represent(poisoned(tiny_bpe), rows, tmp_path / "r", tokenizer=tiny_bpe, shard_size=50)
+    assert stored.ids == [str(i) for i in range(120) if i != 77]
+    assert stored.manifest["counts"]["skipped"] == {"non_finite": 1}
+    entry = json.loads((tmp_path / "r" / "skipped.jsonl").read_text())
+    assert (entry["row"], entry["id"], entry["reason"]) == (77, "77", "non_finite")
+    assert all(np.isfinite(row["ce"]).all() for row in stored)
+    with pytest.raises(RuntimeError, match=r"1 of 50 conversations have logits that are not finite \(2.0%"):
+        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
+    with pytest.raises(RuntimeError, match="1 of 50 conversations"):  # and again, from the finished shards
+        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
+
+
+def test_another_run_on_the_directory_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
+    represent(folder / "m", folder / "data.json", tmp_path / "r")
+    before = files(tmp_path / "r")
+    monkeypatch.setattr("fusechat_fuse.capture._load_model", lambda *a, **k: pytest.fail("loaded"))
+    represent(folder / "m", folder / "data.json", tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
+    for change, key in (
+        ({"top_k": 3}, "options.top_k = 10 there and 3 here"),
+        ({"max_length": 100}, "options.max_length = 2048 there and 100 here"),
+        ({"dtype": "float32"}, "options.dtype"),
+        ({"template": "openchat_3.5"}, "template.name = 'pivot' there and 'openchat_3.5' here"),
+        ({"encoding": "compact"}, "encoding = 'plain' there"),
+    ):
+        with pytest.raises(InputError, match=key.replace(".", r"\.")):
+            represent(folder / "m", folder / "data.json", tmp_path / "r", **change)
+    with pytest.raises(InputError, match="data = "):
+        represent(folder / "m", conversations(5), tmp_path / "r")
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 1e-3
+    model.save_pretrained(tmp_path / "m2")
+    load_tokenizer(tmp_path / "r").save_pretrained(tmp_path / "m2")
+    with pytest.raises(InputError, match=r"model\.fingerprint = "):
+        represent(tmp_path / "m2", folder / "data.json", tmp_path / "r")
+    assert files(tmp_path / "r") == before
+
+
+def test_moved_model_and_finished_directory_are_recognised_and_damage_is_mended(tmp_path, folder, caplog):
+    represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=6)
+    before = files(tmp_path / "r")
+    (folder / "m").rename(tmp_path / "moved")
+    try:
+        data = bytearray(before["shard-00002.arrow"])
+        data[len(data) // 2] ^= 255
+        (tmp_path / "r" / "shard-00002.arrow").write_bytes(data)
+        with caplog.at_level(logging.WARNING):
+            represent(tmp_path / "moved", folder / "data.json", tmp_path / "r", shard_size=6)
+        assert "shard-00002.arrow is damaged" in caplog.text
+    finally:
+        (tmp_path / "moved").rename(folder / "m")
+    after = files(tmp_path / "r")
+    assert after.pop("manifest.json").replace(b'"moved"', b'"m"') == before.pop("manifest.json")
+    assert after == before
+
+
+def test_data_may_be_a_dataset_and_the_encoding_compact(tmp_path, folder):
+    plain = represent(folder / "m", load_conversations(folder / "data.json"), tmp_path / "a")
+    compact = represent(folder / "m", load_conversations(folder / "data.json"), tmp_path / "b", encoding="compact")
+    assert compact.manifest["counts"]["bytes"] < 0.7 * plain.manifest["counts"]["bytes"]
+    for a, b in zip(plain, compact):
+        np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
+        lp = a["topk_logprobs"].astype(np.float64)
+        assert (np.abs(b["topk_logprobs"] - lp) <= 1.5e-3 * np.maximum(1, np.abs(lp))).all()
+        np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-4)
+
+
+def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, openchat):
+    model, data, out = folder / "m", folder / "data.json", tmp_path / "r"
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "file").write_text("x")
+    for arguments, options, message in (
+        ((model, data, out), {"top_k": 0}, "top_k for represent: expected an integer from 1, got 0"),
+        (
+            (model, data, out),
+            {"max_length": "long"},
+            "max_length for represent: expected an integer from 1, got 'long'",
+        ),
+        ((model, data, out), {"tokens_per_batch": -1}, "tokens_per_batch for represent"),
+        ((model, data, out), {"top_k": 601}, "top_k for represent: expected at most the vocabulary's 600, got 601"),
+        ((model, data, out), {"dtype": "int8"}, "dtype for represent: expected auto"),
+        ((model, data, out), {"template": "nonsense"}, "chat template for 'nonsense'"),
+        ((model, data, out), {"encoding": "zip"}, "encoding in"),
+        ((model, tmp_path / "no.json", out), {}, "got nothing there"),
+        ((tmp_path / "no", data, out), {}, "expected a model directory, got none there"),
+        ((tmp_path / "file", data, out), {}, "expected a model directory, got none there"),
+        ((tmp_path / "bare", data, out), {}, r"expected a directory with config.json"),
+        ((make_model(), data, out), {}, "expected one beside a loaded model, got none"),
+        ((model, data, tmp_path / "file"), {}, "expected a directory, got a file"),
+        ((model, data, folder / "m"), {}, "expected an empty one or an earlier start of the same run"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            represent(*arguments, **options)
+        assert "\n" not in str(caught.value)
+    assert not out.exists()
+    with pytest.raises(InputError, match="expected ids below its 600 embedding rows, got 32000"):
+        represent(make_model(), data, tmp_path / "t", tokenizer=openchat)
+
+
+def test_strict_names_the_row_that_the_tokenizer_refuses(tmp_path, folder):
+    rows = conversations(4)
+    rows[2]["messages"][-1]["content"] = "<|endoftext|>"
+    with pytest.raises(InputError, match=r"the given rows, row 2: message \d holds the text .*\(special_token\)"):
+        represent(folder / "m", rows, tmp_path / "r", strict=True)
+    with pytest.raises(InputError, match="at least one usable conversation"):
+        represent(folder / "m", rows[2:3], tmp_path / "r2")
+
+
+def start(script, *arguments, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch, tqdm.auto
+from transformers import AutoModelForCausalLM
+from fusechat_fuse import forward
+from fusechat_fuse.capture import represent
+from fusechat_fuse.chat import encode_conversation, load_fast_tokenizer
+
+folder, data, out = sys.argv[1:4]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)
+encode_conversation(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+rng, deaths = random.Random(0), 0
+for attempt in range(60):
+    child = os.fork()
+    if child == 0:
+        represent(model, data, out, shard_size=4, tokenizer=tokenizer)
+        os._exit(0)
+    before, started = len(list(Path(out).glob("shard-*.json"))), time.time()
+    while time.time() - started < 30:  # until it has written a shard more, then any moment
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended or len(list(Path(out).glob("shard-*.json"))) > before:
+            break
+        time.sleep(0.0005)
+    if not ended:
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        ended, status = os.waitpid(child, 0)
+    deaths += os.WIFSIGNALED(status)
+    assert os.WIFSIGNALED(status) or status == 0, status
+    if status == 0:
+        break
+print(deaths)
+"""
+
+
+def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path, folder):
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(folder / "m")
+    represent(
+        model, folder / "data.json", tmp_path / "whole", shard_size=4, tokenizer=load_fast_tokenizer(folder / "m")
+    )
+    (tmp_path / "run.py").write_text(KILLED)
+    ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "killed")
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) >= 3
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_two_processes_write_the_files_of_one(tmp_path, folder):
+    torch.set_num_threads(1)
+    represent(folder / "m", folder / "data.json", tmp_path / "one", shard_size=3)
+    (tmp_path / "run.py").write_text(
+        "import sys, fusechat_fuse.capture as c\nc.represent(*sys.argv[1:4], shard_size=3)\n"
+    )
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
+    ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "two", launcher=launcher)
+    assert ran.returncode == 0, ran.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_encoder_of_the_directory_is_the_encoder_of_the_run(tmp_path, folder, tiny_bpe):
+    stored = represent(folder / "m", folder / "data.json", tmp_path / "r")
+    encoder = ConversationEncoder(tiny_bpe, resolve_template("native", tiny_bpe))
+    for row, source in zip(stored, conversations()):
+        encoded = encoder.encode(source["messages"])
+        for name in ("input_ids", "predicted", "message", "start", "end"):
+            np.testing.assert_array_equal(row[name], getattr(encoded, name), err_msg=name)
