@@ -202,8 +202,9 @@ def _calculate(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Se
     wide = any(tensor.dtype == torch.float64 for tensor in (pivot, *targets))
     for dtype in (torch.float64,) if wide else (torch.float32, torch.float64):
         chunks = Chunks(pivot, targets, dtype)
-        selection = select(chunks, tau) if tau < 1 else None
-        if tau < 1 and selection is None:
+        try:
+            selection = select(chunks, tau) if tau < 1 else None
+        except FloatingPointError:
             _check_finite(pivot, targets)
             continue
         sums = _square_sums(chunks, selection)

@@ -3,8 +3,12 @@
 v = population variance over j of the task vectors d_j, elementwise. The pivot drops out of a variance, so it is
 computed from the targets' differences to the first target: those are exact where the targets are close, and an element
 counts as "all equal" exactly when the stored numbers are. Kept are the floor(tau * n) elements of largest v, n = number
-of elements not all equal, ties at the threshold by lowest index. The threshold comes from counting the bits of v,
-sixteen at a time: no sort, one array of v; what rounding leaves undecided at the threshold is settled in float64.
+of elements not all equal, ties at the threshold by lowest index.
+
+One pass over the targets decides nearly every element: a sample of the elements tells a band of variances that the
+threshold must lie in; above the band an element is kept, below it is not. The few elements inside are ranked by their
+variance in float64, which for 16-bit storage is exact, so rounding decides no tie. Should the threshold prove to lie
+outside, the pass is repeated with a wider band. Memory: one byte for each element, and 16 for each element in the band.
 """
 
 import math
@@ -14,10 +18,8 @@ from torch import Tensor
 
 from fusechat_merge.chunks import Chunks, Piece
 
-DIGIT = 16  # bits of a floating-point number that are counted at a time
-COUNT_ELEMENTS = 1 << 20  # elements counted at a time
+SAMPLE = 1 << 16  # elements whose variances tell the band; no more elements than that: the band is everything
 TRUSTED_VARIANCE = 2.0**-100  # below, float32 squares lose digits or vanish
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Selection:
@@ -28,124 +30,135 @@ class Selection:
         differing: n, the number of elements whose task vectors are not all equal.
     """
 
-    def __init__(self, values: Tensor, limit: float, kept: int, differing: int):
-        self._values, self._limit = values, limit  # kept are the elements whose value is above the limit
+    def __init__(self, keep: Tensor, kept: int, differing: int):
+        self._keep = keep  # uint8, 1 where an element is kept
         self.kept, self.differing = kept, differing
 
     def mask(self, piece: Piece, out: Tensor) -> Tensor:
         """1 where an element of the piece is kept, else 0, written to the front of `out` [C]; the rest is zero."""
-        torch.sub(self._values[piece.start : piece.stop], self._limit, out=out[: piece.length])
+        out[: piece.length].copy_(self._keep[piece.start : piece.stop])
         out[piece.length :] = 0
-        return out.relu_().sign_()
+        return out
 
 
-def select(chunks: Chunks, tau: float) -> Selection | None:
+def select(chunks: Chunks, tau: float) -> Selection:
     """The floor(tau * n) elements of largest variance.
 
     Args:
-        chunks: the tensors, in a working precision.
+        chunks: the tensors.
         tau: `select_topk`, in (0, 1).
 
-    Returns:
-        The selection, or None where this working precision cannot rank the variances (float32 squares of the
-        differences overflow, or the threshold lies where they underflow): repeat in float64.
+    Raises:
+        FloatingPointError: a difference of two targets is not finite.
     """
-    variances, differing, ranked = _variances(chunks)
-    kept = math.floor(tau * differing)
-    if chunks.dtype == torch.float32 and (
-        kept > ranked or not bool(torch.isfinite(variances.sum(dtype=torch.float64)))
-    ):
-        return None
-    if kept == 0:
-        return Selection(variances, math.inf, 0, differing)
-    limit = _decide(chunks, variances, kth_largest(variances, kept)[0], kept)
-    return Selection(variances, limit, kept, differing)
+    keep = torch.empty(chunks.numel, dtype=torch.uint8, device=chunks.device)
+    for deviations in (6.0, 60.0, math.inf):
+        low, high = _band(chunks, tau, deviations)
+        differing, above, places, ranks = _classify(chunks, low, high, keep)
+        kept = math.floor(tau * differing)
+        if kept == 0:
+            keep.zero_()
+        if kept == 0 or _settle(chunks, keep, places, ranks, kept - above, low, high):
+            return Selection(keep, kept, differing)
+    raise FloatingPointError
 
 
-def _variances(chunks: Chunks) -> tuple[Tensor, int, int]:
-    """M times the variance of every element; the number of elements that differ; the number with a trusted variance."""
+def _rounding(chunks: Chunks) -> float:
+    """Bound of the relative error of a variance in the working precision."""
+    return 16 * len(chunks.targets) * torch.finfo(chunks.dtype).eps
+
+
+def _band(chunks: Chunks, tau: float, deviations: float) -> tuple[float, float]:
+    """Variances (low, high) that the threshold lies between, but for an error of so many standard deviations."""
+    if chunks.numel <= SAMPLE or deviations == math.inf:
+        return 0.0, math.inf
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(chunks.numel, (SAMPLE,), generator=generator).to(chunks.device)
+    first, *others = [target[places].to(chunks.dtype) for target in chunks.targets]
+    rows = torch.stack([other - first for other in others]) if others else first.new_zeros(1, SAMPLE)
+    variance = _spread(rows, rows.sum(0) / len(chunks.targets), torch.empty_like(first), out=torch.empty_like(first))
+    variance = variance.sort(descending=True).values
+    differing = int(torch.count_nonzero(rows.abs().sum(0)))
+    rank = tau * differing
+    error = math.sqrt(rank * (1 - rank / SAMPLE)) + tau * math.sqrt(differing * (1 - differing / SAMPLE))
+    margin = math.ceil(deviations * (error + 1))
+    first_place, last_place = math.floor(rank) - margin, math.ceil(rank) + margin
+    high = float(variance[first_place]) * (1 + 2 * _rounding(chunks)) if first_place >= 0 else math.inf
+    low = float(variance[last_place]) * (1 - 2 * _rounding(chunks)) if last_place < SAMPLE else 0.0
+    return (0.0 if low < TRUSTED_VARIANCE else low), (math.inf if high < TRUSTED_VARIANCE else high)
+
+
+def _spread(rows: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:
+    """M times the variance of M numbers, the first being 0 and the others `rows` [M - 1, C], to `out` [C]."""
+    torch.mul(mean, mean, out=out)
+    for row in rows:
+        torch.sub(row, mean, out=square)
+        out.add_(square.mul_(square))
+    return out
+
+
+def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[int, int, Tensor, Tensor]:
+    """One pass: `keep` becomes 1 above the band and 0 elsewhere. Returns the number of differing elements, the number
+    above, and the places [c] and exact ranks [c] of the elements inside."""
     first, others = chunks.targets[0], chunks.targets[1:]
-    variances = torch.empty(chunks.numel, dtype=chunks.dtype, device=chunks.device)
 
-    def step(piece: Piece) -> tuple[int, int]:
+    def step(piece: Piece) -> tuple[int, int, Tensor, Tensor]:
         rows = piece.differences(others, piece.working(first))[:, : piece.length]
-        mean, square = piece.scratch[:, : piece.length]
-        variance = variances[piece.start : piece.stop]
+        mean, variance, square = piece.scratch[:, : piece.length]
         mean.zero_()
         for row in rows:
             mean.add_(row)
-        mean.div_(len(chunks.targets))
-        torch.mul(mean, mean, out=variance)  # the first target's difference to itself is 0
-        for row in rows:
-            torch.sub(row, mean, out=square)
-            variance.add_(square.mul_(square))
-        trusted = int(torch.count_nonzero(variance >= TRUSTED_VARIANCE))
-        if trusted == piece.length:
-            return trusted, trusted
-        return trusted + int(torch.count_nonzero((rows != 0).any(0) & (variance < TRUSTED_VARIANCE))), trusted
+        _spread(rows, mean.div_(len(chunks.targets)), square, out=variance)
+        inside = (variance >= low) if high == math.inf else (variance >= low) & (variance <= high)
+        places = torch.nonzero(inside).flatten() + piece.start
+        square.copy_(variance).sub_(TRUSTED_VARIANCE).sign_().relu_()
+        differing = float(square.sum())
+        if math.isnan(differing):
+            raise FloatingPointError
+        if differing < piece.length:  # squares that vanished: any difference counts
+            rows.abs_()
+            mean.zero_()
+            for row in rows:
+                mean.add_(row)
+            differing = int(torch.count_nonzero(mean))
+        above = 0
+        if high < math.inf:
+            variance.sub_(high).relu_().sign_()
+            above = int(variance.sum())
+            keep[piece.start : piece.stop].copy_(variance)
+        else:
+            keep[piece.start : piece.stop] = 0
+        return int(differing), above, places, _ranks(chunks, places)
 
-    counts = chunks.each(step, scratch=2)
-    return variances, sum(differing for differing, _ in counts), sum(ranked for _, ranked in counts)
-
-
-def kth_largest(values: Tensor, k: int) -> tuple[float, int]:
-    """The k-th largest of non-negative floating-point numbers, exactly, by counting their bits.
-
-    Args:
-        values: [n], float32 or float64, non-negative, contiguous; borrowed.
-        k: rank in [1, n].
-
-    Returns:
-        (x, r): x is the k-th largest value, and r of the elements equal to x are among the k largest.
-    """
-    integer = _BITS[values.dtype]
-    bits = values.view(integer)  # the order of non-negative floats is the order of their bits
-    prefix, above = 0, 0
-    for shift in range(8 * values.itemsize - DIGIT, -1, -DIGIT):
-        counts = torch.zeros(1 << DIGIT, dtype=torch.int64, device=values.device)
-        for piece in bits.split(COUNT_ELEMENTS):
-            if shift < 8 * values.itemsize - DIGIT:
-                piece = piece[(piece >> (shift + DIGIT)) == prefix]
-            counts += torch.bincount((piece >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
-        reached = above + counts.flip(0).cumsum(0)
-        place = int(torch.searchsorted(reached, k))
-        above = int(reached[place - 1]) if place else above
-        prefix = (prefix << DIGIT) | ((1 << DIGIT) - 1 - place)
-    return float(torch.tensor([prefix], dtype=integer).view(values.dtype)), k - above
+    empty = [(0, 0, torch.empty(0, dtype=torch.int64, device=chunks.device), torch.empty(0, device=chunks.device))]
+    differing, above, places, ranks = zip(*(chunks.each(step, scratch=3) or empty))
+    return sum(differing), sum(above), torch.cat(places), torch.cat(ranks)
 
 
-def _decide(chunks: Chunks, variances: Tensor, threshold: float, kept: int) -> float:
-    """Settle which elements near the threshold are kept, and return the limit above which `variances` are kept.
-
-    Rounding may have put two equal variances in either order. All those within rounding of the threshold are computed
-    again in float64 (exactly, for 16-bit storage), ranked, ties by index, and overwritten: kept ones become infinite.
-    """
-    reach = 8 * len(chunks.targets) * torch.finfo(chunks.dtype).eps
-    low, high = threshold * (1 - reach), threshold * (1 + reach)
-
-    def step(piece: Piece) -> tuple[int, Tensor, Tensor]:
-        variance = variances[piece.start : piece.stop]
-        above = variance > high
-        places = torch.nonzero((variance >= low) ^ above).flatten() + piece.start
-        return int(torch.count_nonzero(above)), places, _ranks(chunks, places, threshold)
-
-    counts, places, ranks = zip(*chunks.each(step))
-    places, ranks = torch.cat(places), torch.cat(ranks)
-    last, ties = kth_largest(ranks, kept - sum(counts))
-    chosen = ranks > last
-    chosen[torch.nonzero(ranks == last).flatten()[:ties]] = True
-    variances[places] = chosen.to(variances.dtype) * torch.finfo(variances.dtype).max
-    return high
-
-
-def _ranks(chunks: Chunks, places: Tensor, threshold: float) -> Tensor:
-    """(M sum_j e_j^2 - (sum_j e_j)^2) / (M threshold) at these places, e_j = target_j - target_0, in float64, rounded to
-    40 binary places: M times the variance over the threshold, equal where the variances are equal."""
+def _ranks(chunks: Chunks, places: Tensor) -> Tensor:
+    """M sum_j e_j^2 - (sum_j e_j)^2 at these places, e_j = target_j - target_0: M^2 times the variance, in float64,
+    rounded to 41 bits so that equal variances are equal numbers."""
     first = chunks.targets[0][places].double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
     for target in chunks.targets[1:]:
         difference = target[places].double() - first
         total += difference
         square += difference * difference
-    count = len(chunks.targets)
-    return torch.round((count * square - total * total) / (count * threshold) * 2.0**40)
+    exact = len(chunks.targets) * square - total * total
+    large = exact * (2.0**12 + 1)
+    return large - (large - exact)
+
+
+def _settle(chunks: Chunks, keep: Tensor, places: Tensor, ranks: Tensor, wanted: int, low: float, high: float) -> bool:
+    """Keep the `wanted` elements of largest rank among those in the band, ties by index. False where the threshold is
+    not in the band, or so near an edge that rounding may have put an element on the wrong side of it."""
+    if not 1 <= wanted <= len(ranks):
+        return False
+    last = torch.kthvalue(ranks, len(ranks) - wanted + 1).values
+    variance = float(last) / len(chunks.targets)
+    if not low * (1 + _rounding(chunks)) <= variance <= high * (1 - _rounding(chunks)):
+        return False
+    larger = ranks > last
+    keep[places[larger]] = 1
+    keep[places[torch.nonzero(ranks == last).flatten()[: wanted - int(torch.count_nonzero(larger))]]] = 1
+    return True

@@ -126,35 +126,42 @@ def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
     plan = kernel.sce(pivot, targets, select_topk=tau)
     kept = math.floor(tau * size)
     assert plan.selected * 2 * size == pytest.approx(kept)
-    chosen = selection.select(chunks.Chunks(pivot, targets, F32), tau)
-    mask = torch.cat(
-        chunks.Chunks(pivot, targets, F32).each(lambda p: chosen.mask(p, p.scratch[0])[: p.length].clone(), 1)
-    )
+    mask, chosen = keep_mask(pivot, targets, tau)
     expected = torch.zeros(2 * size)
     expected[: 2 * kept : 2] = 1.0
     assert torch.equal(mask, expected)
     assert (chosen.kept, chosen.differing) == (kept, size)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-def test_kth_largest_is_the_sorted_one(dtype):
-    generator = torch.Generator().manual_seed(3)
-    values = torch.rand(5000, generator=generator, dtype=dtype)
-    values[::3] = values[0]
-    values[1::5] = 0.0
-    values[7] = 1e-44 if dtype == F32 else 1e-300
-    order = values.sort(descending=True).values
-    for k in (1, 2, 500, 1666, 2500, 4000, 4999, 5000):
-        value, ties = selection.kth_largest(values, k)
-        assert value == order[k - 1].item()
-        assert ties == k - int((values > value).sum())
+def keep_mask(pivot, targets, tau):
+    walk = chunks.Chunks(pivot, targets, F32)
+    chosen = selection.select(walk, tau)
+    return torch.cat(walk.each(lambda p: chosen.mask(p, p.scratch[0])[: p.length].clone(), 1)), chosen
 
 
-def test_the_counted_bits_do_not_depend_on_the_counting_pieces(monkeypatch):
-    values = torch.rand(10_000, generator=torch.Generator().manual_seed(1))
-    whole = selection.kth_largest(values, 1234)
-    monkeypatch.setattr(selection, "COUNT_ELEMENTS", 777)
-    assert selection.kth_largest(values, 1234) == whole
+@pytest.mark.parametrize("arrangement", ["shuffled", "sorted", "ties", "mostly equal", "adversarial", "dead"])
+@pytest.mark.parametrize("tau", [0.9, 0.5, 0.1, 0.003])
+def test_the_band_finds_what_sorting_finds(monkeypatch, arrangement, tau):
+    size = 40_000
+    generator = torch.Generator().manual_seed(20)
+    values = torch.randn(size, generator=generator).to(BF16)
+    if arrangement == "sorted":
+        values = values.abs().sort().values
+    elif arrangement == "ties":
+        values = torch.where(torch.rand(size, generator=generator) < 0.7, 1.0, values.float()).to(BF16)
+    elif arrangement == "mostly equal":
+        values[torch.rand(size, generator=generator) < 0.97] = 0.0
+    elif arrangement == "dead":
+        values[::2] *= 1e-30
+    places = torch.randint(size, (256,), generator=torch.Generator().manual_seed(0))
+    if arrangement == "adversarial":  # the sample sees nothing but the largest
+        values[places] = 1e3
+    monkeypatch.setattr(selection, "SAMPLE", 256)
+    targets = [values, torch.zeros(size), 3 * values.float()]
+    mask, chosen = keep_mask(torch.zeros(size), targets, tau)
+    exact = reference_merge.selected(reference_merge.task_vectors(torch.zeros(size), targets)[1], tau)
+    assert torch.equal(mask.bool(), torch.tensor(exact))
+    assert chosen.differing == int(values.count_nonzero())
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
