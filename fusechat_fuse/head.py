@@ -1,17 +1,16 @@
 """The lean head: lm_head and loss for labelled positions only and in chunks; logits of a whole sequence never exist.
 
 `install_lean_head(model)` puts a forward in front of the model's own. Called with the fusion columns it runs the
-decoder, picks the hidden states of the labelled positions and goes through lm_head chunk by chunk; called without them
-(generate, evaluation of logits, saving) it is the original forward. It is installed before any wrapping, so DDP, FSDP
-and DeepSpeed gather parameters as in every forward.
+decoder, picks the hidden states of the labelled positions and takes them through lm_head chunk by chunk; called without
+them (generate, evaluation of logits) it is the original forward. It is installed before any wrapping.
 
-Two ways through a chunk:
-- lm_head is a plain Linear whose whole weight is at hand: the gradient with respect to logits is known in closed form
-  (`loss.py`), so it is taken in the forward and nothing but d hidden and d weight is kept. Three matrix products, as in
-  plain training, over the labelled rows only.
-- else (sharded, hooked or adapted heads): lm_head is called as a module, and again in backward. The number of calls is
-  `chunks` on every rank, whatever its labels, or collective operations inside lm_head would wait forever; a chunk may
-  be empty.
+Two ways through lm_head:
+- a plain Linear: its own forward gets a second form, hidden states and targets in, losses out. The gradient with
+  respect to logits is known in closed form (`loss.py`), so it is taken right there and nothing but d hidden and
+  d weight is kept: three matrix products, as in plain training, over the labelled rows only. lm_head is called once as
+  a module on every rank whatever its labels, so FSDP and ZeRO-3 gather and free its weight around it as usual.
+- any other head (adapters, quantized, hooked): it is called as it is, chunk by chunk, and again in backward. The number
+  of calls is fixed, or collective operations inside would wait forever; a chunk may be empty.
 
 Shape letters: B batch, T tokens, N labelled positions, V vocabulary, D hidden, K entries of a distribution.
 """
@@ -19,6 +18,7 @@ Shape letters: B batch, T tokens, N labelled positions, V vocabulary, D hidden, 
 import functools
 import inspect
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ def why_not_lean(model: nn.Module) -> str | None:
         return f"{name} is not among the families whose head is known ({', '.join(FAMILIES)})"
     if getattr(inner.config, "output_router_logits", False):
         return "output_router_logits adds a loss of its own"
+    if (getattr(inner, "_tp_size", None) or 1) > 1:
+        return "tensor parallelism splits the head's weight"
     return None
 
 
@@ -113,77 +115,98 @@ def install_lean_head(model: nn.Module, *, chunks: int = 8) -> None:
 
     Args:
         model: a causal language model of a known family (`why_not_lean` is None), or a PEFT model around one; changed.
-        chunks: calls of lm_head where its weight is not whole at hand.
+        chunks: calls of lm_head where it is not a plain Linear.
 
     The installed forward takes, beside the model's own arguments: `shift_labels` [B, T], `target_ids` and
     `target_probs` [B, T, K], `lm_loss_weight`, `fusion_loss_type`; and then returns a `FusionOutput` of sums.
     """
     inner = causal_model(model)
-    if getattr(inner, "_lean_head_installed", False):
+    if "_forward_before_lean" in vars(inner):
         return
-    original = inner.forward
-    transform = FAMILIES[type(inner).__name__](inner.config)
+    if is_plain_linear(inner.lm_head):
+        _bind(inner.lm_head, _linear_forward)
+    inner._lean_head = FAMILIES[type(inner).__name__](inner.config), chunks
+    _bind(inner, _causal_forward)
 
-    @functools.wraps(original)
-    def forward(*args, shift_labels=None, target_ids=None, target_probs=None, **kwargs):
-        if target_ids is None:
-            return (
-                original(*args, **kwargs)
-                if shift_labels is None
-                else original(*args, shift_labels=shift_labels, **kwargs)
-            )
-        weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
-        hidden = inner.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
-        return _head_loss(
-            inner.lm_head, hidden, shift_labels, target_ids, target_probs, weight, kind, transform, chunks
-        )
 
-    inner.forward = forward
-    inner._lean_head_installed = True
+def is_plain_linear(lm_head: nn.Module) -> bool:
+    """Whether lm_head(x) is x W^T (+ bias) and nothing listens to its calls or stands in for them."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = type(lm_head) is nn.Linear and "forward" not in vars(lm_head)
+    return own and not any(getattr(lm_head, hook) for hook in hooks)
+
+
+def _bind(module: nn.Module, forward) -> None:
+    """Make `forward` the module's own; a bound method, so that a deep copy of the module is bound to the copy."""
+    module._forward_before_lean = before = module.forward
+
+    @functools.wraps(getattr(before, "__func__", before))
+    def bound(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    module.forward = MethodType(bound, module)
+
+
+def _causal_forward(self, *args, shift_labels=None, target_ids=None, target_probs=None, **kwargs):
+    if target_ids is None:
+        if shift_labels is not None:
+            kwargs["shift_labels"] = shift_labels
+        return self._forward_before_lean(*args, **kwargs)
+    weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
+    hidden = self.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
+    return _head_loss(self.lm_head, *self._lean_head, hidden, shift_labels, target_ids, target_probs, weight, kind)
+
+
+def _linear_forward(self, hidden, rows=None):
+    if rows is None:
+        return self._forward_before_lean(hidden)
+    return rows.losses(hidden, self.weight, self.bias)
 
 
 @torch.compiler.disable
-def _head_loss(lm_head, hidden_BTD, labels, ids, probs, lm_loss_weight, kind, transform, chunks) -> FusionOutput:
-    rows = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
-    hidden = hidden_BTD.flatten(0, 1).index_select(0, rows)  # [N, D]
-    labels, ids, probs = labels.reshape(-1)[rows], ids.flatten(0, 1)[rows], probs.flatten(0, 1)[rows]
-    if weight_at_hand(lm_head):
-        check_ids(labels, ids, lm_head.weight.shape[0])
-        options = lm_loss_weight, kind, transform, torch.is_grad_enabled()
-        return FusionOutput(
-            *_GradientInForward.apply(hidden, lm_head.weight, lm_head.bias, labels, ids, probs, options)
-        )
-    return _recomputed(lm_head, hidden, labels, ids, probs, lm_loss_weight, kind, transform, chunks)
+def _head_loss(lm_head, transform, chunks, hidden_BTD, labels, ids, probs, lm_loss_weight, kind) -> FusionOutput:
+    at = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
+    hidden = hidden_BTD.flatten(0, 1).index_select(0, at)  # [N, D]
+    chosen = labels.reshape(-1)[at], ids.flatten(0, 1)[at], probs.flatten(0, 1)[at]
+    rows = _Rows(*chosen, lm_loss_weight, kind, transform)
+    inner = getattr(lm_head, "_fsdp_wrapped_module", lm_head)
+    if "_forward_before_lean" in vars(inner):
+        return FusionOutput(*lm_head(hidden, rows=rows))
+    return rows.recomputed(lm_head, hidden, chunks)
 
 
-def weight_at_hand(lm_head: nn.Module) -> bool:
-    """Whether lm_head(x) is x W^T (+ bias) with the whole W in memory now, and nothing listens to its calls."""
-    if type(lm_head) is not nn.Linear or "forward" in vars(lm_head):
-        return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    weight = lm_head.weight
-    whole = tuple(weight.shape) == (lm_head.out_features, lm_head.in_features)
-    return whole and not any(getattr(lm_head, hook) for hook in hooks) and not hasattr(weight, "full_tensor")
+class _Rows:
+    """Labels and targets of the labelled positions; an opaque object, which wrappers neither cast nor split."""
 
+    def __init__(self, labels_N, ids_NK, probs_NK, lm_loss_weight, kind, transform):
+        self.labels, self.ids, self.probs = labels_N, ids_NK, probs_NK
+        self.lm_loss_weight, self.kind, self.transform = lm_loss_weight, kind, transform
 
-def _recomputed(lm_head, hidden, labels, ids, probs, lm_loss_weight, kind, transform, chunks) -> FusionOutput:
-    def sums(hidden, labels, ids, probs):
-        return torch.stack(row_sums(transform(lm_head(hidden)), labels, ids, probs, kind))
+    def total(self, sums):
+        """lambda L_LM + (1 - lambda) L_fusion; a term of weight 0 is left out, as 0 times infinity would be NaN."""
+        return sum(w * term for w, term in zip((self.lm_loss_weight, 1 - self.lm_loss_weight), sums) if w)
 
-    # ZeRO-3 frees a weight after the forward, which the non-reentrant checkpoint reports as a changed shape
-    reentrant = any(hasattr(parameter, "ds_id") for parameter in lm_head.parameters())
-    size = max(-(-len(hidden) // chunks), 1)
-    total = 0
-    for n in range(chunks):
-        part = slice(n * size, (n + 1) * size)
-        arguments = hidden[part], labels[part], ids[part], probs[part]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(sums, *arguments, use_reentrant=reentrant, preserve_rng_state=False)
-        else:
-            total = total + sums(*arguments)
-    # a term of weight 0 is left out: 0 times an infinite term would be NaN
-    loss = sum(w * term for w, term in zip((lm_loss_weight, 1 - lm_loss_weight), total) if w)
-    return FusionOutput(loss, *total.detach())
+    def losses(self, hidden, weight, bias):
+        """(loss, lm_loss, fusion_loss) sums, with the gradient taken now."""
+        check_ids(self.labels, self.ids, weight.shape[0])
+        return _GradientInForward.apply(hidden, weight, bias, self, torch.is_grad_enabled())
+
+    def recomputed(self, lm_head, hidden, chunks: int) -> FusionOutput:
+        """The same through `chunks` calls of lm_head, each made again in backward."""
+
+        def sums(hidden, labels, ids, probs):
+            return torch.stack(row_sums(self.transform(lm_head(hidden)), labels, ids, probs, self.kind))
+
+        size = max(-(-len(hidden) // chunks), 1)
+        total = 0
+        for n in range(chunks):
+            part = slice(n * size, (n + 1) * size)
+            arguments = hidden[part], self.labels[part], self.ids[part], self.probs[part]
+            if torch.is_grad_enabled():
+                total = total + checkpoint(sums, *arguments, use_reentrant=False, determinism_check="none")
+            else:
+                total = total + sums(*arguments)
+        return FusionOutput(self.total(total), *total.detach())
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -193,19 +216,17 @@ class _GradientInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ids, probs, options):
-        lm_loss_weight, kind, transform, with_gradient = options
+    def forward(ctx, hidden, weight, bias, rows, with_gradient):
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False), torch.no_grad():
             work = _Chunks(hidden, weight, bias, autocast or weight.dtype)
             work.prepare_gradients([with_gradient and need for need in ctx.needs_input_grad[:3]])
-            lm_sum, fusion_sum = work.run(labels, ids, probs, lm_loss_weight, kind, transform)
+            sums = work.run(rows)
         ctx.gradients = work.gradients
+        lm_sum, fusion_sum = sums.unbind()
         ctx.mark_non_differentiable(lm_sum, fusion_sum)
-        # a term of weight 0 is left out: 0 times an infinite term would be NaN
-        loss = sum(w * s for w, s in ((lm_loss_weight, lm_sum), (1 - lm_loss_weight, fusion_sum)) if w)
-        return loss.clone(), lm_sum, fusion_sum
+        return rows.total(sums.clone()), lm_sum, fusion_sum
 
     @staticmethod
     @once_differentiable
@@ -213,7 +234,7 @@ class _GradientInForward(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the lean head's gradient can be taken once; set lean_head=False to go through it again")
-        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None
 
 
 class _Chunks:
@@ -231,9 +252,9 @@ class _Chunks:
             if need:
                 self.gradients[n] = torch.zeros(shape, dtype=self.exact, device=self.hidden.device)
 
-    def run(self, labels, ids, probs, lm_loss_weight, kind, transform) -> tuple[Tensor, Tensor]:
+    def run(self, targets: _Rows) -> Tensor:
         sums = torch.zeros(2, dtype=self.exact, device=self.hidden.device)
-        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), probs.to(self.exact)
+        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), targets.probs.to(self.exact)
         rows = max((b - a for a, b in self.parts), default=0)
         low = torch.empty(rows, weight.shape[0], dtype=self.dtype, device=hidden.device)
         buffer = low if self.dtype == self.exact else torch.empty_like(low, dtype=self.exact)
@@ -244,12 +265,12 @@ class _Chunks:
                 z.copy_(low[: b - a])
             if self.bias is not None:
                 z.add_(self.bias)
-            transform.apply_(z)
-            slope = transform.slope(z)
-            chunk = labels[a:b], ids[a:b], probs[a:b]
-            sums += torch.stack(_terms_and_softmax_(z, *chunk, kind))
+            targets.transform.apply_(z)
+            slope = targets.transform.slope(z)
+            chunk = targets.labels[a:b], targets.ids[a:b], probs[a:b]
+            sums += torch.stack(_terms_and_softmax_(z, *chunk, targets.kind))
             if any(g is not None for g in self.gradients):
-                softmax_to_gradient_(z, *chunk, lm_loss_weight, 1 - lm_loss_weight)
+                softmax_to_gradient_(z, *chunk, targets.lm_loss_weight, 1 - targets.lm_loss_weight)
                 if slope is not None:
                     z.mul_(slope)
                 self._accumulate(z, low[: b - a], hidden[a:b], weight, a, b)
@@ -257,7 +278,7 @@ class _Chunks:
             None if g is None else g.to(own.dtype)
             for g, own in zip(self.gradients, (self.hidden, self.weight, self.bias))
         ]
-        return sums[0], sums[1]
+        return sums
 
     def _accumulate(self, dz, low, hidden, weight, a, b) -> None:
         d_hidden, d_weight, d_bias = self.gradients

@@ -1,15 +1,16 @@
 """The pivot as files: configuration, tokenizer, weights; and whether data was aligned to it."""
 
-import hashlib
-import json
+import logging
 import shutil
 from functools import cached_property
 from pathlib import Path
 
+from fusechat_fuse.capture import file_fingerprint
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.representation import Representation, load_tokenizer
 from fusechat_fuse.tokens import same_vocabulary, tokenizer_hash
 
+logger = logging.getLogger(__name__)
 # Copied as they are: saving a tokenizer anew with another version of transformers can change its ids.
 OWN_FILES = (
     "tokenizer.json",
@@ -89,12 +90,9 @@ class PivotFiles:
         return Path(found) if found else None
 
     def fingerprint(self) -> str:
-        """Short hash of the configuration and of the names and sizes of the weight files."""
-        digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
-        if Path(self.name).is_dir():
-            for file in sorted(Path(self.name).glob("*.safetensors")):
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-        return digest.hexdigest()[:16]
+        """Short hash of the model's files, as representations record it."""
+        folder = Path(self.name) if Path(self.name).is_dir() else self.file("config.json").parent
+        return file_fingerprint(folder)
 
     def check_data(self, data: Representation) -> None:
         """Raise InputError unless the data's pivot has this model's vocabulary.
@@ -102,15 +100,21 @@ class PivotFiles:
         Args:
             data: aligned or combined data.
         """
-        manifest = data.manifest
-        told = manifest.get("pivot") or manifest
-        there = (told.get("model") or {}).get("vocab_size") or told.get("vocab_size")
+        told = data.manifest
+        there = (told.get("model") or {}).get("vocab_size")
         if there and there > self.vocab_size:
             raise InputError(
                 f"vocabulary for {data.path}: expected ids below {self.vocab_size} (rows of {self.name}), got data of "
                 f"a pivot with {there}. Train the pivot that the data was aligned to."
             )
         hashed = (told.get("tokenizer") or {}).get("sha256")
+        if (fingerprint := (told.get("model") or {}).get("fingerprint")) not in (None, self.fingerprint()):
+            logger.warning(
+                "%s holds the distributions of another pivot (%s there, %s here) with a like vocabulary.",
+                data.path,
+                fingerprint,
+                self.fingerprint(),
+            )
         if hashed == tokenizer_hash(self.tokenizer):
             return
         if (Path(data.path) / "tokenizer").is_dir() and same_vocabulary(self.tokenizer, load_tokenizer(data.path)):

@@ -78,11 +78,8 @@ class FusionTrainer(Trainer):
         self._meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
         if model is not None:
             self._prepare_model(model, args)
-            vocab_size = vocabulary_size(model)
-        else:
-            vocab_size = None
         if data_collator is None:
-            data_collator = _collator(args, processing_class, vocab_size)
+            data_collator = _collator(args, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -93,6 +90,8 @@ class FusionTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # Trainer counts num_items_in_batch for us
+        if isinstance(self.data_collator, FusionCollator) and self.data_collator.vocab_size is None:
+            self.data_collator.vocab_size = vocabulary_size(self.model)
 
     # -- model --------------------------------------------------------------------------------------------------------
 
@@ -278,11 +277,10 @@ def vocabulary_size(model) -> int:
     return causal_model(model).config.get_text_config().vocab_size
 
 
-def _collator(args: FusionConfig, tokenizer, vocab_size: int | None) -> FusionCollator:
+def _collator(args: FusionConfig, tokenizer) -> FusionCollator:
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return FusionCollator(
         pad_token_id=next((n for n in ids if n is not None), 0),
-        vocab_size=vocab_size,
         max_length=args.max_length,
         fusion_function=args.fusion_function,
         fuse_temperature=args.fuse_temperature,

@@ -45,5 +45,6 @@ def aligned_rows(count: int, seed: int = 0, **options) -> list[dict]:
     rows = []
     for n in range(count):
         tokens = int(rng.integers(10, 30))
-        rows.append(aligned_row(1000 * seed + n, **{"tokens": tokens, "predicted": int(rng.integers(3, 9)), **options}))
+        sizes = {"tokens": tokens, "predicted": int(rng.integers(3, 9))}
+        rows.append(aligned_row(1000 * seed + n, **{**sizes, **options}))
     return rows

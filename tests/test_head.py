@@ -1,5 +1,6 @@
 """The lean head gives the loss and the gradients of the plain path, for every family and every way through it."""
 
+import copy
 import inspect
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from fusechat_fuse import head, loss
-from fusechat_fuse.head import install_lean_head, takes_kept_logits, weight_at_hand, why_not_lean
+from fusechat_fuse.head import install_lean_head, is_plain_linear, takes_kept_logits, why_not_lean
 from fusechat_fuse.loss import fusion_loss
 from tests.tiny_models import FAMILIES, batch_of, tiny_model
 
@@ -48,7 +49,7 @@ def assert_same(model, batch, tolerance, **options):
 @pytest.fixture(params=["gradient in forward", "recomputed"])
 def way(request, monkeypatch):
     if request.param == "recomputed":
-        monkeypatch.setattr(head, "weight_at_hand", lambda lm_head: False)
+        monkeypatch.setattr(head, "is_plain_linear", lambda lm_head: False)
     return request.param
 
 
@@ -99,20 +100,36 @@ def test_nothing_labelled_still_reaches_every_parameter(way):
     assert not any(g.any() for g in grads.values())
 
 
-def test_lm_head_is_called_equally_often_whatever_the_labels():
-    model = tiny_model()
+@pytest.mark.parametrize(("hooked_first", "calls_forward", "calls_in_all"), [(False, 1, 1), (True, 5, 10)])
+def test_lm_head_is_called_equally_often_whatever_the_labels(hooked_first, calls_forward, calls_in_all):
+    """Sharded heads are gathered by hooks, which every process must run the same number of times."""
+    model, calls = tiny_model(), []
+    if hooked_first:  # the head of another: it is called as it is
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     install_lean_head(model, chunks=5)
-    calls = []
-    model.lm_head.register_forward_hook(lambda *_: calls.append(1))  # hooks: the head is called as a module
+    if not hooked_first:  # what FSDP and ZeRO-3 do afterwards
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     for labelled in (0, 1, 3, 1000):
         batch = batch_of(3)
         at = (batch["shift_labels"] != -100).nonzero()[labelled:]
         batch["shift_labels"][at[:, 0], at[:, 1]] = -100
         calls.clear()
         out = lean(model, batch)
-        assert len(calls) == 5
+        assert len(calls) == calls_forward
         out.loss.backward()
-        assert len(calls) == 10
+        assert len(calls) == calls_in_all
+
+
+def test_a_copy_of_the_model_uses_its_own_weights():
+    model, batch = tiny_model(), batch_of()
+    install_lean_head(model)
+    before = lean(model, batch).loss.item()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert lean(copied, batch).loss.item() == before
+    assert torch.equal(copied(batch["input_ids"]).logits, tiny_model()(batch["input_ids"]).logits)
 
 
 def test_without_fusion_columns_it_is_the_original_forward():
@@ -211,15 +228,12 @@ def test_no_gradient_no_work():
     assert out.loss.item() == pytest.approx(lean(model, batch_of()).loss.item())
 
 
-def test_which_heads_are_whole():
-    assert weight_at_hand(nn.Linear(3, 4))
+def test_which_heads_are_plain():
+    assert is_plain_linear(nn.Linear(3, 4))
     hooked = nn.Linear(3, 4)
     hooked.register_forward_pre_hook(lambda *_: None)
-    assert not weight_at_hand(hooked)
-    partitioned = nn.Linear(3, 4)
-    partitioned.weight.data = torch.empty(0)
-    assert not weight_at_hand(partitioned)
-    assert not weight_at_hand(nn.Sequential(nn.Linear(3, 4)))
+    assert not is_plain_linear(hooked)
+    assert not is_plain_linear(nn.Sequential(nn.Linear(3, 4)))
 
 
 def test_unknown_models_are_named_with_the_reason():

@@ -1,0 +1,308 @@
+"""FusionTrainer is a Trainer: normalisation, evaluation, and what people use around it, on tiny models."""
+
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from fusechat_fuse.collator import FusionCollator
+from fusechat_fuse.config import FusionConfig
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.loss import fusion_loss
+from fusechat_fuse.representation import load_representation
+from fusechat_fuse.trainer import FusionTrainer
+from tests.fusion_rows import aligned_rows
+from tests.tiny_models import batch_of, tiny_model
+from tests.tiny_runs import VOCAB, aligned_directory, config
+
+
+def run(tmp_path, rows, model=None, trainer_options=None, **changes):
+    """(losses by step, parameters after training, trainer)."""
+    model = tiny_model() if model is None else model
+    settings = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0, **changes}
+    trainer = FusionTrainer(model, config(tmp_path, **settings), train_dataset=rows, **(trainer_options or {}))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+
+def assert_same_run(a, b, tolerance=1e-5):
+    assert a[0] == pytest.approx(b[0], rel=tolerance)
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("function", ["min_ce", "avg_ce", "min_ce_token", "source"])
+def test_accumulation_does_not_change_the_loss(tmp_path, function):
+    rows = aligned_rows(16)
+    whole = run(tmp_path, rows, per_device_train_batch_size=8, optim="sgd", fusion_function=function)
+    for size, steps in ((1, 8), (2, 4)):
+        parts = run(
+            tmp_path,
+            rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            fusion_function=function,
+        )
+        assert_same_run(parts, whole)
+
+
+def test_last_step_with_fewer_batches_is_normalised_by_its_own_tokens(tmp_path):
+    rows = aligned_rows(5)
+    whole = run(tmp_path, rows, per_device_train_batch_size=4, optim="sgd")
+    parts = run(tmp_path, rows, per_device_train_batch_size=1, gradient_accumulation_steps=4, optim="sgd")
+    assert len(parts[0]) == 2
+    assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize("change", [{"lean_head": False}, {"packing": True}, {"activation_checkpointing": True}])
+def test_other_ways_to_the_same_loss(tmp_path, change):
+    rows = aligned_rows(12)
+    assert_same_run(run(tmp_path, rows, **change), run(tmp_path, rows), tolerance=3e-5)
+
+
+def test_compiled(tmp_path):
+    rows = aligned_rows(8, tokens=16)
+    settings = {"per_device_train_batch_size": 4}
+    compiled = run(
+        tmp_path,
+        rows,
+        tiny_model(num_hidden_layers=1),
+        torch_compile=True,
+        torch_compile_backend="eager",
+        **settings,
+    )
+    assert type(compiled[2].model_wrapped).__name__ == "OptimizedModule"
+    assert compiled[0] == pytest.approx(run(tmp_path, rows, tiny_model(num_hidden_layers=1), **settings)[0], rel=1e-4)
+
+
+def test_weight_one_is_plain_fine_tuning(tmp_path):
+    """The baseline of every comparison: the same data at lm_loss_weight 1 gives transformers' own Trainer's numbers."""
+    rows = aligned_rows(12)
+    mine = run(tmp_path, rows, lm_loss_weight=1.0, gradient_accumulation_steps=2, max_grad_norm=0.0)
+
+    def collate(items):
+        batch = FusionCollator()(items)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+    model = tiny_model()
+    settings = config(tmp_path, train_sampling_strategy="sequential", lr_scheduler_type="constant", warmup_steps=0)
+    names = ("per_device_train_batch_size", "num_train_epochs", "learning_rate", "logging_steps", "save_strategy")
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        **{name: getattr(settings, name) for name in names},
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert mine[0] == pytest.approx(theirs, rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(mine[1][name], p.detach(), rtol=1e-4, atol=2e-6)
+
+
+def test_figures_in_the_logs(tmp_path):
+    rows = [*aligned_rows(3, seed=1, source_better=True), *aligned_rows(1, seed=2, source_better=False)]
+    _, _, trainer = run(tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["source_share"] == pytest.approx(0.75)
+    masses = np.concatenate([row["mapped_mass"].astype(np.float64) for row in rows])
+    assert entry["mapped_mass"] == pytest.approx(masses.mean(), rel=1e-5)
+    assert entry["loss"] == pytest.approx(0.9 * entry["lm_loss"] + 0.1 * entry["fusion_loss"], rel=1e-5)
+    assert entry["tokens_per_second"] > 0
+    assert "cut_tokens" not in entry
+    _, _, trainer = run(tmp_path, rows, max_length=8)
+    assert sum(e.get("cut_tokens", 0) for e in trainer.state.log_history) == sum(len(r["input_ids"]) - 8 for r in rows)
+
+
+def test_the_choice_is_reported_for_each_source(tmp_path):
+    rows = [row | {"source_index": np.array([n % 2])} for n, row in enumerate(aligned_rows(4, source_better=True))]
+    rows[1]["source_ce"] = 99.0
+    options = {"sources": ["solar", "qwen"]}
+    _, _, trainer = run(tmp_path, rows, trainer_options=options)
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert (entry["source_share/solar"], entry["source_share/qwen"]) == (0.5, 0.25)
+    assert entry["source_share"] == 0.75
+
+
+def test_evaluation_is_a_mean_over_tokens(tmp_path):
+    rows = aligned_rows(7)
+    trainer = FusionTrainer(
+        tiny_model(), config(tmp_path, per_device_eval_batch_size=3), train_dataset=rows, eval_dataset=rows
+    )
+    metrics = trainer.evaluate()
+    batch = FusionCollator()(rows)
+    with torch.no_grad():
+        logits = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = fusion_loss(logits, *(batch[name] for name in ("shift_labels", "target_ids", "target_probs")))
+    for name, value in zip(("eval_loss", "eval_lm_loss", "eval_fusion_loss"), expected):
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-5)
+    assert 0 <= metrics["eval_source_share"] <= 1
+    both = FusionTrainer(
+        tiny_model(), config(tmp_path), train_dataset=rows, eval_dataset={"a": rows[:2], "b": rows[2:]}
+    )
+    assert {"eval_a_lm_loss", "eval_b_lm_loss"} <= both.evaluate().keys()
+
+
+def test_own_metrics_get_the_logits(tmp_path):
+    rows, seen = aligned_rows(4), {}
+
+    def accuracy(prediction):
+        seen["shapes"] = prediction.predictions.shape, prediction.label_ids.shape
+        return {"accuracy": 0.5}
+
+    trainer = FusionTrainer(tiny_model(), config(tmp_path), eval_dataset=rows, compute_metrics=accuracy)
+    assert trainer.evaluate()["eval_accuracy"] == 0.5
+    T = max(len(row["input_ids"]) for row in rows)
+    assert seen["shapes"] == ((4, T, 50), (4, T))
+
+
+class OwnModel(LlamaForCausalLM):
+    """A class nobody knows, whose forward can keep logits of chosen positions."""
+
+    forward = LlamaForCausalLM.forward
+
+
+class OldModel(LlamaForCausalLM):
+    """One that always gives all logits."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [(OwnModel, "own logits of all labelled positions"), (OldModel, "full logits")]
+)
+def test_unknown_models_go_a_plain_way_and_say_so(tmp_path, caplog, kind, way):
+    rows = aligned_rows(8)
+    model = kind(tiny_model().config)
+    model.load_state_dict(tiny_model().state_dict())
+    with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
+        other = run(tmp_path, rows, model)
+    told = [record.getMessage() for record in caplog.records if "lean head" in record.getMessage()]
+    assert len(told) == 1
+    assert f"{kind.__name__} is not among the families" in told[0]
+    assert way in told[0]
+    assert_same_run(other, run(tmp_path, rows))
+
+
+def test_router_loss_is_added(tmp_path):
+    rows = aligned_rows(4)
+    quiet = run(tmp_path, rows, tiny_model("Mixtral"), max_steps=1)
+    routed = run(
+        tmp_path, rows, tiny_model("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5), max_steps=1
+    )
+    with torch.no_grad():
+        batch = FusionCollator()(rows)
+        model = tiny_model("Mixtral", output_router_logits=True)
+        aux = model(batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+    assert routed[0][0] == pytest.approx(quiet[0][0] + 0.5 * aux.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_low_rank_adapters(tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    rows = aligned_rows(8)
+
+    def adapted():
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+    lean = run(tmp_path, rows, adapted(), activation_checkpointing=True)
+    plain = run(tmp_path, rows, adapted(), lean_head=False)
+    assert_same_run(lean, plain, tolerance=3e-5)
+    start = dict(adapted().named_parameters())
+    moved = {name for name, p in lean[1].items() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if "lora_" in name}
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path):
+    losses, parameters, _ = run(tmp_path, aligned_rows(16), bf16=True, num_train_epochs=3, learning_rate=1e-2)
+    assert losses[-1] < losses[0]
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+
+
+def test_half_precision_weights_are_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
+        FusionTrainer(tiny_model().bfloat16(), config(tmp_path, learning_rate=5e-6))
+    assert "Trainable weights are bfloat16: steps of 5e-06 are mostly rounded away" in caplog.text
+
+
+def test_data_from_disk_in_every_form(tmp_path):
+    path = aligned_directory(tmp_path / "data", count=8)
+    forms = [path, str(path), load_representation(path), datasets.load_from_disk(str(path))]
+    runs = [run(tmp_path / "out", form, tiny_model(vocab_size=VOCAB)) for form in forms]
+    for other in runs[1:]:
+        assert other[0] == runs[0][0]
+    assert runs[0][2].sources == ["strong-source"]
+    grouped = run(tmp_path / "out", path, tiny_model(vocab_size=VOCAB), train_sampling_strategy="group_by_length")
+    assert len(grouped[0]) == 2
+    workers = run(tmp_path / "out", path, tiny_model(vocab_size=VOCAB), dataloader_num_workers=1)
+    assert workers[0] == runs[0][0]
+
+
+def test_a_new_model_for_each_run(tmp_path):
+    rows = aligned_rows(4)
+    trainer = FusionTrainer(model_init=lambda: tiny_model(), args=config(tmp_path, max_steps=1), train_dataset=rows)
+    trainer.train()
+    assert trainer.loss_path == "lean"
+
+
+def test_defaults_are_the_papers(tmp_path):
+    got = FusionConfig(str(tmp_path), use_cpu=True)
+    assert (got.lm_loss_weight, got.fusion_loss_type, got.fusion_function) == (0.9, "ce", "min_ce")
+    assert (got.fuse_temperature, got.ce_unit, got.max_length) == (1.0, "token", 2048)
+    assert (got.num_train_epochs, got.learning_rate, got.lr_scheduler_type) == (3, 5e-6, "cosine")
+    assert (got.get_warmup_steps(1000), got.weight_decay) == (30, 0)
+    assert got.per_device_train_batch_size * got.gradient_accumulation_steps == 128
+
+
+def test_batch_size_over_all_devices(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert FusionConfig.__new__(FusionConfig)  # the field is derived before any process group exists
+    probe = FusionConfig.__new__(FusionConfig)
+    probe.per_device_train_batch_size, probe.total_batch_size, probe.use_cpu = 4, 128, True
+    assert probe._accumulation_steps() == 4
+    probe.per_device_train_batch_size = 6
+    with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
+        assert probe._accumulation_steps() == 3
+    assert "144 conversations per step instead of total_batch_size 128" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion_function": "best"}, "value for fusion_function: expected one of min_ce"),
+        ({"fusion_loss_type": "jsd"}, "value for fusion_loss_type: expected one of ce, kl"),
+        ({"lm_loss_weight": 1.2}, "value for lm_loss_weight: expected 0 to 1, got 1.2"),
+        ({"fuse_temperature": 0}, "value for fuse_temperature: expected more than 0"),
+        ({"label_smoothing_factor": 0.1}, "value for label_smoothing_factor: expected 0"),
+        ({"remove_unused_columns": True}, "value for remove_unused_columns: expected False"),
+    ],
+)
+def test_values_that_fusion_cannot_use(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        config(tmp_path, **change)
+
+
+def test_other_arguments_are_refused(tmp_path):
+    with pytest.raises(InputError, match="expected a FusionConfig, got TrainingArguments"):
+        FusionTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_direct_call_without_num_items(tmp_path):
+    trainer = FusionTrainer(tiny_model(), config(tmp_path))
+    batch = batch_of()
+    logits = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = fusion_loss(logits, *(batch[name] for name in ("shift_labels", "target_ids", "target_probs")))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.loss.item(), rel=1e-5)
