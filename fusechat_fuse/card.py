@@ -93,13 +93,27 @@ def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> 
 
 
 def _alignment(manifest: dict) -> dict:
-    """Counts, options and certificate of the data, flat."""
-    rows = {}
-    for section in ("counts", "options", "certificate"):
-        for key, value in (manifest.get(section) or {}).items():
-            if isinstance(value, int | float | str | bool) and not os.path.isabs(str(value)):
-                rows[key.replace("_", " ")] = value
-    return rows
+    """Counts, mapping and certificate of the data (of each source where several were combined), flat."""
+    counts = manifest.get("counts") or {}
+    rows = {name.replace("_", " "): counts[name] for name in ("conversations", "predicted_tokens") if name in counts}
+    if "sources" in manifest:
+        rows["combined by"] = " per ".join(str(value) for value in manifest.get("options", {}).values())
+        for source in manifest["sources"]:
+            name = _name(str(source.get("model")))
+            rows |= _certificate(source.get("certificate"), str((source.get("mapping") or ["?"])[0]), f"{name}: ")
+            if (taken := (manifest.get("taken") or {}).get(str(source.get("model")))) is not None:
+                rows[f"{name}: conversations taken"] = taken
+        return rows
+    return rows | _certificate(
+        (manifest.get("certificate") or {}).get("all"), (manifest.get("options") or {}).get("mapping"), ""
+    )
+
+
+def _certificate(figures: dict | None, mapping: str | None, prefix: str) -> dict:
+    chosen = {"mapping": mapping}
+    for name in ("coverage", "exact", "inside", "safe", "mean_mapped_mass", "gap_bits_per_byte"):
+        chosen[name.replace("_", " ")] = (figures or {}).get(name)
+    return {prefix + name: value for name, value in chosen.items() if value is not None}
 
 
 def _training(config, arguments) -> dict:

@@ -100,15 +100,15 @@ class PivotFiles:
         Args:
             data: aligned or combined data.
         """
-        told = data.manifest
-        there = (told.get("model") or {}).get("vocab_size")
+        made_with = data.manifest.get("model") or {}
+        there = made_with.get("vocab_size")
         if there and there > self.vocab_size:
             raise InputError(
                 f"vocabulary for {data.path}: expected ids below {self.vocab_size} (rows of {self.name}), got data of "
                 f"a pivot with {there}. Train the pivot that the data was aligned to."
             )
-        hashed = (told.get("tokenizer") or {}).get("sha256")
-        if (fingerprint := (told.get("model") or {}).get("fingerprint")) not in (None, self.fingerprint()):
+        hashed = data.manifest["tokenizer"]["sha256"]
+        if (fingerprint := made_with.get("fingerprint")) not in (None, self.fingerprint()):
             logger.warning(
                 "%s holds the distributions of another pivot (%s there, %s here) with a like vocabulary.",
                 data.path,
@@ -120,7 +120,7 @@ class PivotFiles:
         if (Path(data.path) / "tokenizer").is_dir() and same_vocabulary(self.tokenizer, load_tokenizer(data.path)):
             return
         raise InputError(
-            f"tokenizer for {data.path}: expected the one of {self.name}, got data of another (hash {str(hashed)[:8]}, "
+            f"tokenizer for {data.path}: expected the one of {self.name}, got data of another (hash {hashed[:8]}, "
             f"here {tokenizer_hash(self.tokenizer)[:8]}). Align to this pivot, or train the pivot of the data."
         )
 

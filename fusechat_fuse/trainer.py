@@ -267,8 +267,9 @@ def source_names(dataset) -> list[str]:
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()), None)
     manifest = getattr(dataset, "manifest", {})
-    names = [source.get("name") for source in manifest.get("sources", [manifest.get("source") or {}])]
-    names = [os.path.basename(str(name).rstrip("/")) for name in names if name]
+    sources = manifest.get("sources") or [manifest.get("source") or {}]
+    names = [os.path.basename(str(source["model"]).rstrip("/")) for source in sources if source.get("model")]
+    names = [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
     return names or ["source"]
 
 

@@ -70,7 +70,15 @@ def test_the_model_card_tells_the_story(pivot, data, tmp_path):
     assert "base_model" not in metadata  # a directory is no Hub name
     for told in ("openchat-strong", "strong-source", "prefix", "0.93", "0.9", "min_ce", "2408.07990", "train_loss"):
         assert told in text
-    assert str(tmp_path) not in text
+    sources = [
+        {"model": name, "mapping": ["statistics"], "certificate": {"coverage": 0.5}} for name in ("solar", "qwen")
+    ]
+    combined = aligned_directory(tmp_path / "c", kind="combined", sources=sources, taken={"solar": 17, "qwen": 7})
+    train(pivot, combined, config(tmp_path / "both", max_steps=1))
+    both = (tmp_path / "both" / "README.md").read_text()
+    for told in ("solar, qwen", "| solar: mapping | statistics |", "| qwen: conversations taken | 7 |"):
+        assert told in both
+    assert str(tmp_path) not in text + both
     assert str(Path(pivot).parent) not in text
 
 

@@ -42,9 +42,9 @@ def aligned_directory(path: Path, rows=None, *, count=24, seed=0, kind="aligned"
         {
             "model": {"name": "pivot", "vocab_size": vocab_size},
             "tokenizer": {"sha256": tokenizer_hash(tokenizer())},
-            "source": {"name": "models/strong-source"},
+            "source": {"model": "strong-source"},
             "options": {"mapping": "prefix"},
-            "certificate": {"coverage": 0.93},
+            "certificate": {"all": {"coverage": 0.93, "gap_bits_per_byte": 0.0}},
             **manifest,
         },
     )
