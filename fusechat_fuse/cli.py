@@ -171,7 +171,7 @@ def _train_flags(parser) -> None:
         if action.dest == "output_dir":
             action.required = True
         if action.dest == "debug":  # --debug alone shows tracebacks, with a value it is transformers' own
-            action.nargs, action.const = "?", ""
+            action.nargs = "*"
         parser._add_action(action)
 
 

@@ -1,0 +1,173 @@
+"""The command: the pipeline end to end on tiny models, configuration files, and one sentence for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fusechat_fuse import load_representation
+from fusechat_fuse.cli import COMMANDS, main
+from tests.real_tokenizers import tiny_bpe, tiny_unigram
+from tests.tiny_models import tiny_model
+
+CHATS = [
+    {"id": f"c{n}", "conversations": [{"from": "human", "value": f"say {n}"}, {"from": "gpt", "value": f"the {n} is"}]}
+    for n in range(12)
+]
+
+
+def model_directory(path, family, tokenizer, seed):
+    tiny_model(family, seed=seed, vocab_size=len(tokenizer) + 8).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A pivot, a source of another tokenizer, chat data, and both represented."""
+    home = tmp_path_factory.mktemp("world")
+    model_directory(home / "pivot", "Llama", tiny_bpe(), 0)
+    model_directory(home / "source", "Mistral", tiny_unigram(), 1)
+    (home / "chats.json").write_text(json.dumps(CHATS))
+    for name in ("pivot", "source"):
+        assert main(represent_flags(home, name, home / f"{name}-representation")) == 0
+    return home
+
+
+def represent_flags(home, name, output, data="chats.json", **more):
+    flags = {"model_name_or_path": home / name, "data_path": home / data, "output_dir": output, "template": "native"}
+    return ["represent", *(part for flag, value in {**flags, **more}.items() for part in (f"--{flag}", str(value)))]
+
+
+def align_flags(home, output, *more):
+    both = ("--pivot_representation", home / "pivot-representation")
+    both += ("--source_representation", home / "source-representation", "--cache_dir", home / "cache")
+    return ["align", *map(str, both), "--output_dir", str(output), *more]
+
+
+def sentence(capsys, *arguments, code=2) -> str:
+    """The one line on standard error of a command that must fail with `code`."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fusechat-fuse:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_represent_align_combine_train(world, tmp_path, capsys):
+    for mapping in ("prefix", "exact"):
+        assert main(align_flags(world, tmp_path / mapping, "--mapping", mapping)) == 0
+    assert "coverage" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "combine",
+                "--aligned",
+                str(tmp_path / "prefix"),
+                str(tmp_path / "exact"),
+                "--output_dir",
+                str(tmp_path / "both"),
+            ]
+        )
+        == 0
+    )
+    train = ["train", "--model_name_or_path", str(world / "pivot"), "--data_path", str(tmp_path / "both")]
+    train += [
+        "--output_dir",
+        str(tmp_path / "target"),
+        "--use_cpu",
+        "--num_train_epochs",
+        "1",
+        "--disable_tqdm",
+        "true",
+    ]
+    assert main(train) == 0
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert target.get_input_embeddings().weight.shape[0] == len(tiny_bpe()) + 8
+
+
+def test_flags_win_over_the_configuration_file(world, tmp_path):
+    config = tmp_path / "represent.yml"
+    flags = represent_flags(world, "pivot", tmp_path / "out")[1:]
+    entries = dict(zip((flag[2:] for flag in flags[::2]), flags[1::2]))
+    config.write_text(json.dumps({**entries, "top_k": 3, "strict": True}))
+    assert main(["represent", "--config", str(config), "--top_k", "5"]) == 0
+    representation = load_representation(tmp_path / "out")
+    assert representation[0]["topk_ids"].shape[1] == 5
+
+
+def test_an_unknown_key_of_the_configuration_file_gets_a_suggestion(tmp_path, capsys):
+    config = tmp_path / "align.yml"
+    config.write_text("maping: prefix\n")
+    assert f"{config}: unknown key 'maping': did you mean 'mapping'?" in sentence(capsys, "align", "--config", config)
+    config.write_text("- a list\n")
+    assert "expected flag: value pairs" in sentence(capsys, "align", "--config", config)
+    assert "expected a readable YAML file" in sentence(capsys, "align", "--config", tmp_path / "none.yml")
+
+
+def test_unknown_subcommands_and_flags_get_a_suggestion(capsys):
+    assert "unknown subcommand 'represnt': did you mean 'represent'?" in sentence(capsys, "represnt")
+    assert "unknown flag '--mappping': did you mean '--mapping'?" in sentence(capsys, "align", "--mappping", "prefix")
+    assert "--top_k" in sentence(capsys, "represent", "--top_k", "many")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"a": 1}', "bad.json"),
+        ("not json at all", "bad.json"),
+        ('[{"text": "plain text, no chat"}]', "row 0"),
+        ('[{"conversations": [{"from": "oracle", "value": "x"}, {"from": "gpt", "value": "y"}]}]', "oracle"),
+        ('[{"conversations": []}]', "row 0"),
+    ],
+)
+def test_data_that_is_not_chat_data(world, tmp_path, capsys, content, told):
+    (tmp_path / "bad.json").write_text(content)
+    flags = represent_flags(world, "pivot", tmp_path / "out", data=tmp_path / "bad.json", strict="true")
+    line = sentence(capsys, *flags)
+    assert "bad.json" in line
+    assert told in line
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_directory_that_is_no_model(world, tmp_path, capsys):
+    line = sentence(capsys, *represent_flags(world, "cache", tmp_path / "out", model_name_or_path=tmp_path))
+    assert str(tmp_path) in line
+    assert "config.json" in line
+
+
+def test_another_runs_directory_is_left_alone(world, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in (world / "pivot-representation").glob("*") if path.is_file()}
+    line = sentence(capsys, *represent_flags(world, "pivot", world / "pivot-representation", top_k=3))
+    assert "top_k" in line
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_unknown_mapping(world, tmp_path, capsys):
+    assert "prefix" in sentence(capsys, *align_flags(world, tmp_path / "a", "--mapping", "dtw"))
+
+
+def test_low_coverage_fails_the_run(world, tmp_path, capsys):
+    flags = align_flags(world, tmp_path / "a", "--mapping", "exact", "--fail_under_coverage", "1.0", "--safe_only")
+    assert "coverage" in sentence(capsys, *flags, code=1)
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["represnt", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_python_m_runs_the_same_command():
+    command = [sys.executable, "-m", "fusechat_fuse"]
+    finished = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert all(name in finished.stdout for name in COMMANDS)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
