@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PredictionHead:
     Args:
         model: transformers causal language model in eval mode; borrowed.
         probe_ids: a few token ids [n] on which the parts are checked against the whole.
-        chunk_bytes: largest float32 temporary of the head (default 24 MiB on a CPU, 1 GiB on a GPU).
+        chunk_bytes: largest float32 temporary of the head (default 128 MiB on a CPU, 1 GiB on a GPU).
     """
 
     def __init__(self, model, probe_ids, chunk_bytes: int | None = None):
