@@ -28,7 +28,7 @@ from fusechat_fuse.vocabulary import PairCounts
 
 MAPPINGS = ("exact", "min_edit", "statistics", "prefix")
 SHARD = 256
-_BATCH_TOKENS = 16384
+_BATCH_TOKENS = 8192
 _WORST = 10
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ class CoverageError(RuntimeError):
 def log_of_actual(pivot: Stream, mapped: Mapped) -> np.ndarray:
     """log of the probability each row gives the actual pivot token (float64 [P], -inf where it has none)."""
     with np.errstate(divide="ignore"):
-        return np.log(np.where(mapped.ids == pivot.ids[:, None], mapped.probs, 0).sum(1))
+        return np.log((mapped.probs * (mapped.ids == pivot.ids[:, None])) @ np.ones(mapped.ids.shape[1]))
 
 
 def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np.ndarray):

@@ -133,15 +133,20 @@ def prefix_rows(pivot: Stream, source: Stream, match: Correspondence, vocab: Voc
         deeper[deeper] = pivot.start[p[deeper] + 1] == pivot.end[p[deeper]]  # no hole on the way
         chosen, rows = chosen[deeper], rows[deeper]
         probs = np.where(ids[deeper] == pivot.ids[p[deeper], None], probs[deeper], 0)
-        total = probs.sum(1, dtype=np.float64) + work.actual[chosen]
+        total = _row_sums(probs) + work.actual[chosen]
         c += 1
     answered = np.isfinite(out.log_actual)
     out.kind = np.where(answered, match.kind, NONE).astype(np.uint8)
     out.answered = answered
     out.ids[~answered], out.probs[~answered] = -1, 0
     add_up_equal_ids(out.ids, out.probs)
-    out.mass, out.exact_actual = out.probs.sum(1), True
+    out.mass, out.exact_actual = _row_sums(out.probs), True
     return out
+
+
+def _row_sums(values: np.ndarray) -> np.ndarray:
+    """Sums along the short axis: a matrix product is several times faster there than a reduction."""
+    return values @ np.ones(values.shape[1])
 
 
 def _empty(P: int, C: int) -> Mapped:
@@ -168,8 +173,8 @@ def _prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> _Work:
     log_actual = -source.ce.astype(np.float64)
     actual = np.exp(log_actual)
     same = source.topk_ids == source.ids[:, None]
-    probs = np.zeros((Q, K + 1), np.float32)
-    np.exp(source.topk_logprobs, out=probs[:, :K], dtype=np.float32, casting="unsafe")
+    probs = np.zeros((Q, K + 1))
+    probs[:, :K] = np.exp(source.topk_logprobs.astype(np.float32))
     probs[:, :K][same | (source.topk_ids < 0)] = 0
     rows = np.concatenate([np.maximum(source.topk_ids, 0), np.maximum(source.ids, 0)[:, None]], axis=1)
     slot = np.where(same.any(1), same.argmax(1), K)
@@ -186,7 +191,7 @@ def _prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> _Work:
         slot=slot,
         actual=actual,
         log_actual=log_actual,
-        alive_sum=probs.sum(1, dtype=np.float64) + actual,
+        alive_sum=_row_sums(probs) + actual,
         usable=(covered == 0) | (gap == covered) | (inside == 0),
     )
 
@@ -245,9 +250,11 @@ def _fill(out, pivot, source, work, p, q, ids, probs, total) -> None:
     """One answer for each (pivot token p, source token q that it starts in): the equations of the module's text."""
     y, end, source_end = pivot.ids[p], pivot.end[p], source.end[q]
     lands = ids == y[:, None]
-    same_sum = work.actual[q] + np.where(lands, probs, 0).sum(1, dtype=np.float64)
+    log_actual = work.log_actual[q]
+    within = np.flatnonzero(end < source_end)
     with np.errstate(divide="ignore"):
-        log_actual = np.where(end < source_end, np.log(same_sum), work.log_actual[q]) - np.log(total)
+        log_actual[within] = np.log(work.actual[q[within]] + _row_sums(probs[within] * lands[within]))
+        log_actual -= np.log(total)
     beyond = np.flatnonzero(end > source_end)
     if len(beyond):
         log_actual[beyond] += _log_further(pivot, source, work, p[beyond], q[beyond])
@@ -317,7 +324,7 @@ def single_id_rows(pivot: Stream, source: Stream, match: Correspondence, vocab: 
     probs[ids < 0] = 0
     ids = np.where(probs > 0, ids, -1).astype(np.int32)
     add_up_equal_ids(ids, probs)
-    mass = probs.sum(1)
+    mass = _row_sums(probs)
     some = mass > 0
     out.ids[p], out.probs[p], out.mass[p] = ids, probs / np.where(some, mass, 1)[:, None], mass
     out.answered[p] = some

@@ -37,6 +37,8 @@ def candidates(tokenizer, actual: int, rng: random.Random, K: int) -> list[int]:
     """K distinct ids: mostly the actual one, its prefixes, its extensions, neighbours, any."""
     pieces, ids, table = _sorted_vocabulary(tokenizer)
     own, size = table[actual], len(table)
+    if size <= K:
+        return rng.sample(range(size), size)
     chosen: list[int] = [actual] if rng.random() < 0.85 else []
     while len(chosen) < K:
         kind = rng.random()
@@ -63,6 +65,7 @@ def candidates(tokenizer, actual: int, rng: random.Random, K: int) -> list[int]:
 def make_row(tokenizer, name: str, contents: list[str], *, header: str, end_of_turn: int, K: int, seed: int, cut=None):
     """One representation row: assistant messages `contents`, each after `header` and before the end of turn."""
     rng = random.Random(_seed(f"{seed}/{name}/{tokenizer_key(tokenizer)}"))
+    K = min(K, len(tokenizer))
     closing = tokenizer.convert_ids_to_tokens(end_of_turn)
     text, places = "", []
     for content in contents:
@@ -84,13 +87,14 @@ def make_row(tokenizer, name: str, contents: list[str], *, header: str, end_of_t
     topk_ids = np.array([candidates(tokenizer, ids[t], rng, K) for t in predicted], np.int32).reshape(-1, K)
     noise = np.random.default_rng(rng.randrange(2**32)).gumbel(size=(len(predicted), K)) * 2.0
     kept = np.log(np.random.default_rng(rng.randrange(2**32)).uniform(0.4, 0.98, size=(len(predicted), 1)))
+    kept = np.zeros_like(kept) if len(tokenizer) == K else kept
     logprobs = noise - np.log(np.exp(noise).sum(1, keepdims=True)) + kept
     order = np.argsort(-logprobs, axis=1, kind="stable")
     topk_ids = np.take_along_axis(topk_ids, order, 1)
     logprobs = np.take_along_axis(logprobs, order, 1).astype(np.float16)
     actual = np.array(ids, np.int64)[predicted]
     same = topk_ids == actual[:, None]
-    tail = np.log1p(-np.exp(logprobs.astype(np.float64)).sum(1)) - rng.random() * 3
+    tail = np.log(np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(1), 1e-9)) - rng.random() * 3
     ce = np.where(same.any(1), -(same * logprobs.astype(np.float64)).sum(1), -tail).astype(np.float32)
     return {
         "id": name,

@@ -65,10 +65,10 @@ def conversations(seed: int) -> list[list[str]]:
     return [[text] if rng.random() < 0.5 else [text, rng.choice(texts)] for text in texts if text]
 
 
-def cases(request, pivot: str, source: str, seed: int, headers=("gpt4", "gpt4"), K=6, cut=None):
+def cases(request, pivot: str, source: str, seed: int, headers=("gpt4", "gpt4"), K=6, cut=None, only=None):
     """(pivot row, source row, contents) of each conversation both tokenizers can spell."""
     p_tok, s_tok = request.getfixturevalue(pivot), request.getfixturevalue(source)
-    for n, contents in enumerate(conversations(seed)):
+    for n, contents in enumerate(conversations(seed)[:only]):
         contents = [unicodedata.normalize("NFC", text) for text in contents]
         p = make_row(
             p_tok, f"c{n}", contents, header=HEADERS[headers[0]], end_of_turn=end_of_turn(p_tok), K=K, seed=seed
@@ -153,6 +153,12 @@ def test_prefix_equals_the_loops(pivot, source, pair_of, request):
     stats = check_prefix(request, pair_of(pivot, source), pivot, source, seed=2)
     assert stats["answered"] == stats["tokens"]
     assert stats["inside"] > 10
+
+
+@pytest.mark.parametrize(("pivot", "source"), [("tiny_bpe", "tiny_unigram"), ("tiny_unigram", "tiny_bpe")])
+def test_prefix_with_the_whole_vocabulary_kept(pivot, source, pair_of, request):
+    stats = check_prefix(request, pair_of(pivot, source), pivot, source, seed=6, K=10_000, only=5)
+    assert stats["answered"] == stats["tokens"]
 
 
 @pytest.mark.parametrize(
