@@ -52,7 +52,7 @@ class Vocabularies:
 
     pivot_bytes, source_bytes: by id, None for special tokens; to_pivot int32 [V_S]: one pivot id each or -1 (exact,
     min_edit, statistics, identity); table: paths by source id; spell: bytes -> paths, for the few that must be spelled
-    anew; by_bytes: pivot id of bytes; pivot_size, the number of pivot ids.
+    anew; by_bytes: pivot id of bytes; identity: the two vocabularies are one.
     """
 
     pivot_bytes: list
@@ -61,6 +61,7 @@ class Vocabularies:
     table: PathTable
     spell: object
     by_bytes: dict = field(default_factory=dict)
+    identity: bool = False
     _rows: dict = field(default_factory=dict)
 
     def rows_of(self, spelled: list[bytes]) -> list[int]:
@@ -177,9 +178,10 @@ def _prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> _Work:
     probs[:, :K] = np.exp(source.topk_logprobs.astype(np.float32))
     probs[:, :K][same | (source.topk_ids < 0)] = 0
     rows = np.concatenate([np.maximum(source.topk_ids, 0), np.maximum(source.ids, 0)[:, None]], axis=1)
-    slot = np.where(same.any(1), same.argmax(1), K)
+    slot = np.where(same.any(1), same.argmax(1), K) if K else np.zeros(Q, np.int64)
     header = np.append(pivot.header, 0)[first] * ((inside > 0) & (gap == 0))
-    special = np.flatnonzero(((offset > 0) | (source.header > 0) | (header > 0)) & ((inside > 0) | (covered > 0)))
+    moved = (source.header != header) if vocab.identity else (source.header > 0) | (header > 0)
+    special = np.flatnonzero(((offset > 0) | moved) & ((inside > 0) | (covered > 0)))
     if len(special):
         _spell_anew(pivot, source, vocab, special, offset, header, first, probs, rows)
     return _Work(

@@ -6,6 +6,7 @@ costs seconds for `exact` and `prefix` and minutes for `min_edit`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -174,6 +175,7 @@ class Pair:
             table=table,
             spell=self.speller.paths,
             by_bytes=self.by_bytes,
+            identity=self.identity,
         )
         return self._by_role(vocab)
 
@@ -220,8 +222,9 @@ def save_counts(path, counts: PairCounts, pair: Pair) -> None:
     """Keep alignment counts for another corpus: safetensors with both tokenizers' hashes."""
     from safetensors.numpy import save
 
-    about = {"pivot": pair.pivot.sha256, "source": pair.source.sha256, "pivot_size": str(counts.pivot_size)}
-    write_atomic(Path(path), save({"keys": counts.keys, "counts": counts.counts}, metadata=about))
+    about = {"pivot": pair.pivot.sha256, "source": pair.source.sha256, "pivot_size": counts.pivot_size}
+    described = {"about": json.dumps(about)}  # one entry: safetensors writes several in any order
+    write_atomic(Path(path), save({"keys": counts.keys, "counts": counts.counts}, metadata=described))
 
 
 def load_counts(path, pair: Pair) -> PairCounts:
@@ -234,7 +237,8 @@ def load_counts(path, pair: Pair) -> PairCounts:
     file = Path(path) / "counts.safetensors" if Path(path).is_dir() else Path(path)
     try:
         with safe_open(file, framework="numpy") as tensors:
-            about, keys, counts = tensors.metadata() or {}, tensors.get_tensor("keys"), tensors.get_tensor("counts")
+            about = json.loads((tensors.metadata() or {}).get("about", "{}"))
+            keys, counts = tensors.get_tensor("keys"), tensors.get_tensor("counts")
     except Exception as error:
         raise InputError(
             f"counts for {file}: expected counts.safetensors that align wrote, got {error}. Give another path."
