@@ -12,23 +12,94 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.command == "yaml":
+        arguments.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        return arguments.run(arguments)
-    except (ValueError, OSError) as error:
+        return arguments.run(arguments) or 0
+    except Exception as error:
         if arguments.debug:
             raise
-        print(f"fusechat-merge: {error}", file=sys.stderr)
-        return 2
+        print(f"fusechat-merge: {_sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | OSError) or type(error).__module__.startswith("click") else 1
+
+
+def _sentence(error: Exception) -> str:
+    if hasattr(error, "errors"):  # pydantic
+        return error.errors()[0]["msg"]
+    if hasattr(error, "format_message"):  # click
+        return error.format_message()
+    return str(error) or repr(error)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusechat-merge", description="SCE and VaRM merges with mergekit.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     doctor = commands.add_parser("doctor", help="say which implementation mergekit runs for `sce` and `varm`")
     doctor.set_defaults(run=_doctor)
+
+    inspect = commands.add_parser("inspect", help="compute the coefficients of a recipe without writing a model")
+    inspect.add_argument("config", metavar="CONFIG", help="mergekit configuration with merge_method sce or varm")
+    inspect.add_argument("--output", required=True, metavar="DIR", help="new directory for table, summary and pictures")
+    inspect.add_argument("--device", help="where to compute (default: cpu)")
+    inspect.add_argument("--lora_merge_cache", metavar="DIR", help="where mergekit merges adapters (model+adapter)")
+    inspect.add_argument("--trust_remote_code", action="store_true", help="run code that a model brings along")
+    inspect.add_argument("--quiet", action="store_true", help="no progress bar")
+    inspect.set_defaults(run=_inspect)
+
+    card = commands.add_parser("card", help="add recipe, coefficients and Hub metadata to a merged model's README")
+    card.add_argument("merged", metavar="MERGED_DIR", help="output of mergekit-yaml")
+    card.add_argument(
+        "--report", metavar="DIR", help="its report (default: MERGED_DIR/merge-report, computed if missing)"
+    )
+    card.set_defaults(run=_card)
+
+    merge = commands.add_parser(
+        "yaml",
+        help="run mergekit-yaml with these methods; the output appears whole or not at all",
+        epilog="All further flags are mergekit-yaml's own (see mergekit-yaml --help).",
+    )
+    merge.add_argument("config", metavar="CONFIG", help="mergekit configuration")
+    merge.add_argument("out", metavar="OUT", help="new directory for the merged model")
+    merge.set_defaults(run=_yaml)
     return parser
+
+
+def _yaml(arguments: argparse.Namespace) -> None:
+    from fusechat_merge import staging
+
+    staging.merge(arguments.config, arguments.out, arguments.flags)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import fusechat_merge
+
+    fusechat_merge.register()
+    from mergekit.options import MergeOptions
+
+    from fusechat_merge import inspection
+
+    options = MergeOptions(
+        device=arguments.device,
+        lora_merge_cache=arguments.lora_merge_cache,
+        trust_remote_code=arguments.trust_remote_code,
+        quiet=arguments.quiet,
+    )
+    print(inspection.table(inspection.inspect(arguments.config, arguments.output, options=options).summary()))
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    import fusechat_merge
+
+    fusechat_merge.register()
+    from fusechat_merge import card
+
+    print(card.write(arguments.merged, arguments.report))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

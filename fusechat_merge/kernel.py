@@ -8,7 +8,7 @@ bit-for-bit reproducibility.
 Shape letters: M targets, C elements of a piece.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fusechat_merge.selection import Selection, select
 
 SELECT_SCOPES = ("all", "coefficients")
 GRANULARITIES = ("matrix", "element")
+Watch = Callable[[int, Tensor, Tensor | None], None]
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # sums of squares outside this range, per element, may have lost digits of float32 squares on the way
 _SMALLEST_MEAN_SQUARE, _LARGEST_MEAN_SQUARE = 2.0**-90, 2.0**90
@@ -134,11 +135,11 @@ def sce(
     select_scope: str = "all",
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
-    watch=None,
+    watch: Watch | None = None,
 ) -> Merge:
     """`sce_merge` with the coefficients beside the result, in `dtype` (None: the pivot's).
 
-    `watch(start, task_vectors [M, C], sign [C])` sees each piece before the erasing, from several threads."""
+    `watch(place, task_vectors [M, C], sign [C])` sees each piece before the erasing, from several threads at once."""
     _check(pivot, targets, weights)
     _check_tau(select_topk)
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
@@ -160,6 +161,7 @@ def varm(
     granularity: str = "matrix",
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
 ) -> Merge:
     """`varm_merge` with the ratios beside the result, in `dtype` (None: the pivot's)."""
     _check(pivot, targets, weights)
@@ -170,9 +172,9 @@ def varm(
     elif len(targets) == 1:
         merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
     elif granularity == "matrix":
-        merged = _add_weighted(plan, _like(pivot, dtype))
+        merged = _add_weighted(plan, _like(pivot, dtype), watch)
     else:
-        merged = _add_by_element(plan, [1.0] * len(targets) if weights is None else weights, _like(pivot, dtype))
+        merged = _add_by_element(plan, [1.0] * len(targets) if weights is None else weights, _like(pivot, dtype), watch)
     return plan.result(merged)
 
 
@@ -247,7 +249,7 @@ def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
 # --- erase and add -----------------------------------------------------------------------------------------------
 
 
-def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch) -> Tensor:
+def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch: Watch | None) -> Tensor:
     """Steps 3 and 4: merged = pivot + s * sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0]."""
     chunks, coefficients = plan.chunks, _scaled(plan.coefficients)
     merged = out.view(-1)
@@ -259,7 +261,7 @@ def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch)
             rows.mul_(selection.mask(piece, sign))
         majority_sign(rows, out=sign)
         if watch:
-            watch(piece.start, rows[:, : piece.length], sign[: piece.length])
+            watch(piece.start // chunks.size, rows[:, : piece.length], sign[: piece.length])
         rows.mul_(sign).relu_()  # (s d_j)^+: what agrees with the majority
         _weighted_sum(rows, coefficients, out=update)
         _weighted_sum(rows.sign_(), coefficients, out=divisor)
@@ -294,13 +296,15 @@ def _weighted_sum(rows: Tensor, factors: Sequence[float], out: Tensor) -> Tensor
 # --- VaRM --------------------------------------------------------------------------------------------------------
 
 
-def _add_weighted(plan: _Plan, out: Tensor) -> Tensor:
+def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
     """merged = pivot + sum_j W_j d_j."""
     chunks, ratios = plan.chunks, plan.coefficients.tolist()
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
         base, rows = piece.task_vectors()
+        if watch:
+            watch(piece.start // chunks.size, rows[:, : piece.length], None)
         update = _weighted_sum(rows, ratios, out=piece.scratch[0])
         merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
 
@@ -308,7 +312,7 @@ def _add_weighted(plan: _Plan, out: Tensor) -> Tensor:
     return out
 
 
-def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor) -> Tensor:
+def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor, watch: Watch | None) -> Tensor:
     """merged = pivot + m sum_j w_j r_j^3 / sum_j w_j r_j^2, r_j = d_j / m, m = max_j |d_j|: squares stay in range."""
     chunks = plan.chunks
     tiny = torch.finfo(chunks.dtype).tiny
@@ -317,6 +321,8 @@ def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor) -> Tenso
 
     def step(piece: Piece) -> None:
         base, rows = piece.task_vectors()
+        if watch:
+            watch(piece.start // chunks.size, rows[:, : piece.length], None)
         largest, square, update, divisor = piece.scratch
         for row in (largest, update, divisor):
             row.zero_()

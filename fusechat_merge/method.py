@@ -25,7 +25,7 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
-from fusechat_merge import _autoload, kernel
+from fusechat_merge import _autoload, kernel, report
 
 LOG = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class PivotMerge(MergeMethod):
             contract=InputContract(base=BasePolicy.REQUIRED),
             optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
         )
-        self._compute = compute  # (pivot, targets, weights, result dtype, values) -> kernel.Merge
+        self._compute = compute  # kernel.sce or kernel.varm
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -116,6 +116,7 @@ class PivotMerge(MergeMethod):
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name and group_name.endswith(".slices[0]"):  # once for a planned output
             LOG.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, *_autoload.versions())
+            report.begin(self.spec.name, str(base_id), [str(key) for key in input_ids if key != base_id])
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
         # from Python a weight may be given for the targets only
@@ -152,14 +153,20 @@ class PivotMerge(MergeMethod):
         weights = self._target_weights(group, values.pop("weight"))
         if group.base is None:
             raise ValueError(f"base_model for {self.spec.name}: expected the pivot, got none. Pass base_index or base.")
+        names = [str(entry.id) for entry in group.non_base]
+        running = report.running_for(names)
+        signs = running.counts() if running else None
+        targets = [entry.tensor for entry in group.non_base]
         try:
-            merge = self._compute(group.base.tensor, [e.tensor for e in group.non_base], weights, dtype, values)
+            merge = self._compute(group.base.tensor, targets, weights=weights, dtype=dtype, watch=signs, **values)
         except kernel.NonFiniteError as error:
             entry = group.base if error.index is None else group.non_base[error.index]
             raise ValueError(
                 f"weights for tensor {group.metadata.name} of {entry.id}: expected finite numbers, got NaN or inf. "
                 "Repair or leave out that model."
             ) from None
+        if running:
+            running.add(group.metadata.name, group.base.tensor.numel(), names, merge, signs)
         return merge.merged
 
     def _target_weights(self, group: TensorGroup, given: Mapping[Hashable, float | None]) -> list[float] | None:
@@ -183,19 +190,8 @@ def _names(ids: Sequence[Hashable]) -> str:
     return ", ".join(str(key) for key in ids) or "none"
 
 
-def _compute_sce(pivot, targets, weights, dtype, values) -> kernel.Merge:
-    return kernel.sce(
-        pivot,
-        targets,
-        select_topk=values["select_topk"],
-        select_scope=values["select_scope"],
-        weights=weights,
-        dtype=dtype,
-    )
-
-
-def _compute_varm(pivot, targets, weights, dtype, values) -> kernel.Merge:
-    return kernel.varm(pivot, targets, granularity=values["granularity"], weights=weights, dtype=dtype)
+def _sce(pivot, targets, *, int8_mask, **options) -> kernel.Merge:
+    return kernel.sce(pivot, targets, **options)
 
 
 sce = PivotMerge(
@@ -212,7 +208,7 @@ sce = PivotMerge(
         ),
         _shared("int8_mask", lambda value: value, False, "accepted for old recipes; has no effect"),
     ),
-    _compute_sce,
+    _sce,
 )
 
 varm = PivotMerge(
@@ -227,7 +223,7 @@ varm = PivotMerge(
             "one ratio for each tensor (matrix) or for each element (element)",
         ),
     ),
-    _compute_varm,
+    kernel.varm,
 )
 
 _autoload.finish(__name__)

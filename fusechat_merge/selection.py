@@ -31,7 +31,7 @@ class Selection:
     """
 
     def __init__(self, keep: Tensor, kept: int, differing: int):
-        self._keep = keep  # uint8, 1 where an element is kept
+        self._keep = keep.view(torch.uint8)  # bytes 0 and 1 convert faster than booleans do
         self.kept, self.differing = kept, differing
 
     def mask(self, piece: Piece, out: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def select(chunks: Chunks, tau: float) -> Selection:
     Raises:
         FloatingPointError: a difference of two targets is not finite.
     """
-    keep = torch.empty(chunks.numel, dtype=torch.uint8, device=chunks.device)
+    keep = torch.empty(chunks.numel, dtype=torch.bool, device=chunks.device)
     for deviations in (6.0, 60.0, math.inf):
         low, high = _band(chunks, tau, deviations)
         differing, above, places, ranks = _classify(chunks, low, high, keep)
@@ -98,8 +98,8 @@ def _spread(rows: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:
 
 
 def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[int, int, Tensor, Tensor]:
-    """One pass: `keep` becomes 1 above the band and 0 elsewhere. Returns the number of differing elements, the number
-    above, and the places [c] and exact ranks [c] of the elements inside."""
+    """One pass: `keep` becomes True above the band, else False. Returns the number of elements that differ, the number
+    above the band, and the places [c] and exact ranks [c] of those inside."""
     first, others = chunks.targets[0], chunks.targets[1:]
 
     def step(piece: Piece) -> tuple[int, int, Tensor, Tensor]:
@@ -109,8 +109,6 @@ def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[in
         for row in rows:
             mean.add_(row)
         _spread(rows, mean.div_(len(chunks.targets)), square, out=variance)
-        inside = (variance >= low) if high == math.inf else (variance >= low) & (variance <= high)
-        places = torch.nonzero(inside).flatten() + piece.start
         square.copy_(variance).sub_(TRUSTED_VARIANCE).sign_().relu_()
         differing = float(square.sum())
         if math.isnan(differing):
@@ -121,14 +119,12 @@ def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[in
             for row in rows:
                 mean.add_(row)
             differing = int(torch.count_nonzero(mean))
-        above = 0
-        if high < math.inf:
-            variance.sub_(high).relu_().sign_()
-            above = int(variance.sum())
-            keep[piece.start : piece.stop].copy_(variance)
-        else:
-            keep[piece.start : piece.stop] = 0
-        return int(differing), above, places, _ranks(chunks, places)
+        # 0/1 in the working precision: comparisons to booleans are several times slower
+        above = torch.sub(variance, high, out=mean).sign_().relu_() if high < math.inf else mean.zero_()
+        inside = variance.sub_(low).sign_().relu_().sub_(above) if low else variance.zero_().add_(1).sub_(above)
+        places = torch.nonzero(inside.bool()).flatten() + piece.start
+        keep[piece.start : piece.stop].copy_(above)
+        return int(differing), int(above.sum()), places, _ranks(chunks, places)
 
     empty = [(0, 0, torch.empty(0, dtype=torch.int64, device=chunks.device), torch.empty(0, device=chunks.device))]
     differing, above, places, ranks = zip(*(chunks.each(step, scratch=3) or empty))
@@ -159,6 +155,6 @@ def _settle(chunks: Chunks, keep: Tensor, places: Tensor, ranks: Tensor, wanted:
     if not low * (1 + _rounding(chunks)) <= variance <= high * (1 - _rounding(chunks)):
         return False
     larger = ranks > last
-    keep[places[larger]] = 1
-    keep[places[torch.nonzero(ranks == last).flatten()[: wanted - int(torch.count_nonzero(larger))]]] = 1
+    keep[places[larger]] = True
+    keep[places[torch.nonzero(ranks == last).flatten()[: wanted - int(torch.count_nonzero(larger))]]] = True
     return True

@@ -1,0 +1,108 @@
+"""`fusechat-merge card`: the recipe, the coefficients and the Hub's metadata in a merged model's README."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+START, END = "<!-- fusechat-merge: start -->", "<!-- fusechat-merge: end -->"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def write(merged: str | Path, report_directory: str | Path | None = None) -> Path:
+    """Add the section and the metadata to MERGED/README.md; calling it again replaces them.
+
+    Args:
+        merged: a merged model's directory with mergekit_config.yml.
+        report_directory: a merge report; None: `merge-report` in the merged directory, computed where it is missing.
+
+    Returns:
+        The README's path.
+
+    Raises:
+        ValueError: no merged model, or no report there.
+    """
+    merged = Path(merged)
+    recipe_path = merged / "mergekit_config.yml"
+    if not recipe_path.is_file():
+        raise ValueError(
+            f"merged model {merged}: expected a directory with mergekit_config.yml, got none. "
+            "Pass the output of mergekit-yaml (without --no-write-model-card)."
+        )
+    report_directory = Path(report_directory) if report_directory else merged / "merge-report"
+    summary_path = report_directory / "summary.json"
+    if not summary_path.is_file():
+        if report_directory != merged / "merge-report":
+            raise ValueError(
+                f"report {report_directory}: expected a directory with summary.json, got none. "
+                "Pass what `fusechat-merge inspect` or FUSECHAT_MERGE_REPORT wrote."
+            )
+        from fusechat_merge.inspection import inspect
+
+        inspect(recipe_path, report_directory)
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    picture = report_directory / "coefficients.png"
+    if picture.is_file() and picture.parent != merged:
+        shutil.copy(picture, merged / "coefficients.png")
+    readme = merged / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# {merged.name}\n"
+    metadata, body = _split(text)
+    section = _section(summary, recipe_path.read_text(encoding="utf-8"), (merged / "coefficients.png").is_file())
+    body = re.sub(rf"\n*{START}.*?{END}\n*", "\n", body, flags=re.DOTALL).rstrip("\n")
+    header = yaml.safe_dump(_metadata(metadata, summary), sort_keys=False, allow_unicode=True)
+    readme.write_text(f"---\n{header}---\n{body}\n\n{START}\n{section}\n{END}\n", encoding="utf-8")
+    return readme
+
+
+def _split(text: str) -> tuple[dict, str]:
+    """(YAML front matter, the rest)."""
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    if not match:
+        return {}, text
+    return yaml.safe_load(match.group(1)) or {}, text[match.end() :]
+
+
+def _metadata(metadata: dict, summary: dict) -> dict:
+    """The front matter with base_model, base_model_relation and tags; what was there stays."""
+    named = metadata.get("base_model") or []
+    named = [named] if isinstance(named, str) else list(named)
+    models = [summary["pivot"], *summary["targets"].values()]
+    named = [model for model in models if HUB_NAME.fullmatch(model)] + named
+    tags = [*(metadata.get("tags") or []), "mergekit", "merge", "fusechat", summary["method"]]
+    result = {
+        **metadata,
+        "tags": list(dict.fromkeys(tags)),
+        "library_name": metadata.get("library_name", "transformers"),
+    }
+    if named:
+        result |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
+    else:
+        result.pop("base_model", None)  # an empty list, where all models are local directories
+    return result
+
+
+def _section(summary: dict, recipe: str, picture: bool) -> str:
+    name = {"sce": "[SCE](https://arxiv.org/abs/2408.07990)", "varm": "[VaRM](https://arxiv.org/abs/2402.16107)"}
+    lines = [
+        "## How the targets were merged",
+        "",
+        f"{name[summary['method']]}, computed by fusechat {summary['versions']['fusechat']} in float32 on mergekit "
+        f"{summary['versions']['mergekit']}: {summary['tensors']} tensors, {summary['elements']:,} weights, "
+        f"{summary['selected_share']:.1%} of them selected"
+        + (f", {summary['erased_share']:.1%} of the updates erased." if summary["erased_share"] is not None else "."),
+        "",
+        "| target | mean coefficient | norm of the update | erased |",
+        "|---|---|---|---|",
+    ]
+    for short, target in summary["targets"].items():
+        shown = target if HUB_NAME.fullmatch(target) else short
+        coefficient, erased = summary["coefficients"][short], summary["erased_shares"][short]
+        lines.append(
+            f"| {shown} | {coefficient:.4f} | {summary['update_norms'][short]:.4g} | "
+            f"{'' if erased is None else format(erased, '.1%')} |"
+        )
+    if picture:
+        lines += ["", "![Coefficients by layer and kind of tensor](coefficients.png)"]
+    return "\n".join([*lines, "", "Recipe:", "", "```yaml", recipe.rstrip("\n"), "```"])

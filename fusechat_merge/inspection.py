@@ -1,0 +1,95 @@
+"""`fusechat-merge inspect`: the numbers of a merge without the merged model.
+
+mergekit plans and reads as it would for the merge, so filters, gradients, slices and adapters count as they will; each
+merged tensor is dropped as soon as its row is written.
+"""
+
+from pathlib import Path
+
+from fusechat_merge import recipe, report
+
+
+def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> report.Report:
+    """Write coefficients.csv, summary.json and the pictures for a configuration.
+
+    Args:
+        config_path: a mergekit configuration with merge_method sce or varm.
+        directory: where to; new or empty.
+        options: mergekit.options.MergeOptions; None is mergekit's defaults.
+
+    Returns:
+        The finished report.
+
+    Raises:
+        ValueError: see `recipe.load`; another merge method; a directory with files.
+    """
+    from mergekit.architecture import get_architecture_info
+    from mergekit.graph import Executor
+    from mergekit.io.tasks import LoaderCache, SaveTensor
+    from mergekit.merge import _model_out_config
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    options = options or MergeOptions()
+    config, _ = recipe.load(config_path)
+    if config.merge_method not in ("sce", "varm"):
+        raise ValueError(
+            f"merge_method in {config_path}: expected sce or varm, got {config.merge_method}. "
+            "Inspect a recipe with coefficients."
+        )
+    if config.base_model is None:
+        raise ValueError(f"base_model in {config_path}: expected the pivot, got none. Add `base_model: PIVOT`.")
+    pivot = str(config.base_model)
+    targets = _targets(config)
+    running = report.Report(Path(directory), config.merge_method, pivot, targets, every=1)
+    architecture = get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    report.use(running, pinned=True)
+    try:
+        planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
+        saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only the merged tensors are run
+        planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
+        storage = options.device if options.low_cpu_memory else "cpu"
+        executor = Executor(targets=planned, math_device=options.device, storage_device=storage)
+        for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
+            pass
+    finally:
+        report.use(None)
+    running.finish()
+    return running
+
+
+def _targets(config) -> list[str]:
+    """The targets in the order of the recipe."""
+    named = [model.model for model in config.models or ()]
+    holders = [config, *(config.modules or {}).values()]
+    for holder in holders:
+        named += [model.model for model in holder.models or ()]
+        named += [source.model for output in holder.slices or () for source in output.sources]
+    return [str(model) for model in dict.fromkeys(named) if model != config.base_model]
+
+
+def table(summary: dict) -> str:
+    """The summary as a short table."""
+    width = max([len("tensors of this kind"), *(len(k) for k in summary["coefficients_by_kind"])])
+    names = list(summary["targets"])
+    columns = [max(len(name), 8) for name in names]
+    lines = [" " * width + "  " + "  ".join(f"{name:>{size}}" for name, size in zip(names, columns))]
+
+    def line(title: str, values: dict, pattern: str) -> None:
+        cells = ["-" if values.get(name) is None else format(values[name], pattern) for name in names]
+        lines.append(f"{title:<{width}}  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(cells, columns)))
+
+    for kind, values in summary["coefficients_by_kind"].items():
+        line(kind, values, ".4f")
+    line("all coefficients", summary["coefficients"], ".4f")
+    line("update norm", summary["update_norms"], ".4g")
+    line("erased share", summary["erased_shares"], ".1%")
+    lines.append("")
+    lines.append(f"{summary['method']}: {summary['tensors']} tensors, {summary['elements']:,} elements")
+    lines.append(f"selected share {summary['selected_share']:.1%}")
+    for pair, value in summary["sign_agreement"].items():
+        if value is not None:
+            lines.append(f"same sign: {pair} {value:.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""`fusechat-merge yaml`: mergekit's own command, writing beside the output and renaming at the end.
+
+mergekit streams shards into the output directory and writes the config last; a run that fails half way leaves a
+directory that looks like a model. Here the output appears whole or not at all.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
+    """Register our methods, check the recipe, run mergekit-yaml with `flags` and put the result at `out_path`.
+
+    Raises:
+        ValueError: see `recipe.load`; `out_path` exists and is not an empty directory.
+    """
+    import fusechat_merge
+
+    fusechat_merge.register()
+    from mergekit.scripts import run_yaml
+
+    from fusechat_merge import recipe, report
+
+    out = Path(out_path).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Name another.")
+    recipe.load(config_path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", dir=out.parent))
+    try:
+        staged = staging / out.name  # mergekit takes the model's name from it
+        run_yaml.main.main([str(config_path), str(staged), *flags], prog_name="mergekit-yaml", standalone_mode=False)
+        staged.replace(out)
+        report.end()
+    finally:
+        report.use(None)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what a killed run towards the same output has left."""
+    for entry in out.parent.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)-\w+", entry.name)
+        if match and not _alive(int(match.group(1))):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,286 @@
+"""The methods as mergekit sees them: its Python functions, its runs on checkpoints, its parameters, and our errors."""
+
+import logging
+import threading
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
+from mergekit.options import MergeOptions
+
+import fusechat_merge
+from fusechat_merge import kernel, sce, varm
+from tests.merge_checkpoints import read, recipe, write_family, write_llama
+
+QUIET = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fusechat_merge.register()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_family(tmp_path_factory.mktemp("models"), layers=3)
+
+
+def tensors(shape=(50, 4), dtype=torch.float32, count=3):
+    generator = torch.Generator().manual_seed(1)
+    pivot = 0.02 * torch.randn(shape, generator=generator)
+    moved = [pivot + 1e-4 * (j + 1) * torch.randn(shape, generator=generator) for j in range(count)]
+    return [t.to(dtype) for t in (pivot, *moved)]
+
+
+def merge(config, out, options=QUIET):
+    run_merge(MergeConfiguration.model_validate(config), str(out), options)
+    return read(out)
+
+
+# --- Python ---------------------------------------------------------------------------------------------------------
+
+
+def test_merge_tensors_takes_the_object_or_the_name():
+    pivot, *targets = tensors()
+    expected = kernel.sce_merge(pivot, targets, select_topk=0.5)
+    for method in (sce, "sce"):
+        merged = merge_tensors([pivot, *targets], method, base_index=0, parameters={"select_topk": 0.5})
+        assert torch.equal(merged, expected)
+    shuffled = merge_tensors([targets[0], pivot, *targets[1:]], sce, base_index=1, parameters={"select_topk": 0.5})
+    assert torch.equal(shuffled, expected)
+    for granularity in kernel.GRANULARITIES:
+        merged = merge_tensors([pivot, *targets], varm, base_index=0, parameters={"granularity": granularity})
+        assert torch.equal(merged, kernel.varm_merge(pivot, targets, granularity=granularity))
+
+
+def test_merge_state_dicts_merges_weights_and_copies_agreed_buffers():
+    pivot, first, second = (
+        {"w": a, "b": b, "steps": torch.tensor([3, 4])} for a, b in zip(tensors(count=2), tensors((7,), count=2))
+    )
+    merged = merge_state_dicts({"pivot": pivot, "x": first, "y": second}, sce, base="pivot")
+    for name in ("w", "b"):
+        assert torch.equal(merged[name], kernel.sce_merge(pivot[name], [first[name], second[name]]))
+    assert merged["steps"].tolist() == [3, 4]
+    second["steps"] = torch.tensor([3, 5])
+    with pytest.raises(ValueError, match="steps"):
+        merge_state_dicts({"pivot": pivot, "x": first, "y": second}, sce, base="pivot")
+
+
+@pytest.mark.parametrize("weights", [[2.0, 1.0, 0.0], {1: 2.0, 2: 1.0, 3: 0.0}, [None, 2.0, 1.0, 0.0]])
+def test_weights_are_given_for_the_targets(weights):
+    pivot, *targets = tensors()
+    merged = merge_tensors([pivot, *targets], sce, base_index=0, parameters={"weight": weights})
+    assert torch.equal(merged, kernel.sce_merge(pivot, targets, weights=[2.0, 1.0, 0.0]))
+    assert torch.equal(
+        merge_tensors([pivot, *targets], varm, base_index=0, parameters={"weight": weights}),
+        kernel.varm_merge(pivot, targets, weights=[2.0, 1.0, 0.0]),
+    )
+
+
+def test_dtypes_are_read_as_stored_and_promoted_in_the_result():
+    pivot, first, second = tensors(count=2)
+    mixed = [pivot.bfloat16(), first.half(), second]
+    expected = kernel.sce(mixed[0], mixed[1:], dtype=torch.float32).merged
+    assert torch.equal(merge_tensors(mixed, sce, base_index=0), expected)
+    halved = merge_tensors(mixed, sce, base_index=0, out_dtype=torch.bfloat16)
+    assert torch.equal(halved, expected.bfloat16())
+    asked = merge_tensors(mixed, sce, base_index=0, dtype=torch.bfloat16)
+    assert torch.equal(asked, kernel.sce_merge(mixed[0], [t.bfloat16() for t in mixed[1:]]))
+
+
+def test_several_threads_may_merge_at_once():  # as mergekit's multi-GPU executor does
+    inputs = tensors((300, 400), torch.bfloat16)
+    expected = merge_tensors(inputs, sce, base_index=0, parameters={"select_topk": 0.3})
+    results = []
+    work = lambda: results.append(merge_tensors(inputs, sce, base_index=0, parameters={"select_topk": 0.3}))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_int8_mask_is_accepted_and_changes_nothing():
+    inputs = tensors()
+    merged = merge_tensors(inputs, sce, base_index=0, parameters={"int8_mask": True})
+    assert torch.equal(merged, merge_tensors(inputs, sce, base_index=0))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [
+        (sce, {"select_topk": 1.7}, r"select_topk for sce: expected a number in \(0, 1\], got 1.7"),
+        (sce, {"select_topk": 0}, r"select_topk for sce: expected a number in \(0, 1\], got 0"),
+        (sce, {"select_topk": True}, r"select_topk for sce: expected a number in \(0, 1\], got True"),
+        (sce, {"select_topk": "half"}, r"select_topk for sce: expected a number in \(0, 1\], got 'half'"),
+        (sce, {"select_scope": "half"}, "select_scope for sce: expected all or coefficients, got 'half'"),
+        (varm, {"granularity": "row"}, "granularity for varm: expected matrix or element, got 'row'"),
+        (sce, {"weight": [1, -1, 1]}, "weight for sce and varm: expected a number >= 0, got -1"),
+        (sce, {"weight": [0, 0, 0]}, "expected at least one above 0, got all zero"),
+        (sce, {"weight": [0.5, 1, 1, 1]}, "weight for the pivot 0: expected none, got 0.5"),
+        (sce, {"density": 0.5}, "density"),
+    ],
+)
+def test_refused_parameters_are_named(method, parameters, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        merge_tensors(tensors(), method, base_index=0, parameters=parameters)
+    if "density" not in parameters:
+        assert "errors.pydantic.dev" not in str(caught.value)
+
+
+def test_missing_pivot_and_missing_targets_are_named():
+    with pytest.raises(ValueError, match="base_model for sce: expected the pivot, got none"):
+        merge_tensors(tensors(), sce)
+    with pytest.raises(ValueError, match="expected at least one target beside the pivot 0, got none"):
+        merge_tensors(tensors(count=0), sce, base_index=0)
+
+
+def test_float8_is_refused_with_the_tensor_and_the_model():
+    pivot, first, second = ({"w": t} for t in tensors(count=2))
+    second["w"] = second["w"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"dtype for tensor w of y: expected float32.*got float8_e4m3fn"):
+        merge_state_dicts({"pivot": pivot, "x": first, "y": second}, sce, base="pivot")
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_run_merge_gives_the_kernel_s_numbers(models, tmp_path, caplog):
+    pivot, targets = models
+    with caplog.at_level(logging.INFO):
+        merged = merge(recipe(pivot, targets, select_topk=0.5), tmp_path / "out")
+    assert "merge_method sce is served by fusechat" in caplog.text
+    base, moved = read(pivot), [read(target) for target in targets]
+    for name, tensor in base.items():
+        assert torch.equal(merged[name], kernel.sce_merge(tensor, [m[name] for m in moved], select_topk=0.5)), name
+    listed = recipe(pivot, targets, select_topk=0.5)
+    listed["models"].insert(1, {"model": str(pivot)})
+    again = merge(listed, tmp_path / "listed", MergeOptions(quiet=True, copy_tokenizer=False, device="cpu"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+
+
+def test_filters_and_gradients(models, tmp_path):
+    pivot, targets = models
+    config = recipe(pivot, targets, select_topk=[{"filter": "mlp", "value": [0.2, 1.0]}, {"value": 0.9}])
+    config["models"][0]["parameters"] = {"weight": [{"filter": "self_attn", "value": 3.0}, {"value": 1.0}]}
+    merged = merge(config, tmp_path / "out")
+    base, moved = read(pivot), [read(target) for target in targets]
+    for layer, tau in ((0, 0.2), (1, 0.6), (2, 1.0)):
+        for name, topk, weights in (
+            (f"model.layers.{layer}.mlp.up_proj.weight", tau, None),
+            (f"model.layers.{layer}.self_attn.q_proj.weight", 0.9, [3.0, 1.0, 1.0]),
+        ):
+            expected = kernel.sce_merge(base[name], [m[name] for m in moved], select_topk=topk, weights=weights)
+            assert torch.equal(merged[name], expected), name
+
+
+def test_varm_and_out_dtype(models, tmp_path):
+    pivot, targets = models
+    config = recipe(pivot, targets, "varm", granularity=[{"filter": "mlp", "value": "element"}, {"value": "matrix"}])
+    merged = merge(config | {"dtype": "bfloat16", "out_dtype": "float32"}, tmp_path / "out")
+    base, moved = read(pivot), [read(target) for target in targets]
+    for name, granularity in (("model.layers.1.mlp.up_proj.weight", "element"), ("lm_head.weight", "matrix")):
+        inputs = [t[name].bfloat16() for t in (base, *moved)]
+        expected = kernel.varm_merge(inputs[0], inputs[1:], granularity=granularity)
+        assert torch.equal(merged[name], expected.float())
+
+
+def test_sliced_configuration(models, tmp_path):
+    pivot, targets = models
+    sources = [pivot, *targets]
+    slices = [
+        {"sources": [{"model": str(s), "layer_range": span} for s in sources]} for span in ([0, 1], [2, 3], [1, 2])
+    ]
+    config = {"merge_method": "sce", "base_model": str(pivot), "slices": slices, "dtype": "float32"}
+    merged = merge(config, tmp_path / "out")
+    base, moved = read(pivot), [read(target) for target in targets]
+    for out, source in ((0, 0), (1, 2), (2, 1)):
+        name = "model.layers.{}.mlp.down_proj.weight"
+        expected = kernel.sce_merge(base[name.format(source)], [m[name.format(source)] for m in moved])
+        assert torch.equal(merged[name.format(out)], expected)
+    slices[1]["sources"] = slices[1]["sources"][1:]
+    with pytest.raises(ValueError, match=r"default.slices\[1\]: expected the pivot .*pivot among them"):
+        merge(config, tmp_path / "none")
+
+
+def test_mergekit_multi(models, tmp_path):
+    from mergekit.scripts import multimerge
+
+    pivot, targets = models
+    first = recipe(pivot, targets[:2]) | {"name": "first"}
+    second = recipe(pivot, [targets[2]], select_topk=1.0)
+    second["models"].append({"model": "first"})
+    (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([first, second]))
+    arguments = [str(tmp_path / "multi.yml"), "-I", str(tmp_path / "parts"), "--out-path", str(tmp_path / "out")]
+    multimerge.main.main([*arguments, "--quiet", "--no-write-model-card"], standalone_mode=False)
+    name = "model.layers.2.self_attn.v_proj.weight"
+    base, *moved = (read(path)[name] for path in (pivot, *targets))
+    inner = kernel.sce_merge(base, moved[:2])
+    assert torch.equal(read(tmp_path / "parts" / "first")[name], inner)
+    assert torch.allclose(read(tmp_path / "out")[name], kernel.sce_merge(base, [moved[2], inner]), rtol=0, atol=1e-9)
+
+
+def test_adapters_are_inputs(models, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaForCausalLM
+
+    pivot, targets = models
+    model = LlamaForCausalLM.from_pretrained(pivot)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    expected = kernel.sce_merge(
+        read(pivot)[name],
+        [adapted.merge_and_unload().get_parameter(name).detach(), read(targets[0])[name]],
+    )
+    config = recipe(pivot, [targets[0]])
+    config["models"].insert(0, {"model": f"{pivot}+{tmp_path / 'adapter'}"})
+    options = MergeOptions(
+        quiet=True, copy_tokenizer=False, write_model_card=False, lora_merge_cache=str(tmp_path / "c")
+    )
+    assert torch.allclose(merge(config, tmp_path / "out", options)[name], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": {"select_topk": 1.7}}, r"select_topk for sce: expected a number in \(0, 1\], got 1.7"),
+        ({"parameters": {"select_topk": [0.5, 2]}}, r"expected a number in \(0, 1\], got 2"),
+        ({"parameters": {"select_scope": "none"}}, "expected all or coefficients, got 'none'"),
+        ({"base_model": None}, r"base_model for sce, default.slices\[0\]: expected the pivot, got none"),
+    ],
+)
+def test_bad_recipes_fail_while_mergekit_plans(models, tmp_path, change, message):
+    pivot, targets = models
+    with pytest.raises(ValueError, match=message) as caught:
+        merge(recipe(pivot, targets) | change, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "expected" in str(caught.value).splitlines()[-1]  # the last line of mergekit-yaml's traceback says it
+
+
+def test_nan_is_named_with_tensor_and_model(models, tmp_path):
+    pivot, targets = models
+    broken = read(targets[1])
+    broken["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    damaged = write_llama(tmp_path / "damaged", broken, layers=3)
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight of .*damaged: expected finite"):
+        merge(recipe(pivot, [targets[0], damaged]), tmp_path / "out")
+
+
+def test_a_weight_on_the_pivot_is_refused(models, tmp_path):
+    pivot, targets = models
+    config = recipe(pivot, targets)
+    config["models"].append({"model": str(pivot), "parameters": {"weight": 0.5}})
+    with pytest.raises(ValueError, match=r"weight for the pivot .*pivot: expected none, got 0.5"):
+        merge(config, tmp_path / "out")
+    merged = merge(recipe(pivot, targets, weight=0.5), tmp_path / "global")  # the same for all: no effect
+    name = "lm_head.weight"
+    expected = kernel.sce_merge(read(pivot)[name], [read(t)[name] for t in targets], weights=[0.5] * 3)
+    assert torch.equal(merged[name], expected)
