@@ -65,7 +65,8 @@ class PredictionHead:
 
     def __init__(self, model, probe_ids, chunk_bytes: int | None = None):
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        device = model.get_input_embeddings().weight.device
+        self.device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move what comes in
         self.chunk_bytes = chunk_bytes or CHUNK_BYTES.get(self.device.type, 1 << 30)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.after: Callable[[torch.Tensor], torch.Tensor] | None = None

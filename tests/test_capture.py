@@ -242,15 +242,15 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, folder, monkeypat
 
     def limited(self, ids, *args):
         sizes.append(ids.numel())
-        if ids.numel() > 600:
+        if ids.numel() > 300:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return run(self, ids, *args)
 
     monkeypatch.setattr(forward.PredictionHead, "_run", limited)
     with caplog.at_level(logging.WARNING):
-        got = represent(folder / "m", folder / "data.json", tmp_path / "b")
-    assert "Out of memory at" in caplog.text
-    assert sum(size > 600 for size in sizes) <= 5
+        got = represent(folder / "m", folder / "data.json", tmp_path / "b", tokens_per_batch=100000)
+    assert f"Out of memory at {sizes[0]} tokens per batch; going on with {sizes[0] // 2}." in caplog.text
+    assert 2 <= sum(size > 300 for size in sizes) <= np.log2(sizes[0] / 300) + 1
     for a, b in zip(want, got):
         np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
         np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-5)
@@ -292,6 +292,9 @@ def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny
         represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
     with pytest.raises(RuntimeError, match="1 of 50 conversations"):  # and again, from the finished shards
         represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
+    with pytest.raises(RuntimeError, match="1 of 50 conversations"):  # at once, not at the end
+        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "f", tokenizer=tiny_bpe, shard_size=10)
+    assert len(list((tmp_path / "f").glob("shard-*.json"))) == 3
 
 
 def test_another_run_on_the_directory_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
