@@ -1,0 +1,129 @@
+"""The start-up hook, on a stand-in for mergekit that imports at once, and the orders of import on the real one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KNOWN = """
+_METHODS = {"sce": "mergekit's own", "ties": "mergekit's own"}
+def get(name):
+    return _METHODS[name]
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A directory with a small `mergekit` 9.9 and a distribution that declares merge methods."""
+    package = tmp_path / "mergekit" / "merge_methods"
+    package.mkdir(parents=True)
+    (tmp_path / "mergekit" / "__init__.py").touch()
+    (package / "__init__.py").write_text("from mergekit.merge_methods.registry import get\nready = True\n")
+    (package / "registry.py").write_text(KNOWN)
+    distribution(tmp_path, "mergekit", "9.9")
+    distribution(
+        tmp_path, "plugin", "1.0", "[mergekit.merge_methods]\nsce = plugin_methods:sce\nnew = plugin_methods:new\n"
+    )
+    (tmp_path / "plugin_methods.py").write_text("sce, new = 'the plug-in', 'a new one'\n")
+    return tmp_path
+
+
+def distribution(site, name, version, entry_points=""):
+    home = site / f"{name}-{version}.dist-info"
+    home.mkdir()
+    (home / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (home / "entry_points.txt").write_text(entry_points)
+
+
+def python(site, code, **environment):
+    """Output of a process that has run the .pth line first."""
+    start_up = (ROOT / "fusechat_merge.pth").read_text().strip()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FUSECHAT")}
+    result = subprocess.run(
+        [sys.executable, "-c", f"{start_up}\n{code}"],
+        env={**kept, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), result.stderr
+
+
+SHOW = (
+    "import mergekit.merge_methods as m; print(m.get('sce'), '|', m.registry._METHODS.get('new'), '|', m.get('ties'))"
+)
+
+
+def test_declared_methods_take_the_place_of_built_ins(site):
+    assert python(site, SHOW) == ("the plug-in | a new one | mergekit's own", "")
+
+
+def test_the_switch_turns_it_off(site):
+    assert python(site, SHOW, FUSECHAT_MERGE_AUTOLOAD="0") == ("mergekit's own | None | mergekit's own", "")
+    assert python(site, SHOW, FUSECHAT_MERGE_AUTOLOAD="1")[0].startswith("the plug-in")
+
+
+def test_installing_again_changes_nothing(site):
+    code = "import sys, fusechat_merge._autoload as a; a.install(); a.install(); n = len(sys.meta_path)\n"
+    code += "a.install(); assert n == len(sys.meta_path)\n" + SHOW
+    assert python(site, code)[0].startswith("the plug-in")
+
+
+@pytest.mark.parametrize(
+    "registry", ["METHODS = {}\nget = METHODS.get\n", "_METHODS = ()\ndef get(name): return name\n"]
+)
+def test_an_unknown_registry_is_one_warning_with_both_versions_and_mergekit_goes_on(site, registry):
+    distribution(site, "fusechat", "4.5")
+    (site / "mergekit" / "merge_methods" / "registry.py").write_text(registry)
+    out, err = python(site, "import mergekit.merge_methods as m; print(m.ready)")
+    assert out == "True"
+    assert err.count("RuntimeWarning") == 1
+    assert "fusechat 4.5 with mergekit 9.9: its merge-method registry is not the one this version knows" in err
+
+
+def test_a_method_that_cannot_be_loaded_is_one_warning(site):
+    (site / "plugin_methods.py").write_text("sce = 'the plug-in'\nraise ImportError('no such library')\n")
+    out, err = python(site, SHOW)
+    assert out == "mergekit's own | None | mergekit's own"
+    assert "merge method 'sce' of plugin_methods cannot be loaded and is left out" in err
+    assert "no such library" in err
+
+
+def test_a_missing_package_is_silent(site):
+    out, err = python(site, "print('fine')", PYTHONPATH=str(site))
+    assert (out, err) == ("fine", "")
+
+
+def test_register_by_hand_serves_the_methods_with_the_hook_off(site):
+    (site / "fusechat_methods.py").write_text("sce, varm = 'ours', 'ours too'\n")
+    code = "import fusechat_merge._autoload as a\n"
+    code += "a.OWN = {'sce': 'fusechat_methods:sce', 'varm': 'fusechat_methods:varm'}\n"
+    code += "import fusechat_merge; fusechat_merge.register(); fusechat_merge.register()\n"
+    code += "import mergekit.merge_methods as m; print(m.get('sce'), m.get('varm'))"
+    assert python(site, code, FUSECHAT_MERGE_AUTOLOAD="0") == ("ours ours too", "")
+
+
+ORDERS = {
+    "our module first": "from fusechat_merge.method import sce, varm; import mergekit.merge_methods as m",
+    "mergekit first": "import mergekit.merge_methods as m; from fusechat_merge import sce, varm",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_real_mergekit_serves_ours_in_any_order_of_import(tmp_path, order):
+    points = "sce = fusechat_merge.method:sce\nvarm = fusechat_merge.method:varm\n"
+    distribution(tmp_path, "fusechat", "0.1.0", f"[mergekit.merge_methods]\n{points}")
+    code = f"{ORDERS[order]}\nprint(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce)"
+    assert python(tmp_path, code) == ("True True True", "")
+
+
+def test_imports_stay_light():
+    code = "import sys, fusechat_merge; assert 'torch' not in sys.modules and 'mergekit' not in sys.modules\n"
+    code += "import fusechat_merge.cli; assert 'torch' not in sys.modules and 'mergekit' not in sys.modules\n"
+    code += "import fusechat_merge.kernel; assert 'torch' in sys.modules\n"
+    code += "loaded = {'mergekit', 'transformers', 'fusechat_fuse'} & set(sys.modules); print(loaded or 'light')"
+    assert python(ROOT, code)[0] == "light"

@@ -1,0 +1,348 @@
+"""fusechat-merge inspect, yaml and card; reports of running merges; the recipes that are shipped."""
+
+import csv
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+import fusechat_merge
+from fusechat_merge import cli, kernel, plots, recipe, report
+from tests import reference_merge
+from tests.merge_checkpoints import read, write_family, write_llama
+from tests.merge_checkpoints import recipe as make_recipe
+
+CONFIGS = Path(__file__).resolve().parent.parent / "mergekit_configs"
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.delenv(report.SWITCH, raising=False)
+    fusechat_merge.register()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_family(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def config(models, tmp_path):
+    pivot, targets = models
+    path = tmp_path / "sce.yml"
+    path.write_text(yaml.safe_dump(make_recipe(pivot, targets, select_topk=0.5)))
+    return path
+
+
+def fails(capsys, arguments, code=2):
+    """The one sentence a failing command prints."""
+    assert cli.main([str(a) for a in arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("fusechat-merge: ")
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_writes_what_the_oracle_says(config, models, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert cli.main(["inspect", str(config), "--output", str(out), "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert "all coefficients" in table
+    assert "selected share 50.0%" in table
+    with (out / "coefficients.csv").open() as stream:
+        rows = {row["tensor"]: row for row in csv.DictReader(stream)}
+    pivot, targets = models
+    base, moved = read(pivot), [read(target) for target in targets]
+    assert set(rows) == set(base)
+    for name in (NAME, "model.norm.weight"):
+        _, deltas = reference_merge.task_vectors(base[name], [m[name] for m in moved])
+        keep = reference_merge.selected(deltas, 0.5)
+        eta = reference_merge.coefficients(deltas, keep, [1.0] * 3)
+        row = rows[name]
+        assert [float(row[f"coefficient target{j}"]) for j in range(3)] == pytest.approx(eta, rel=1e-6)
+        kept = [[x if k else 0.0 for x, k in zip(d, keep)] for d in deltas]
+        norms = [sum(x * x for x in d) ** 0.5 for d in kept]
+        assert [float(row[f"norm target{j}"]) for j in range(3)] == pytest.approx(norms, rel=1e-6)
+        assert float(row["selected"]) == sum(keep) / len(keep)
+        signs = [1 if sum(column) >= 0 else -1 for column in zip(*kept)]
+        erased = [sum(x * s < 0 for x, s in zip(d, signs)) for d in kept]
+        nonzero = [sum(x != 0 for x in d) for d in kept]
+        assert float(row["erased"]) == pytest.approx(sum(erased) / sum(nonzero))
+        assert [float(row[f"erased target{j}"]) for j in range(3)] == pytest.approx(
+            [e / n for e, n in zip(erased, nonzero)]
+        )
+        same = sum(x * y > 0 for x, y in zip(kept[0], kept[2])) / sum(x * y != 0 for x, y in zip(kept[0], kept[2]))
+        assert float(row["agreement target0 | target2"]) == pytest.approx(same)
+    assert (rows[NAME]["layer"], rows[NAME]["kind"]) == ("1", "mlp.up_proj")
+    summary = json.loads((out / "summary.json").read_text())
+    assert sum(summary["coefficients"].values()) == pytest.approx(1.0)
+    assert summary["elements"] == sum(t.numel() for t in base.values())
+    assert summary["signs_counted"] == "all pieces"
+    for picture in ("coefficients.png", "erased.png"):
+        assert (out / picture).stat().st_size > 5000
+    assert not list(tmp_path.rglob("*.safetensors"))  # no model
+    assert "expected a new or empty one" in fails(capsys, ["inspect", config, "--output", out])
+
+
+def test_inspect_reads_slices_and_varm(models, tmp_path):
+    pivot, targets = models
+    slices = [{"sources": [{"model": str(m), "layer_range": [0, 1]} for m in (pivot, *targets)]}] * 2
+    document = {"merge_method": "varm", "base_model": str(pivot), "slices": slices, "dtype": "bfloat16"}
+    (tmp_path / "varm.yml").write_text(yaml.safe_dump(document))
+    assert cli.main(["inspect", str(tmp_path / "varm.yml"), "--output", str(tmp_path / "r"), "--quiet"]) == 0
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert sum(summary["coefficients"].values()) == pytest.approx(1.0)
+    assert summary["erased_share"] is None
+    assert 0.4 < summary["sign_agreement"]["target0 | target1"] < 0.6
+    assert not (tmp_path / "r" / "erased.png").exists()
+
+
+def test_inspect_without_matplotlib_says_so_and_writes_the_numbers(config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["inspect", str(config), "--output", str(tmp_path / "r"), "--quiet"]) == 0
+    assert "expected matplotlib, got none. Install fusechat[plot]" in caplog.text
+    assert (tmp_path / "r" / "summary.json").exists()
+    with pytest.raises(plots.MissingMatplotlib):
+        plots.draw([], [], tmp_path)
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": {"select_top_k": 0.1}}, "got 'select_top_k'. Did you mean select_topk?"),
+        (
+            {"parameters": {"density": 0.1}},
+            "expected one of select_topk, select_scope, int8_mask, weight, got 'density'",
+        ),
+        ({"select_topk": 0.1}, "expected select_topk under parameters, got it at the top level"),
+        ({"merge_methode": "sce"}, "got 'merge_methode'. Did you mean merge_method?"),
+        ({"merge_method": "sec"}, "got 'sec'. Did you mean sce?"),
+        ({"merge_method": "ties", "parameters": {}}, "expected sce or varm, got ties"),
+        ({"base_model": None}, "base_model in .*expected the pivot, got none"),
+        (
+            {"base_model": "/nowhere/pivot"},
+            "model /nowhere/pivot in .*: expected a model directory.*got no such directory",
+        ),
+        ({"models": None}, "Exactly one of 'models', 'slices', or 'modules' must be present"),
+        ({"models": [{"path": "x"}]}, "models.0.model: Field required"),
+    ],
+)
+def test_what_mergekit_passes_over_is_an_error(config, tmp_path, capsys, change, message):
+    document = yaml.safe_load(config.read_text()) | change
+    config.write_text(yaml.safe_dump({k: v for k, v in document.items() if v is not None}))
+    assert re.search(message, fails(capsys, ["inspect", config, "--output", tmp_path / "r"]))
+    assert not (tmp_path / "r").exists()
+
+
+def test_parameters_of_a_model_that_have_no_effect_are_errors(config, models, tmp_path, capsys):
+    document = yaml.safe_load(config.read_text())
+    document["models"][0]["parameters"] = {"select_topk": 0.2}
+    config.write_text(yaml.safe_dump(document))
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out"])
+    assert "expected select_topk under the top-level parameters, got it for one model" in sentence
+    document["models"][0] = {"model": str(models[0]), "parameters": {"weight": 1.0}}
+    config.write_text(yaml.safe_dump(document))
+    assert "expected no weight for the pivot" in fails(capsys, ["yaml", config, tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["just words", "- 1\n- 2", "a: [1\nb: 2"])
+def test_what_is_no_configuration_is_named(tmp_path, capsys, text):
+    (tmp_path / "x.yml").write_text(text)
+    assert "configuration" in fails(capsys, ["inspect", tmp_path / "x.yml", "--output", tmp_path / "r"])
+    assert "No such file" in fails(capsys, ["inspect", tmp_path / "none.yml", "--output", tmp_path / "r"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("fuse*.yml")), ids=lambda path: path.stem)
+def test_shipped_recipes_merge_stand_ins(path, models, tmp_path):
+    document = yaml.safe_load(path.read_text())
+    names = [entry["model"] for entry in document["models"]]
+    pivot, targets = models
+    places = {}
+    for index, name in enumerate(names):
+        places[name] = str(shutil.copytree(targets[index % 3], tmp_path / f"target{index}"))
+    for entry in document["models"]:
+        entry["model"] = places[entry["model"]]
+    if "base_model" in document:
+        document["base_model"] = str(pivot)
+    config_path = tmp_path / "recipe.yml"
+    config_path.write_text(yaml.safe_dump(document))
+    config, _ = recipe.load(config_path)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=0)
+    run_merge(config, str(tmp_path / "out"), options)
+    merged, base, moved = read(tmp_path / "out"), read(pivot), [read(places[name]) for name in names]
+    assert set(merged) == set(base)
+    dtype = getattr(torch, document["dtype"])
+    assert {t.dtype for t in merged.values()} == {dtype}
+    inputs = [m[NAME].to(dtype) for m in moved]
+    if document["merge_method"] == "sce":
+        topk = document["parameters"]["select_topk"]
+        assert torch.equal(merged[NAME], kernel.sce_merge(base[NAME].to(dtype), inputs, select_topk=topk))
+    elif document["merge_method"] == "varm":
+        assert torch.equal(merged[NAME], kernel.varm_merge(base[NAME].to(dtype), inputs))
+    elif document["merge_method"] == "linear":
+        assert torch.allclose(merged[NAME].float(), torch.stack(inputs).float().mean(0), atol=1e-4)
+
+
+def test_the_released_recipes_are_there():
+    documents = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("fuse*.yml")}
+    methods = {"fusechat-sce": "sce", "fusechat-linear": "linear", "fusechat-ta": "task_arithmetic"}
+    methods |= {"fusechat-ties": "ties", "fusechat-dare": "dare_linear", "fusechat-varm": "varm", "fuseo1-sce": "sce"}
+    assert {name: document["merge_method"] for name, document in documents.items()} == methods
+    for name in ("fusechat-sce", "fusechat-linear", "fusechat-ta", "fusechat-ties", "fusechat-dare"):
+        models = [entry["model"] for entry in documents[name]["models"]]
+        sources = ("Starling", "SOLAR", "InternLM", "Mixtral", "Qwen")
+        assert models == [f"FuseAI/OpenChat-3.5-7B-{source}-v2.0" for source in sources]
+
+
+# --- yaml -----------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_puts_the_whole_output_in_place(config, models, tmp_path, capsys):
+    out = tmp_path / "merged"
+    abandoned = tmp_path / ".merged.999999999-old"  # of a killed run
+    abandoned.mkdir()
+    other = tmp_path / f".merged.{os.getpid()}-running"
+    other.mkdir()
+    assert cli.main(["yaml", str(config), str(out), "--quiet", "--no-copy-tokenizer", "--out-shard-size", "2K"]) == 0
+    merged = read(out)
+    pivot, targets = models
+    expected = kernel.sce_merge(read(pivot)[NAME], [read(t)[NAME] for t in targets], select_topk=0.5)
+    assert torch.equal(merged[NAME], expected)
+    assert (out / "config.json").exists()
+    assert (out / "mergekit_config.yml").read_text() == config.read_text()
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert "# merged" in (out / "README.md").read_text()
+    assert not abandoned.exists()
+    assert other.exists()
+    before = sorted(p.name for p in out.iterdir())
+    assert "expected a new or empty directory" in fails(capsys, ["yaml", config, out])
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_yaml_leaves_nothing_of_a_merge_that_fails(config, models, tmp_path, capsys):
+    broken = read(models[1][2])
+    broken["model.norm.weight"][0] = float("inf")
+    write_llama(tmp_path / "damaged", broken)
+    document = yaml.safe_load(config.read_text())
+    document["models"][2]["model"] = str(tmp_path / "damaged")
+    config.write_text(yaml.safe_dump(document))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet", "--out-shard-size", "1K"])
+    assert f"tensor model.norm.weight of {tmp_path / 'damaged'}: expected finite numbers, got NaN or inf" in sentence
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert "no such option" in fails(capsys, ["yaml", config, tmp_path / "out", "--quite"]).lower()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# --- reports of running merges --------------------------------------------------------------------------------------
+
+
+def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatch):
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    document = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    run_merge(document, str(tmp_path / "a"), options)
+    first = tmp_path / "reports" / "001-sce-pivot"
+    assert (first / "coefficients.csv").exists()  # written as the tensors finish
+    assert not (first / "summary.json").exists()
+    run_merge(document, str(tmp_path / "b"), options)
+    assert (first / "summary.json").exists()  # the next output has begun
+    report.end()
+    second = tmp_path / "reports" / "002-sce-pivot"
+    assert json.loads((second / "summary.json").read_text())["tensors"] == len(read(tmp_path / "a"))
+    assert (second / "coefficients.csv").read_text() == (first / "coefficients.csv").read_text()
+    assert (second / "coefficients.png").exists()
+    monkeypatch.setenv(report.SWITCH, "")
+    run_merge(document, str(tmp_path / "c"), options)
+    assert len(list((tmp_path / "reports").iterdir())) == 2
+    name = "model.embed_tokens.weight"
+    assert torch.equal(read(tmp_path / "c")[name], read(tmp_path / "a")[name])
+
+
+def test_a_report_counts_the_signs_of_a_sample_of_the_pieces(monkeypatch):
+    from fusechat_merge import chunks
+
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 1024)
+    generator = torch.Generator().manual_seed(0)
+    pivot = torch.zeros(64 * 1024)
+    targets = [torch.randn(64 * 1024, generator=generator) for _ in range(3)]
+    sampled, every = report.SignCounts(16), report.SignCounts(1)
+    for counts in (sampled, every):
+        kernel.sce(pivot, targets, watch=counts)
+    assert (sampled.elements, every.elements) == (4 * 1024, 64 * 1024)
+    shares = [(c.erased / torch.diagonal(c.moved)).tolist() for c in (sampled, every)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+
+
+# --- card -----------------------------------------------------------------------------------------------------------
+
+
+def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert cli.main(["yaml", str(config), str(out), "--quiet", "--no-copy-tokenizer"]) == 0
+    for _ in range(2):
+        assert cli.main(["card", str(out)]) == 0
+    text = (out / "README.md").read_text()
+    assert text.count("## How the targets were merged") == 1
+    assert "| target2 | 0." in text
+    assert "select_topk: 0.5" in text
+    assert (out / "coefficients.png").exists()
+    assert "(coefficients.png)" in text
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert {"mergekit", "merge", "fusechat", "sce"} <= set(front["tags"])
+    assert front["library_name"] == "transformers"
+    assert "base_model" not in front  # local directories have no name on the Hub
+    assert "expected a directory with mergekit_config.yml" in fails(capsys, ["card", tmp_path])
+    assert "expected a directory with summary.json" in fails(capsys, ["card", out, "--report", tmp_path])
+
+
+def test_card_names_models_of_the_hub(config, tmp_path):
+    out, given = tmp_path / "merged", tmp_path / "report"
+    assert cli.main(["inspect", str(config), "--output", str(given), "--quiet"]) == 0
+    summary = json.loads((given / "summary.json").read_text())
+    summary["pivot"] = "openchat/openchat_3.5"
+    summary["targets"] = {name: f"FuseAI/{name}" for name in summary["targets"]}
+    (given / "summary.json").write_text(json.dumps(summary))
+    out.mkdir()
+    shutil.copy(config, out / "mergekit_config.yml")
+    (out / "README.md").write_text(
+        "---\nlicense: apache-2.0\nbase_model: openchat/openchat_3.5\n---\n# Mine\n\nWords.\n"
+    )
+    assert cli.main(["card", str(out), "--report", str(given)]) == 0
+    text = (out / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == ["openchat/openchat_3.5", *(f"FuseAI/target{j}" for j in range(3))]
+    assert front["base_model_relation"] == "merge"
+    assert front["license"] == "apache-2.0"
+    assert "Words." in text
+
+
+def test_help_and_bad_arguments(capsys):
+    for arguments in (["--help"], ["inspect", "--help"], ["yaml", "--help"], ["card", "--help"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+    for arguments in ([], ["merge"], ["inspect", "x.yml"], ["doctor", "--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+    capsys.readouterr()
