@@ -79,7 +79,7 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 def _must_be_fast(tokenizer, name):

@@ -140,7 +140,8 @@ def _inflate(data) -> bytes:
 
 
 def _pack_table(row: dict, encoding: str) -> dict[str, bytes]:
-    ids, logprobs, ce = row["topk_ids"], row["topk_logprobs"], row["ce"]
+    ids, ce = row["topk_ids"], np.maximum(row["ce"], 0)
+    logprobs = np.clip(row["topk_logprobs"], -65504.0, 0)  # float16's smallest number
     if encoding == "plain":
         return {
             "input_ids": pack_ids(row["input_ids"]),
@@ -149,6 +150,8 @@ def _pack_table(row: dict, encoding: str) -> dict[str, bytes]:
             "ce": np.asarray(ce, "<f4").tobytes(),
         }
     levels = np.diff(_to_levels(logprobs), axis=1, prepend=0)
+    if levels.size and levels.min() < 0:
+        raise ValueError(f"topk_logprobs of {row['id']!r}: expected each row descending")
     fine = np.minimum(np.rint(np.asarray(ce, np.float64) * 2**13), 2**32 - 1)
     return {
         "c_input_ids": _deflate(_planes(row["input_ids"], 3)),

@@ -296,6 +296,25 @@ def test_shards_without_rows_are_no_hole_and_none_at_all_is_an_error(tmp_path):
             assert load_representation(tmp_path / name).ids == [row["id"] for row in rows]
 
 
+@pytest.mark.parametrize("encoding", ["plain", "compact"])
+def test_log_probabilities_out_of_float16_stay_finite_and_rounding_above_one_is_one(tmp_path, encoding):
+    row = make_rows(1)[0]
+    row["topk_logprobs"] = row["topk_logprobs"].astype(np.float32)
+    row["topk_logprobs"][0, 0], row["topk_logprobs"][0, -1], row["ce"][0] = 3e-7, -1e9, -2e-7
+    write(tmp_path, [row], encoding=encoding)
+    stored = load_representation(tmp_path)[0]
+    assert stored["topk_logprobs"][0, 0] == stored["ce"][0] == 0
+    assert np.isfinite(stored["topk_logprobs"]).all()
+    assert stored["topk_logprobs"][0, -1] <= -59000
+
+
+def test_compact_encoding_refuses_rows_that_are_not_descending(tmp_path):
+    row = make_rows(1)[0]
+    row["topk_logprobs"] = row["topk_logprobs"][:, ::-1]
+    with pytest.raises(ValueError, match="topk_logprobs of 'row-': expected each row descending"):
+        write(tmp_path, [row], encoding="compact")
+
+
 def test_lengths_that_disagree_and_unknown_arrays_are_refused(tmp_path):
     writer = ShardWriter(tmp_path, {}, kind="representation")
     row = make_rows(1)[0]
