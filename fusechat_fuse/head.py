@@ -26,7 +26,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from fusechat_fuse.loss import IGNORED, check_ids, picked_terms, row_chunks, row_sums, softmax_to_gradient_
+from fusechat_fuse.loss import IGNORED, check_ids, exp_to_gradient_, picked_terms, row_chunks, row_sums
+
+_LEAST_ROWS = 256  # of a chunk: d weight is read and written once a chunk
 
 
 @dataclass
@@ -166,9 +168,10 @@ def _linear_forward(self, hidden, rows=None):
 @torch.compiler.disable
 def _head_loss(lm_head, transform, chunks, hidden_BTD, labels, ids, probs, lm_loss_weight, kind) -> FusionOutput:
     at = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
-    hidden = hidden_BTD.flatten(0, 1).index_select(0, at)  # [N, D]
+    hidden = hidden_BTD.flatten(0, 1).index_select(0, at.to(hidden_BTD.device))  # [N, D]
     chosen = labels.reshape(-1)[at], ids.flatten(0, 1)[at], probs.flatten(0, 1)[at]
-    rows = _Rows(*chosen, lm_loss_weight, kind, transform)
+    on_head = (x.to(hidden.device) for x in chosen)  # a model over several devices ends on another than it began
+    rows = _Rows(*on_head, lm_loss_weight, kind, transform)
     inner = getattr(lm_head, "_fsdp_wrapped_module", lm_head)
     if "_forward_before_lean" in vars(inner):
         return FusionOutput(*lm_head(hidden, rows=rows))
@@ -244,7 +247,7 @@ class _Chunks:
         self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
         self.exact = torch.promote_types(dtype, torch.float32)  # of losses and sums
         self.gradients: list[Tensor | None] = [None, None, None]
-        self.parts = row_chunks(len(hidden), weight.shape[0], hidden.device)
+        self.parts = row_chunks(len(hidden), weight.shape[0], hidden.device, _LEAST_ROWS)
 
     def prepare_gradients(self, needed: list[bool]) -> None:
         shapes = self.hidden.shape, self.weight.shape, (self.weight.shape[0],)
@@ -268,9 +271,10 @@ class _Chunks:
             targets.transform.apply_(z)
             slope = targets.transform.slope(z)
             chunk = targets.labels[a:b], targets.ids[a:b], probs[a:b]
-            sums += torch.stack(_terms_and_softmax_(z, *chunk, targets.kind))
+            total, lm_sum, fusion_sum = _exp_and_terms_(z, *chunk, targets.kind)
+            sums += torch.stack([lm_sum, fusion_sum])
             if any(g is not None for g in self.gradients):
-                softmax_to_gradient_(z, *chunk, targets.lm_loss_weight, 1 - targets.lm_loss_weight)
+                exp_to_gradient_(z, total, *chunk, targets.lm_loss_weight, 1 - targets.lm_loss_weight)
                 if slope is not None:
                     z.mul_(slope)
                 self._accumulate(z, low[: b - a], hidden[a:b], weight, a, b)
@@ -295,12 +299,10 @@ class _Chunks:
                 d_weight += dz.t() @ hidden
 
 
-def _terms_and_softmax_(z: Tensor, labels, ids, probs, kind):
-    """Sums of both terms of the rows `z`, which are replaced by their softmax."""
+def _exp_and_terms_(z: Tensor, labels, ids, probs, kind):
+    """(sums of exp, sum of L_LM, sum of L_fusion) of the rows `z`, which are replaced by exp(z - max)."""
     top = z.amax(1, keepdim=True) if z.numel() else z[:, :1]
-    picked_labels, picked_ids = z.gather(1, labels[:, None]), z.gather(1, ids.clamp(min=0))  # before z is overwritten
-    z.sub_(top).exp_()
-    total = z.sum(1, keepdim=True)
-    z.div_(total)
+    at_labels, at_ids = z.gather(1, labels[:, None]), z.gather(1, ids.clamp(min=0))  # before z is overwritten
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
     lse = (top + total.log())[:, 0]
-    return picked_terms(picked_labels[:, 0], picked_ids, lse, probs, kind)
+    return total, *picked_terms(at_labels[:, 0], at_ids, lse, probs, kind)

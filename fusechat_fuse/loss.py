@@ -23,7 +23,7 @@ from fusechat_fuse.errors import InputError
 
 KINDS = ("ce", "kl")
 IGNORED = -100
-_ROW_BUDGET = {"cpu": 1 << 22, "other": 1 << 27}  # logits held in float32 at a time
+_ROW_BUDGET = {"cpu": 1 << 23, "other": 1 << 27}  # logits held in float32 at a time
 
 
 class FusionLoss(NamedTuple):
@@ -148,7 +148,7 @@ class _RowSums(torch.autograd.Function):
         for a, b in row_chunks(len(labels), logits.shape[-1], logits.device):
             z = logits[a:b] if rows is None else logits[rows[a:b]]
             p = z.to(probs.dtype, copy=True).sub_(lse[a:b, None]).exp_()
-            softmax_to_gradient_(p, labels[a:b], ids[a:b], probs[a:b], lm_grad, fusion_grad)
+            exp_to_gradient_(p, 1, labels[a:b], ids[a:b], probs[a:b], lm_grad, fusion_grad)
             if rows is None:
                 grad[a:b] = p
             else:
@@ -171,17 +171,23 @@ def picked_terms(at_label_N: Tensor, at_ids_NK: Tensor, lse_N: Tensor, probs_NK:
     return (lse_N - at_label_N).sum(), fusion
 
 
-def softmax_to_gradient_(p_NV: Tensor, labels_N, ids_NK, probs_NK, lm_weight, fusion_weight) -> Tensor:
-    """In place: softmax(z) -> (a + b m) softmax(z) - a e_y - b q, with a = `lm_weight`, b = `fusion_weight`."""
-    p_NV.mul_(lm_weight + fusion_weight * probs_NK.sum(1, keepdim=True))
-    minus_a = -torch.as_tensor(lm_weight, dtype=p_NV.dtype, device=p_NV.device)
-    p_NV.scatter_add_(1, labels_N[:, None], minus_a.expand(len(labels_N), 1))
-    p_NV.scatter_add_(1, ids_NK.clamp(min=0), probs_NK * -fusion_weight)  # padding adds 0 to entry 0
-    return p_NV
+def exp_to_gradient_(e_NV: Tensor, total_N1, labels_N, ids_NK, probs_NK, lm_weight, fusion_weight) -> Tensor:
+    """In place: exp(z - c) -> (a + b m) softmax(z) - a e_y - b q, with a = `lm_weight`, b = `fusion_weight`.
+
+    Args:
+        e_NV: exp of the logits less any constant per row; changed.
+        total_N1: its sums over the vocabulary, or 1 where it is the softmax already.
+        labels_N, ids_NK, probs_NK: labels and targets of these rows.
+        lm_weight, fusion_weight: numbers or 0-d tensors.
+    """
+    e_NV.mul_((lm_weight + fusion_weight * probs_NK.sum(1, keepdim=True)) / total_N1)
+    minus_a = -torch.as_tensor(lm_weight, dtype=e_NV.dtype, device=e_NV.device)
+    e_NV.scatter_add_(1, labels_N[:, None], minus_a.expand(len(labels_N), 1))
+    return e_NV.scatter_add_(1, ids_NK.clamp(min=0), probs_NK * -fusion_weight)  # padding adds 0 to entry 0
 
 
-def row_chunks(rows: int, vocab_size: int, device: torch.device):
-    """Row ranges whose float32 logits stay within a fixed budget: 16 MiB on a CPU, 512 MiB elsewhere."""
+def row_chunks(rows: int, vocab_size: int, device: torch.device, least: int = 1):
+    """Row ranges whose float32 logits stay within a fixed budget (32 MiB on a CPU, 512 MiB elsewhere), or `least`."""
     budget = _ROW_BUDGET.get(device.type, _ROW_BUDGET["other"])
-    size = max(1, budget // max(vocab_size, 1))
+    size = max(least, budget // max(vocab_size, 1))
     return [(a, min(a + size, rows)) for a in range(0, rows, size)]

@@ -149,6 +149,7 @@ class FusionTrainer(Trainer):
             parts = self.current_gradient_accumulation_steps
         if aux is not None:
             loss = loss + aux / parts
+        loss = loss.to(labelled.device)
         return (loss, out) if return_outputs else loss
 
     def _loss_sums(self, model, inputs) -> tuple[FusionOutput, torch.Tensor | None]:

@@ -1,0 +1,262 @@
+"""Step time and memory of fusion beside plain fine-tuning, the input pipeline, and the dense way of the released code.
+
+    python -m tests.benchmarks.bench_train                 # CPU: about 100M parameters, 32k and 152k vocabulary
+    python -m tests.benchmarks.bench_train --device cuda   # 7B-shaped random Mistral, 4 x 2048, bf16, checkpointing
+
+Plain fine-tuning is transformers' own Trainer on the same model and the same batches. Every way runs in a process of
+its own, so peaks are its own; times are medians. Prints tables, then one JSON line.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHAPES = {
+    "cpu-32k": {"vocab": 32_000, "hidden": 768, "inner": 2048, "layers": 8, "tied": False, "batch": 2, "tokens": 512},
+    "cpu-152k": {"vocab": 151_936, "hidden": 512, "inner": 1536, "layers": 6, "tied": True, "batch": 2, "tokens": 512},
+    "mistral-7b": {
+        "vocab": 32_002,
+        "hidden": 4096,
+        "inner": 14_336,
+        "layers": 32,
+        "tied": False,
+        "batch": 4,
+        "tokens": 2048,
+    },
+    "smoke": {"vocab": 500, "hidden": 32, "inner": 64, "layers": 1, "tied": False, "batch": 2, "tokens": 64},
+}
+
+
+def build(shape: dict, device: str):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["inner"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=max(shape["hidden"] // 128, 1),
+        num_key_value_heads=max(shape["hidden"] // 512, 1),
+        tie_word_embeddings=shape["tied"],
+        max_position_embeddings=4096,
+        sliding_window=None,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        model = MistralForCausalLM(config)
+    return model.to(torch.bfloat16) if device == "cuda" else model
+
+
+def rows_of(shape: dict, count: int) -> list[dict]:
+    """Conversations of the full length, the second half of each predicted."""
+    from tests.fusion_rows import aligned_row
+
+    T, rows = shape["tokens"], []
+    for n in range(count):
+        row = aligned_row(n, vocab_size=shape["vocab"], tokens=T, predicted=T // 2, k=10, source_k=11)
+        row["predicted"] = np.arange(T // 2, T, dtype=np.int32)
+        rows.append(row)
+    return rows
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_step(way: str, shape: dict, device: str, steps: int) -> dict:
+    """Median time of forward and backward, peak memory, and the loss for the correctness check.
+
+    Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), none (decoder only).
+    """
+    from transformers import Trainer, TrainingArguments
+
+    from fusechat_fuse.collator import FusionCollator
+    from fusechat_fuse.config import FusionConfig
+    from fusechat_fuse.trainer import FusionTrainer
+
+    model = build(shape, device)
+    batch = FusionCollator()(rows_of(shape, shape["batch"]))
+    options = {"use_cpu": device == "cpu", "disable_tqdm": True, "save_strategy": "no"}
+    if device == "cuda":
+        options["activation_checkpointing"] = True
+        model.activation_checkpointing_enable()
+    with tempfile.TemporaryDirectory() as folder:
+        if way in ("lean", "full"):
+            arguments = FusionConfig(folder, lean_head=way == "lean", gradient_accumulation_steps=1, **options)
+            trainer = FusionTrainer(model, arguments)
+            # lambda 1 is plain fine-tuning's loss: the same number must come out; the work does not depend on lambda
+            trainer.args.lm_loss_weight = 1.0 if steps == 1 else 0.9
+        else:
+            trainer = Trainer(model, TrainingArguments(folder, remove_unused_columns=False, **options))
+            batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    trainer.current_gradient_accumulation_steps = 1
+    count = (batch["labels"] != -100).sum()
+    batch = trainer._prepare_inputs(batch)
+    times, loss = [], 0.0
+    for _ in range(steps):
+        model.zero_grad()
+        started = time.perf_counter()
+        if way == "none":
+            hidden = model.model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, use_cache=False)
+            hidden.last_hidden_state.float().square().mean().backward()
+        else:
+            loss = trainer.training_step(model, dict(batch), num_items_in_batch=count.to(batch["labels"].device)).item()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(times[1:] or times), "peak": peak_bytes(device), "loss": loss}
+
+
+def measure_input(shape: dict) -> dict:
+    """Reading and collating from disk, one core: predicted tokens a second and seconds a batch."""
+    from fusechat_fuse.collator import FusionCollator
+    from fusechat_fuse.representation import ShardWriter, load_representation
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ShardWriter(Path(folder) / "data", {}, kind="aligned")
+        rows = rows_of(shape, 32)
+        writer.write(0, rows)
+        writer.finish(1, {"tokenizer": {"sha256": "0"}})
+        data, collate, size = load_representation(Path(folder) / "data"), FusionCollator(), shape["batch"]
+        collate([data[i] for i in range(size)])
+        times = []
+        for start in range(0, len(rows) - size + 1, size):
+            started = time.perf_counter()
+            collate([data[i] for i in range(start, start + size)])
+            times.append(time.perf_counter() - started)
+    seconds = statistics.median(times)
+    return {"seconds": seconds, "tokens_per_second": size * (shape["tokens"] // 2) / seconds}
+
+
+def dense_targets(rows: list[dict], V: int) -> tuple:
+    """Targets the dense way: [B, T, V] in bfloat16 for both models, filled position by position."""
+    T = max(len(row["input_ids"]) for row in rows)
+    dense = [torch.zeros(len(rows), T, V, dtype=torch.bfloat16) for _ in range(2)]
+    for b, row in enumerate(rows):
+        probs = torch.softmax(torch.from_numpy(row["topk_logprobs"].astype(np.float32)), -1)
+        for p, t in enumerate(row["predicted"]):
+            dense[0][b, t - 1, torch.from_numpy(row["topk_ids"][p]).long()] = probs[p].bfloat16()
+            kept = row["source_ids"][p] >= 0
+            ids = torch.from_numpy(row["source_ids"][p][kept]).long()
+            dense[1][b, t - 1, ids] = torch.from_numpy(row["source_probs"][p][kept]).bfloat16()
+    rewards = torch.tensor([[1 / np.exp(row["ce"].mean()), 1 / np.exp(row["source_ce"])] for row in rows])
+    return dense, rewards
+
+
+def dense_loss(logits, labels, dense, rewards, weight: float = 0.9):
+    """The loss the dense way: both targets stacked, an argmax of rewards at every entry, softmax over everything."""
+    B, T, V = logits.shape
+    stacked = torch.stack(dense, -1)  # [B, T, V, 2]
+    best = rewards.bfloat16()[:, None, None].expand(B, T, V, 2).contiguous().argmax(-1, keepdim=True)
+    target = stacked.gather(-1, best)[..., 0]
+    losses = -(target.float() * torch.log_softmax(logits.float(), -1)).sum(-1)
+    mask = labels != -100
+    lm = torch.nn.functional.cross_entropy(logits.float().view(-1, V), labels.reshape(-1), ignore_index=-100)
+    return weight * lm + (1 - weight) * (losses * mask).sum() / mask.sum()
+
+
+def measure_targets(way: str, batch: int, tokens: int, V: int) -> dict:
+    """Collator and loss (forward and backward from logits on) the sparse or the dense way."""
+    from fusechat_fuse.collator import FusionCollator
+    from fusechat_fuse.loss import fusion_loss
+
+    rows = rows_of({"vocab": V, "tokens": tokens}, batch)
+    collated = FusionCollator()(rows)
+    logits = torch.randn(batch, tokens, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    before, started = peak_bytes("cpu"), time.perf_counter()
+    if way == "sparse":
+        again = FusionCollator()(rows)
+        middle = time.perf_counter()
+        loss = fusion_loss(logits, *(again[name] for name in ("shift_labels", "target_ids", "target_probs"))).loss
+    else:
+        dense, rewards = dense_targets(rows, V)
+        middle = time.perf_counter()
+        loss = dense_loss(logits, collated["shift_labels"], dense, rewards)
+    loss.backward()
+    ended = time.perf_counter()
+    extra = peak_bytes("cpu") - before
+    return {"collate": middle - started, "loss": ended - middle, "extra": extra, "value": loss.item()}
+
+
+def alone(function: str, *arguments) -> dict:
+    """Run one measurement in a fresh process."""
+    call = f"b.{function}(*{arguments!r})"
+    code = f"import json; from tests.benchmarks import bench_train as b; print('@' + json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
+
+
+def step_table(name: str, device: str, steps: int) -> dict:
+    shape = SHAPES[name]
+    losses = [alone("measure_step", way, shape, device, 1)["loss"] for way in ("plain", "lean")]
+    if abs(losses[0] - losses[1]) > (2e-2 if device == "cuda" else 1e-4) * losses[0]:
+        raise AssertionError(f"plain fine-tuning and lambda = 1 disagree: {losses}")
+    found = {way: alone("measure_step", way, shape, device, steps) for way in ("none", "plain", "lean", "full")}
+    for way in ("plain", "lean"):  # once more, the other way round, against drift of the machine
+        found[way]["seconds"] = min(found[way]["seconds"], alone("measure_step", way, shape, device, steps)["seconds"])
+    plain, none = found["plain"], found["none"]
+    head_of_plain = plain["peak"] - none["peak"]
+    print(f"\n{name}: {shape['batch']} x {shape['tokens']} tokens, half of them prompts, {device}")
+    print("way      s/step  of plain   peak MiB  above no head  of plain")
+    for way, one in found.items():
+        one |= {"time_ratio": one["seconds"] / plain["seconds"], "head": one["peak"] - none["peak"]}
+        one["head_ratio"] = one["head"] / head_of_plain
+        print(
+            f"{way:7}{one['seconds']:8.2f}{one['time_ratio']:10.2f}{one['peak'] / 2**20:11.0f}"
+            f"{one['head'] / 2**20:15.0f}{one['head_ratio']:10.2f}"
+        )
+    return found
+
+
+def target_table() -> dict:
+    found = {}
+    print("\nCollator and loss from logits on, float32, 32002 entries, CPU")
+    print("way     batch       collate s   loss s   extra MiB")
+    for way, batch, tokens in (("dense", 1, 512), ("sparse", 1, 512), ("sparse", 4, 2048)):
+        one = found[f"{way} {batch} x {tokens}"] = alone("measure_targets", way, batch, tokens, 32_002)
+        print(f"{way:8}{batch} x {tokens:<8}{one['collate']:9.3f}{one['loss']:10.2f}{one['extra'] / 2**20:10.0f}")
+    a, b = found["dense 1 x 512"]["value"], found["sparse 1 x 512"]["value"]
+    if abs(a - b) > 5e-3 * a:  # the dense targets are rounded to bfloat16
+        raise AssertionError(f"dense and sparse disagree: {a} and {b}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shapes", nargs="*", default=None, choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--no_targets", action="store_true")
+    options = parser.parse_args()
+    shapes = options.shapes or (["mistral-7b"] if options.device == "cuda" else ["cpu-32k", "cpu-152k"])
+    result = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    for name in shapes:
+        result[name] = step_table(name, options.device, options.steps)
+        reading = result[f"{name} input"] = alone("measure_input", SHAPES[name])
+        reading["of_step"] = reading["seconds"] / result[name]["lean"]["seconds"]
+        print(
+            f"read + collate, one core: {reading['tokens_per_second']:,.0f} predicted tokens/s, "
+            f"{100 * reading['of_step']:.2f} % of a step"
+        )
+    if not options.no_targets:
+        result["targets"] = target_table()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
