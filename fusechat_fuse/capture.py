@@ -18,49 +18,27 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.chat import ConversationEncoder, Encoded, load_fast_tokenizer, resolve_template
+from fusechat_fuse.chat import ConversationEncoder, Encoded
 from fusechat_fuse.conversations import Conversation, ReadReport, Unusable, read_conversations
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.loading import (
+    check_model,
+    file_fingerprint,
+    library_versions,
+    load_fast_tokenizer,
+    load_model,
+    model_identity,
+)
 from fusechat_fuse.representation import Representation, ShardWriter, load_representation, save_tokenizer, write_atomic
+from fusechat_fuse.templates import resolve_template
 from fusechat_fuse.tokens import tokenizer_hash
 
+__all__ = ["file_fingerprint", "plan_batches", "represent"]
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
-
-
-def file_fingerprint(folder: Path) -> str:
-    """A model directory's content in 16 hexadecimal digits: config.json, and of each weight file its size, its first
-    64 KiB and 64 samples of 4 KiB. Reads a few MiB whatever the model's size; the directory's name does not count."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for path in weights:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 16))
-            for offset in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64):
-                file.seek(int(offset))
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def weight_fingerprint(model) -> str:
-    """A loaded model's content in 16 hexadecimal digits: names, shapes, and 64 values of each parameter."""
-    import torch
-
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() and flat.device.type != "meta":
-            at = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
-            digest.update(flat[at].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -87,58 +65,6 @@ class _Process:
     @property
     def first(self) -> bool:
         return self.index == 0
-
-
-def _check_model(model, tokenizer) -> None:
-    if not isinstance(model, (str, Path)):
-        if tokenizer is None:
-            raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
-        return
-    folder = Path(model)
-    if folder.is_file() or (not folder.is_dir() and (folder.is_absolute() or str(model).startswith("."))):
-        raise InputError(f"model for {model}: expected a model directory, got none there. Check the path.")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise InputError(f"model for {model}: expected a directory with config.json, got one without. Check the path.")
-
-
-def _load_model(name_or_path, process: _Process, *, dtype, device_map, attn_implementation, trust_remote_code):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if not isinstance(name_or_path, (str, Path)):
-        return name_or_path.eval()
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    options |= {"device_map": device_map} if device_map else {}
-    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"model for {name_or_path}: expected a causal language model, got {first}") from error
-    if not device_map:
-        model.to(process.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
-
-
-def _model_identity(model) -> dict:
-    """Name and fingerprint of a model directory, Hub name or loaded model."""
-    if not isinstance(model, (str, Path)):
-        return {
-            "name": getattr(model, "name_or_path", "") or type(model).__name__,
-            "fingerprint": weight_fingerprint(model),
-        }
-    folder = Path(model)
-    if folder.is_dir():
-        return {"name": folder.resolve().name, "fingerprint": file_fingerprint(folder)}
-    from transformers.utils import cached_file
-
-    try:
-        file = Path(cached_file(str(model), "config.json"))
-    except OSError as error:
-        raise InputError(
-            f"model for {model}: expected a directory or a Hub name, got neither ({str(error).splitlines()[0]})."
-        ) from error
-    return {"name": str(model), "fingerprint": file.parent.name[:16]}
 
 
 def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
@@ -187,14 +113,9 @@ class _Runner:
         while queue:
             batch = queue.pop(0)
             size = len(batch) * int(lengths[batch].max())
-            try:
-                found = self.head(
-                    [encoded[i].input_ids for i in batch], [encoded[i].predicted for i in batch], self.top_k
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._shrink(size, len(batch), error)
+            found = self._try([encoded[i] for i in batch], size)
+            if found is None:  # out of memory; what the failed pass held is released by now
+                self._shrink(size)
                 left = np.concatenate([batch, *queue])
                 queue = [left[part] for part in plan_batches(lengths[left], self.budget)]
                 continue
@@ -204,14 +125,23 @@ class _Runner:
             progress.update(len(batch))
         return results
 
-    def _shrink(self, size: int, rows: int, error: BaseException) -> None:
+    def _try(self, batch: list[Encoded], size: int) -> list | None:
+        """One forward pass; None where memory does not suffice."""
+        try:
+            return self.head([one.input_ids for one in batch], [one.predicted for one in batch], self.top_k)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise InputError(
+                    f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a "
+                    "smaller max_length, a smaller dtype, or a device_map over more devices."
+                ) from error
+            return None
+
+    def _shrink(self, size: int) -> None:
         import torch
 
-        if rows == 1:
-            raise InputError(
-                f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a smaller "
-                "max_length, a smaller dtype, or a device_map over more devices."
-            ) from error
         self.budget = size // 2
         logger.warning("Out of memory at %d tokens per batch; going on with %d.", size, self.budget)
         if torch.cuda.is_available():
@@ -319,7 +249,7 @@ def represent(
         raise InputError(
             "device_map for represent: expected none with several processes, got one. Leave one of them out."
         )
-    _check_model(model, tokenizer)
+    check_model(model, tokenizer)
     tokenizer = load_fast_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
     if top_k > len(tokenizer):
         raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
@@ -329,9 +259,9 @@ def represent(
     if strict:
         _refuse_unusable(encoder, found, report)
     shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
-    model_identity = _model_identity(model)
+    made_from = model_identity(model)
     identity = {
-        "model": {"fingerprint": model_identity["fingerprint"]},
+        "model": {"fingerprint": made_from["fingerprint"]},
         "options": options,
         "tokenizer": tokenizer_hash(tokenizer),
         "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
@@ -341,11 +271,11 @@ def represent(
     mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
     if mine:
         loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        loaded = _load_model(model, process, trust_remote_code=trust_remote_code, **loading)
+        loaded = load_model(model, device=process.device, trust_remote_code=trust_remote_code, **loading)
         _compute(loaded, encoder, shards, mine, writer, top_k, tokens_per_batch, show=process.first)
     process.wait()
     if process.first:
-        _finish(writer, len(shards), report, encoder, identity | {"model": model_identity})
+        _finish(writer, len(shards), report, encoder, identity | {"model": made_from})
     process.wait()
     return load_representation(output_dir)
 
@@ -416,8 +346,7 @@ def _compute(model, encoder, shards, mine, writer: ShardWriter, top_k: int, toke
 
 
 def _check_ids(encoded: list[Encoded], rows: int) -> None:
-    highest = max((int(one.input_ids.max()) for one in encoded), default=0)
-    if highest >= rows:
+    if (highest := max((int(one.input_ids.max()) for one in encoded), default=0)) >= rows:
         raise InputError(
             f"tokenizer for the model: expected ids below its {rows} embedding rows, got {highest}. "
             "Give the tokenizer that belongs to the model."
@@ -432,16 +361,6 @@ def _check_finite(non_finite: int, total: int) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made: dict) -> None:
     """Put the shards' accounts together: skipped.jsonl, tokenizer, manifest."""
     infos = [writer.info(n)["info"] for n in range(num_shards)]
@@ -451,8 +370,7 @@ def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: C
     write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
     by_reason = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
     _check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
-    padded = sum(info["padded_tokens"] for info in infos)
-    waste = round(1 - sum(info["run_tokens"] for info in infos) / max(padded, 1), 4)
+    waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
     counts = {
         "rows_read": report.rows,
         "skipped": by_reason,
@@ -460,8 +378,7 @@ def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: C
         "truncated": sum(info["truncated"] for info in infos),
         "padding_share": waste,
     }
-    tokenizer = encoder.tokenizer
-    save_tokenizer(tokenizer, writer.path)
+    save_tokenizer(tokenizer := encoder.tokenizer, writer.path)
     manifest = {
         "options": {**made["options"], "template": made["template"]["name"]},
         "model": {**made["model"], "vocab_size": infos[0]["vocab_size"]},
@@ -474,7 +391,7 @@ def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: C
         },
         "template": {**made["template"], "source": encoder.template.source},
         "data": made["data"],
-        "versions": _versions(),
+        "versions": library_versions(),
         "counts": counts,
     }
     writer.finish(num_shards, manifest)

@@ -16,234 +16,24 @@ Refusals (`Unusable`, counted by name): `special_token`, `template` (it raises, 
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from fusechat_fuse.conversations import Unusable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.templates import BUILT_IN, family_of
+from fusechat_fuse.templates import (
+    ChatTemplate,
+    added_texts,
+    bos_of,
+    end_of_turn_of,
+    native_template,
+    own_variables,
+    resolve_template,
+    special_texts,
+)
 from fusechat_fuse.tokens import token_spans
-
-logger = logging.getLogger(__name__)
-_DATE = "26 Jul 2024"  # what Llama-3.1's template prints by default; templates must not depend on the day
-
-
-def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
-    """A tokenizer whose ids are those of its own tokenizer.json.
-
-    transformers 5 rebuilds some classes' pipelines (a LlamaTokenizer gets a Metaspace pre-tokenizer, which changes the
-    ids of white space), so tokenizer.json is loaded as it is wherever there is one.
-
-    Args:
-        name_or_path: directory, Hub name, or a transformers fast tokenizer (returned as it is).
-        trust_remote_code: run the repository's own tokenizer code where it has no tokenizer.json.
-    Returns: a transformers fast tokenizer.
-    Raises: InputError where there is no tokenizer or none of the fast kind.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not isinstance(name_or_path, (str, Path)):
-        return _must_be_fast(name_or_path, type(name_or_path).__name__)
-    folder = Path(name_or_path)
-    if folder.is_file() or (folder.is_absolute() and not folder.is_dir()):
-        raise InputError(f"tokenizer for {folder}: expected a model directory, got none there. Check the path.")
-    if folder.is_dir() and not [*folder.glob("*tokenizer*"), *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]:
-        raise InputError(f"tokenizer for {folder}: expected tokenizer.json in it, got no tokenizer. Copy one there.")
-    if not folder.is_dir() or (folder / "tokenizer.json").exists():
-        try:
-            return _must_be_fast(PreTrainedTokenizerFast.from_pretrained(str(name_or_path)), name_or_path)
-        except Exception as error:
-            if folder.is_dir():
-                raise InputError(
-                    f"tokenizer for {folder}: expected a readable tokenizer.json, got {_first_line(error)}."
-                ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise InputError(
-            f"tokenizer for {name_or_path}: expected a model directory or Hub name with a tokenizer, got "
-            f"{_first_line(error)}. Check the name."
-        ) from error
-    tokenizer = _must_be_fast(tokenizer, name_or_path)
-    logger.warning(
-        "%s has no tokenizer.json: transformers rebuilt the tokenizer from its vocabulary file, and ids of white space "
-        "may differ from the original's. Put the original tokenizer.json beside it.",
-        name_or_path,
-    )
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-
-
-def _must_be_fast(tokenizer, name):
-    if not hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode"):
-        raise InputError(
-            f"tokenizer for {name}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__} without "
-            "a tokenizers backend. Save one with tokenizer.json and give that directory."
-        )
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A Jinja template with what its own family puts into it.
-
-    `bos` and `end_of_turn` are the texts it renders ("" for no BOS), `variables` the special tokens it may name.
-    """
-
-    name: str
-    source: str
-    bos: str
-    end_of_turn: str
-    variables: tuple[tuple[str, str], ...]
-
-    @property
-    def sha256(self) -> str:
-        """Over everything that decides what it renders."""
-        return hashlib.sha256(repr((self.source, self.bos, self.end_of_turn, self.variables)).encode()).hexdigest()
-
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The conversation as text. Raises: Unusable where the template refuses it."""
-        return _render(self.source, dict(self.variables), messages)
-
-
-def _render(source: str, variables: dict, messages: list[dict[str, str]]) -> str:
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, _ = render_jinja_template(
-            conversations=[messages], chat_template=source, date_string=_DATE, add_generation_prompt=False, **variables
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise Unusable("template", f"the chat template refuses the conversation ({_first_line(error)})") from error
-    return texts[0]
-
-
-def _variables(tokenizer) -> dict[str, str]:
-    return {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-
-
-def special_texts(tokenizer) -> dict[str, int]:
-    """Text -> id of every special token of a tokenizer."""
-    added = tokenizer.added_tokens_decoder
-    named = set(tokenizer.all_special_ids)
-    return {token.content: i for i, token in added.items() if token.special or i in named}
-
-
-def _added_texts(tokenizer) -> dict[str, int]:
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()} | special_texts(tokenizer)
-
-
-def _first_of(texts, text: str) -> str | None:
-    """The leftmost, then longest, of `texts` in `text`."""
-    pattern = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True))
-    match = re.search(pattern, text) if pattern else None
-    return match[0] if match else None
-
-
-_PROBE = [{"role": "user", "content": "QZ0ZQ"}, {"role": "assistant", "content": "QZ1ZQ"}]
-
-
-def _own(name: str, source: str, tokenizer) -> ChatTemplate:
-    """A template with the BOS and end of turn that it renders with this tokenizer's special tokens."""
-    variables = _variables(tokenizer)
-    text = _render(source, variables, _PROBE)
-    head, _, tail = text.partition("QZ1ZQ")
-    end_of_turn = _first_of(_added_texts(tokenizer), tail) or ""
-    bos = variables.get("bos_token", "")
-    bos = bos if bos and head.startswith(bos) else ""
-    return ChatTemplate(name, source, bos, end_of_turn, tuple(sorted(variables.items())))
-
-
-def _built_in(name: str) -> ChatTemplate:
-    family = BUILT_IN[name]
-    return ChatTemplate(name, family.source, family.bos, family.end_of_turn, (("bos_token", family.bos),))
-
-
-def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
-    """The tokenizer's own chat template, or the built-in one of its family where it has none.
-
-    Args:
-        tokenizer: transformers fast tokenizer. name: for the error text.
-    Raises: InputError where it has no template and its family cannot be told from its special tokens.
-    """
-    if tokenizer.chat_template:
-        return _own("native", tokenizer.get_chat_template(), tokenizer)
-    family = family_of(set(_added_texts(tokenizer)))
-    if family is None:
-        names = ", ".join(BUILT_IN)
-        raise InputError(
-            f"chat template for {name}: expected one in its tokenizer, got none and no special tokens of a known "
-            f"family. Give template one of {names}, or a .jinja file."
-        )
-    return _built_in(family)
-
-
-def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemplate:
-    """The template meant by the option `template`.
-
-    Args:
-        template: pivot (the pivot's own), native (the model's own), a built-in name, or the path of a Jinja file.
-        tokenizer: the model's. pivot_tokenizer: the pivot's; None means that the model is the pivot.
-    Returns: ChatTemplate; BOS and end of turn are still those of its own family (`ConversationEncoder` puts the model's
-        in their place).
-    Raises: InputError for an unknown name, an unreadable file, or a tokenizer without a template.
-    """
-    if template in ("native", "pivot"):
-        if template == "native" or pivot_tokenizer is None:
-            return replace(native_template(tokenizer, _name(tokenizer, "the model")), name=template)
-        return replace(native_template(pivot_tokenizer, _name(pivot_tokenizer, "the pivot")), name=template)
-    if template in BUILT_IN:
-        return _built_in(template)
-    path = Path(template)
-    if not path.is_file():
-        names = ", ".join(["pivot", "native", *BUILT_IN])
-        raise InputError(f"chat template for {template!r}: expected one of {names} or a .jinja file, got neither.")
-    try:
-        return _own(path.name, path.read_text(encoding="utf-8"), tokenizer)
-    except (UnicodeDecodeError, Unusable) as error:
-        raise InputError(f"chat template for {path}: expected a Jinja chat template, got {error}. Mend it.") from error
-
-
-def _name(tokenizer, otherwise: str) -> str:
-    return getattr(tokenizer, "name_or_path", "") or otherwise
-
-
-def end_of_turn_of(tokenizer) -> str:
-    """The text of a tokenizer's own end-of-turn token: what its template puts after an answer, else its EOS.
-
-    Raises: InputError where it has neither.
-    """
-    try:
-        text = native_template(tokenizer).end_of_turn
-    except InputError:
-        text = ""
-    text = text if text in _added_texts(tokenizer) else tokenizer.eos_token
-    if not text:
-        raise InputError("end of turn for the tokenizer: expected an EOS token, got none. Set tokenizer.eos_token.")
-    return text
-
-
-def bos_of(tokenizer) -> str:
-    """The text of the BOS a tokenizer begins a conversation with, "" where it uses none: a token that its template or
-    its post-processor puts first."""
-    bos = tokenizer.bos_token
-    if not bos:
-        return ""
-    if list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]:
-        return bos
-    try:
-        return bos if native_template(tokenizer).bos == bos else ""
-    except InputError:
-        return ""
 
 
 @dataclass(frozen=True)
@@ -287,7 +77,7 @@ class ConversationEncoder:
         self.template = template if isinstance(template, ChatTemplate) else resolve_template(template, tokenizer)
         self.max_length = max_length
         self.special = special_texts(tokenizer)
-        added = _added_texts(tokenizer)
+        added = added_texts(tokenizer)
         self.bos, self.end_of_turn = self.template.bos, self.template.end_of_turn
         if not self._is_own():
             self.bos, self.end_of_turn = bos_of(tokenizer), end_of_turn_of(tokenizer)
@@ -299,8 +89,8 @@ class ConversationEncoder:
 
     def _is_own(self) -> bool:
         """Whether the template already renders this tokenizer's BOS and end of turn."""
-        if self.template.variables == tuple(sorted(_variables(self.tokenizer).items())):
-            return self.template.end_of_turn in (*_added_texts(self.tokenizer), "")
+        if self.template.variables == tuple(sorted(own_variables(self.tokenizer).items())):
+            return self.template.end_of_turn in (*added_texts(self.tokenizer), "")
         try:
             native = native_template(self.tokenizer)
         except InputError:

@@ -26,11 +26,13 @@ from transformers import (
 
 from fusechat_fuse import forward
 from fusechat_fuse.capture import plan_batches, represent
-from fusechat_fuse.chat import ConversationEncoder, load_fast_tokenizer, resolve_template
+from fusechat_fuse.chat import ConversationEncoder
 from fusechat_fuse.conversations import load_conversations
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.forward import PredictionHead
+from fusechat_fuse.loading import load_fast_tokenizer
 from fusechat_fuse.representation import load_tokenizer
+from fusechat_fuse.templates import resolve_template
 from tests.reference_represent import distribution
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -300,7 +302,7 @@ def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny
 def test_another_run_on_the_directory_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
     represent(folder / "m", folder / "data.json", tmp_path / "r")
     before = files(tmp_path / "r")
-    monkeypatch.setattr("fusechat_fuse.capture._load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("fusechat_fuse.capture.load_model", lambda *a, **k: pytest.fail("loaded"))
     represent(folder / "m", folder / "data.json", tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
     for change, key in (
         ({"top_k": 3}, "options.top_k = 10 there and 3 here"),
@@ -406,7 +408,8 @@ import torch, tqdm.auto
 from transformers import AutoModelForCausalLM
 from fusechat_fuse import forward
 from fusechat_fuse.capture import represent
-from fusechat_fuse.chat import encode_conversation, load_fast_tokenizer
+from fusechat_fuse.chat import encode_conversation
+from fusechat_fuse.loading import load_fast_tokenizer
 
 folder, data, out = sys.argv[1:4]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)

@@ -10,17 +10,11 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fusechat_fuse.chat import (
-    ConversationEncoder,
-    encode_conversation,
-    end_of_turn_of,
-    load_fast_tokenizer,
-    native_template,
-    resolve_template,
-)
+from fusechat_fuse.chat import ConversationEncoder, encode_conversation
 from fusechat_fuse.conversations import Unusable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.templates import BUILT_IN
+from fusechat_fuse.loading import load_fast_tokenizer
+from fusechat_fuse.templates import BUILT_IN, end_of_turn_of, native_template, resolve_template
 from tests.real_tokenizers import tiny_bpe
 from tests.reference_represent import spans_by_offsets
 
