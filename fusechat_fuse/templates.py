@@ -2,9 +2,9 @@
 
 The built-in ones are for tokenizers that come without. Written from the families' published formats; `bos_token` is
 their only variable. Each names the text of its BOS ("" where the family uses none) and of the token that ends a turn,
-so that a model of another family can be given its own in their place. Where a family knows no system role (Mistral, Gemma)
-the system text opens the first user message; where a family trims contents, so does the template, and byte offsets stay
-those of the untrimmed content (see `chat.py`).
+so that a model of another family can be given its own in their place. Where a family knows no system role (Mistral,
+Gemma) the system text opens the first user message; where a family trims contents, so does the template, and byte
+offsets stay those of the untrimmed content (see `chat.py`).
 """
 
 from __future__ import annotations
