@@ -21,7 +21,7 @@ import numpy as np
 from fusechat_fuse.certificate import COUNTED, CoverageError, certificate, tally
 from fusechat_fuse.correspondence import EXACT, correspond, line_up, safe_starts
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.mapping import Mapped, Stream, Vocabularies, prefix_rows, single_id_rows
+from fusechat_fuse.mapping import Mapped, Stream, Vocabularies, prefix_rows, prepare, single_id_rows
 from fusechat_fuse.pairing import Pair, Side, copy_tokenizer, load_counts, save_counts
 from fusechat_fuse.representation import Representation, ShardWriter, load_representation
 from fusechat_fuse.vocabulary import PairCounts
@@ -102,6 +102,7 @@ def align(
             f"predicted tokens answered, got {coverage:.2%}. Check that both saw the same texts, or lower the limit."
         )
     manifest = _manifest(pivot, source, identity, join, figures, pair.identity)
+    manifest["inputs"] = {"source": str(source.path), "counts": None if counts is None else str(counts)}
     writer.finish(len(shards), manifest)
     return load_representation(writer.path).manifest
 
@@ -243,6 +244,39 @@ def align_batch(batch: Batch, pair: Pair, vocab: Vocabularies, mapping: str, saf
     if safe_only:
         _leave_out(mapped, ~safe, pivot, one_hot=mapping != "prefix")
     return match, mapped, safe
+
+
+def became(batch: Batch, vocab: Vocabularies, mapping: str, p: int, q: int) -> list[dict]:
+    """What each candidate of source prediction q became at pivot token p, for a reader (plain loops, one position).
+
+    Returns:
+        [{source id, probability, pivot id or -1, why}] of the kept candidates, most likely first; `why` is '' where the
+        candidate was mapped.
+    """
+    pivot, source = batch.pivot, batch.source
+    kept = np.exp(source.topk_logprobs[q].astype(np.float64))
+    work = prepare(pivot, source, vocab)
+    done = pivot.ids[work.first[q] : p].tolist()
+    shorter = pivot.end[p] < source.end[q]
+    rows = []
+    for k, i in enumerate(source.topk_ids[q].tolist()):
+        actual = bool(i == source.ids[q])
+        path = vocab.table.path(work.rows[q, k])
+        if mapping != "prefix":
+            target = int(vocab.to_pivot[i]) if pivot.start[p] == source.start[q] else -1
+            why = "" if target >= 0 else "no pivot token for it"
+        elif actual:
+            target, why = int(pivot.ids[p]), ""
+        elif work.probs[q, k] == 0 or path[: len(done)] != done:
+            target, why = -1, "does not begin with the text so far"
+        elif len(path) == len(done):
+            target, why = -1, "ends here, or cannot be spelled"
+        elif path[len(done)] == pivot.ids[p] and not shorter:
+            target, why = -1, "another, longer word"
+        else:
+            target, why = path[len(done)], ""
+        rows.append({"id": i, "probability": float(kept[k]), "pivot_id": target, "why": why, "actual": actual})
+    return rows
 
 
 def _leave_out(mapped: Mapped, out: np.ndarray, pivot: Stream, *, one_hot: bool) -> None:

@@ -93,7 +93,7 @@ class Mapped:
 
 @dataclass
 class _Work:
-    """Per source token: candidates and how it lies to the pivot's tokens. See `_prepare`."""
+    """Per source token: candidates and how it lies to the pivot's tokens. See `prepare`."""
 
     first: np.ndarray  # [Q] first pivot token that starts in it
     inside: np.ndarray  # [Q] how many pivot tokens start in it
@@ -120,7 +120,7 @@ def prefix_rows(pivot: Stream, source: Stream, match: Correspondence, vocab: Voc
 
     Source: method section 2b (the equations above).
     """
-    work, out = _prepare(pivot, source, vocab), _empty(len(pivot), source.topk_ids.shape[1] + 1)
+    work, out = prepare(pivot, source, vocab), _empty(len(pivot), source.topk_ids.shape[1] + 1)
     chosen = np.flatnonzero((work.inside > 0) & work.usable)
     common = (source.start[chosen] == pivot.start[work.first[chosen]]) if len(chosen) else np.zeros(0, bool)
     total = np.where(common, 1.0, work.alive_sum[chosen])
@@ -161,7 +161,8 @@ def _empty(P: int, C: int) -> Mapped:
     )
 
 
-def _prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> _Work:
+def prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> _Work:
+    """Candidates of every source token and how it lies to the pivot's tokens, for `prefix_rows`."""
     Q, K = source.topk_ids.shape
     first = np.searchsorted(pivot.start, source.start, side="left")
     inside = np.searchsorted(pivot.start, source.end, side="left") - first
@@ -314,7 +315,7 @@ def single_id_rows(pivot: Stream, source: Stream, match: Correspondence, vocab: 
     Source: FuseChat (arXiv 2408.07990) section 3.2.
     Differs from the released code: positions by bytes, candidates that land on one pivot token add up.
     """
-    work, P, C = _prepare(pivot, source, vocab), len(pivot), source.topk_ids.shape[1]
+    work, P, C = prepare(pivot, source, vocab), len(pivot), source.topk_ids.shape[1]
     out = _empty(P, C)
     p = np.flatnonzero(match.kind == EXACT)
     q = match.source[p]

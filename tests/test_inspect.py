@@ -1,0 +1,173 @@
+"""`inspect`: what a terminal shows, and the page: its structure, and its behaviour in headless Chromium."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from fusechat_fuse.alignment import align
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.fusion import combine
+from fusechat_fuse.inspection import conversation_view, inspect_path, readable
+from fusechat_fuse.representation import load_representation
+from tests.test_alignment import rows_for, write
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory, tiny_bpe, tiny_unigram):
+    folder = tmp_path_factory.mktemp("inspect")
+    write(folder / "pivot", tiny_bpe, rows_for(tiny_bpe))
+    write(folder / "source", tiny_unigram, rows_for(tiny_unigram, seed=1))
+    for mapping in ("prefix", "statistics"):
+        align(folder / "pivot", folder / "source", folder / mapping, mapping=mapping, cache_dir=folder / "cache")
+    return folder
+
+
+def test_terminal(aligned):
+    text = inspect_path(aligned / "prefix", row=1)
+    assert "10 conversations" in text
+    assert "coverage 100.00 %" in text
+    assert "conversation c1, prefix mapping" in text
+    assert re.search(r"exact safe\s+mass 0\.\d+", text)
+    assert inspect_path(aligned / "prefix", row="c1") == text
+    text = inspect_path(aligned / "pivot", row="c2", tokens=3)
+    assert "conversation c2" in text
+    assert "more predicted tokens" in text
+    combine([aligned / "prefix", aligned / "statistics"], aligned / "both")
+    assert "taken" in inspect_path(aligned / "both")
+
+
+def test_terminal_without_the_source(aligned, tmp_path):
+    shutil.copytree(aligned / "prefix", tmp_path / "moved")
+    file = tmp_path / "moved" / "manifest.json"
+    file.write_text(file.read_text().replace(str(aligned / "source"), "gone"))
+    assert "answered" in inspect_path(tmp_path / "moved", row=1)
+    with pytest.raises(InputError, match="expected it at gone"):
+        inspect_path(tmp_path / "moved", row=1, html=tmp_path / "x.html")
+    assert "page written" in inspect_path(
+        tmp_path / "moved", html=tmp_path / "x.html", source_representation=aligned / "source"
+    )
+
+
+@pytest.mark.parametrize("row", ["c99", 10, -11, "x"])
+def test_no_such_row(row, aligned):
+    with pytest.raises(InputError, match="expected a number below 10 or an id"):
+        inspect_path(aligned / "prefix", row=row)
+
+
+def test_page_only_of_aligned_data(aligned, tmp_path):
+    with pytest.raises(InputError, match="expected an aligned directory"):
+        inspect_path(aligned / "pivot", html=tmp_path / "x.html")
+
+
+def test_readable():
+    assert readable(b" a\n\t\r") == "·a⏎⇥␍"
+    assert readable("你".encode()[:2]) == "\\xe4\\xbd"
+    assert readable(None) == "(special)"
+    assert readable("\u202e".encode()) == "\\u202e"  # turns the direction of text: not printed as it is
+
+
+@pytest.mark.parametrize("mapping", ["prefix", "statistics"])
+def test_view_accounts_for_every_candidate(mapping, aligned):
+    opened = load_representation(aligned / mapping)
+    stored = opened[9]
+    view = conversation_view(opened, 9)
+    assert len(view["tokens"]) == len(stored["predicted"])
+    numbers = [n for message in view["messages"] for stretch in message for n in stretch["pivot"]]
+    assert numbers == list(range(len(view["tokens"])))
+    for n, token in enumerate(view["tokens"]):
+        row = {name for name, _ in token["row"]}
+        lost = sum(c["p"] for c in token["candidates"] if not c["became"])
+        assert lost == pytest.approx(token["unmapped"], abs=1e-4)
+        for c in token["candidates"]:
+            assert bool(c["became"]) != bool(c["why"])
+            if token["class"] != "none" and c["became"] and c["p"] > 0:
+                assert c["became"] in row
+        assert len(token["row"]) == (stored["source_ids"][n] >= 0).sum()
+    assert {token["class"] for token in view["tokens"]} >= {"exact"}
+
+
+class Structure(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids, self.open, self.links, self.buttons, self.data = [], [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append((tag, attrs))
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [value for name, value in attrs.items() if name in ("src", "href", "srcset", "action")]
+        self.buttons += [attrs] if attrs.get("role") == "button" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][1].get("id") == "view":
+            self.data += data
+
+
+def test_page_structure(aligned, tmp_path):
+    file = tmp_path / "page.html"
+    inspect_path(aligned / "prefix", row="c3", html=file)
+    text = file.read_text()
+    page = Structure()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == []
+    assert "http" not in text.replace("http-equiv", "")
+    assert len(page.ids) == len(set(page.ids))
+    view = json.loads(page.data)
+    assert len(page.buttons) == len(view["tokens"])
+    assert all(button["aria-label"] and "tabindex" in button for button in page.buttons)
+    assert "default-src 'none'" in text
+
+
+def test_page_escapes_what_it_shows(tiny_bpe, tiny_unigram, tmp_path):
+    name = "</script><img src=x onerror=alert(1)>"
+    for role, tokenizer in (("pivot", tiny_bpe), ("source", tiny_unigram)):
+        write(tmp_path / role, tokenizer, rows_for(tokenizer, names=[name, *(f"c{n}" for n in range(9))]))
+    align(tmp_path / "pivot", tmp_path / "source", tmp_path / "out", mapping="prefix", cache_dir=tmp_path / "cache")
+    inspect_path(tmp_path / "out", html=tmp_path / "x.html")
+    page = Structure()
+    page.feed((tmp_path / "x.html").read_text())
+    assert page.open == []
+    assert page.links == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; the structure is checked without it")
+def test_page_in_chromium_by_keyboard(aligned, tmp_path):
+    file = tmp_path / "page.html"
+    inspect_path(aligned / "prefix", row="c9", html=file)
+    keys = """
+    <script>
+    const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    document.querySelector('.pivot .token[tabindex="0"]').focus();
+    press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
+    document.title = [document.activeElement.id, document.querySelectorAll("#details tr").length,
+      document.querySelectorAll(".answers").length].join(" ");
+    press("End");
+    document.title += " " + document.activeElement.id;
+    </script></body>"""
+    file.write_text(file.read_text().replace("</body>", keys))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    where, rows, answers, last = title[1].split()
+    tokens = len(conversation_view(load_representation(aligned / "prefix"), 9)["tokens"])
+    assert where == "p1"
+    assert int(rows) > 6
+    assert answers == "1"
+    assert last == f"p{tokens - 1}"
