@@ -186,10 +186,25 @@ def _train(options: dict) -> None:
     _say(train(config=config, **options))
 
 
+def _inspect_flags(parser) -> None:
+    parser.add_argument("path", metavar="PATH", help="directory that represent, align or combine wrote")
+    _flag(parser, "row", "0", help="which conversation: its number or its id")
+    _flag(parser, "html", metavar="FILE", help="write one self-contained page of this conversation (aligned data)")
+    _flag(parser, "tokens", 40, help="predicted tokens shown of the conversation")
+    _flag(parser, "source_representation", help="where the source's representation is now, if it was moved")
+
+
+def _inspect(options: dict) -> None:
+    from fusechat_fuse.inspection import inspect_path
+
+    _say(inspect_path(options.pop("path"), **options))
+
+
 COMMANDS = {
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
     "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
     "combine": ("Combine several aligned sources.", _combine_flags, _combine),
+    "inspect": ("Show what is in a representation or an alignment.", _inspect_flags, _inspect),
     "train": ("Fine-tune the pivot on aligned data: one target.", _train_flags, _train),
 }
 
