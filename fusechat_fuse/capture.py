@@ -243,18 +243,10 @@ def represent(
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
-    _check_options(options, tokens_per_batch)
     process = _Process.current()
-    if device_map and process.count > 1:
-        raise InputError(
-            "device_map for represent: expected none with several processes, got one. Leave one of them out."
-        )
+    _check_options(options, tokens_per_batch, device_map, process)
     check_model(model, tokenizer)
-    tokenizer = load_fast_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
-    if top_k > len(tokenizer):
-        raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
-    pivot_tokenizer = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
-    encoder = ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot_tokenizer), max_length)
+    encoder = _encoder(model if tokenizer is None else tokenizer, pivot, template, options, trust_remote_code)
     found, report = read_conversations(conversations, split=split, strict=strict)
     if strict:
         _refuse_unusable(encoder, found, report)
@@ -263,7 +255,7 @@ def represent(
     identity = {
         "model": {"fingerprint": made_from["fingerprint"]},
         "options": options,
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(encoder.tokenizer),
         "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
         "data": _data_hash(found),
     }
@@ -280,7 +272,7 @@ def represent(
     return load_representation(output_dir)
 
 
-def _check_options(options: dict, tokens_per_batch: int) -> None:
+def _check_options(options: dict, tokens_per_batch: int, device_map, process: _Process) -> None:
     numbers = {**options, "tokens_per_batch": tokens_per_batch}
     dtype = numbers.pop("dtype")
     for name, value in numbers.items():
@@ -288,6 +280,16 @@ def _check_options(options: dict, tokens_per_batch: int) -> None:
             raise InputError(f"{name} for represent: expected an integer from 1, got {value!r}.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
+    if device_map and process.count > 1:
+        raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
+
+
+def _encoder(tokenizer, pivot, template: str, options: dict, trust_remote_code: bool) -> ConversationEncoder:
+    tokenizer = load_fast_tokenizer(tokenizer, trust_remote_code)
+    if (top_k := options["top_k"]) > len(tokenizer):
+        raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
+    pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
+    return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), options["max_length"])
 
 
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fusechat_fuse import forward
-from fusechat_fuse.capture import plan_batches, represent
+from fusechat_fuse.capture import _Process, plan_batches, represent
 from fusechat_fuse.chat import ConversationEncoder
 from fusechat_fuse.conversations import load_conversations
 from fusechat_fuse.errors import InputError
@@ -384,6 +384,12 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, o
     assert not out.exists()
     with pytest.raises(InputError, match="expected ids below its 600 embedding rows, got 32000"):
         represent(make_model(), data, tmp_path / "t", tokenizer=openchat)
+
+
+def test_one_model_over_several_devices_is_not_for_several_processes(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(_Process, "current", classmethod(lambda cls: cls(0, 2)))
+    with pytest.raises(InputError, match="device_map for 2 processes: expected none, got 'auto'"):
+        represent(folder / "m", folder / "data.json", tmp_path / "r", device_map="auto")
 
 
 def test_strict_names_the_row_that_the_tokenizer_refuses(tmp_path, folder):
