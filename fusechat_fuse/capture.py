@@ -172,21 +172,9 @@ def _rows(kept: list[Conversation], encoded: list[Encoded], results: list, skipp
             detail = f"logits for token {where} of {len(one.input_ids)} are not finite"
             skipped.append(_entry(conversation, "non_finite", detail))
             continue
-        rows.append(
-            {
-                "id": conversation.id,
-                "content_hash": conversation.content_hash,
-                "slice": conversation.slice,
-                "input_ids": one.input_ids,
-                "predicted": one.predicted,
-                "message": one.message,
-                "start": one.start,
-                "end": one.end,
-                "topk_ids": found.ids,
-                "topk_logprobs": found.logprobs,
-                "ce": found.ce,
-            }
-        )
+        row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
+        row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}
+        rows.append({**row, "topk_ids": found.ids, "topk_logprobs": found.logprobs, "ce": found.ce})
     return rows
 
 
