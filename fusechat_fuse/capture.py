@@ -31,6 +31,7 @@ from fusechat_fuse.loading import (
     load_fast_tokenizer,
     load_model,
     model_identity,
+    positions_of,
 )
 from fusechat_fuse.representation import Representation, ShardWriter, load_representation, save_tokenizer, write_atomic
 from fusechat_fuse.templates import resolve_template
@@ -211,7 +212,7 @@ def represent(
         template: pivot (the pivot's chat template with the model's own BOS and end of turn), native (the model's own),
             the name of a built-in one, or a .jinja file.
         top_k: entries kept per predicted token, 1 to the vocabulary's size.
-        max_length: tokens kept of each conversation.
+        max_length: tokens kept of each conversation; lowered, with a warning, to the model's number of positions.
         tokens_per_batch: rows x longest row of a forward pass; halved on out of memory.
         shard_size: conversations per shard, what a kill costs at most.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
@@ -235,6 +236,9 @@ def represent(
     _check_options(options, tokens_per_batch, device_map, process)
     check_model(model, tokenizer)
     encoder = _encoder(model if tokenizer is None else tokenizer, pivot, template, options, trust_remote_code)
+    if (positions := positions_of(model, trust_remote_code) or max_length) < max_length:
+        logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, positions)
+        encoder.max_length = positions
     found, report = read_conversations(conversations, split=split, strict=strict)
     if strict:
         _refuse_unusable(encoder, found, report)
@@ -385,6 +389,12 @@ def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: C
         "counts": counts,
     }
     writer.finish(num_shards, manifest)
+    if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
+        logger.warning(
+            "%.2f %% of the conversations have logits that are not finite and are left out here; no later pass that "
+            "filters NaN is needed.",
+            100 * share,
+        )
     if skipped:
         logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)

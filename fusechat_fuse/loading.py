@@ -115,6 +115,28 @@ def check_model(model, tokenizer) -> None:
         raise InputError(f"model for {model}: expected a directory with config.json, got one without. Check the path.")
 
 
+def positions_of(model, trust_remote_code: bool = False) -> int | None:
+    """How many positions a model was made for (None where its configuration does not say).
+
+    Args:
+        model: directory, Hub name or loaded model. trust_remote_code: as transformers takes it.
+    Raises: InputError where its configuration cannot be read.
+    """
+    if isinstance(model, (str, Path)):
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"model for {model}: expected a configuration transformers knows, got: {first_line(error)}."
+            ) from error
+    else:
+        config = model.config
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def load_model(name_or_path, *, device, dtype, device_map, attn_implementation, trust_remote_code):
     import torch
     from transformers import AutoModelForCausalLM

@@ -281,10 +281,12 @@ def poisoned(tokenizer):
     return model
 
 
-def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny_bpe):
+def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny_bpe, caplog):
     rows = [{"id": str(i), "messages": conversations(2, i)[1]["messages"]} for i in range(120)]
     rows[77] = {"id": "77", "messages": [{"role": "user", "content": "a ~"}, {"role": "assistant", "content": "b"}]}
-    stored = represent(poisoned(tiny_bpe), rows, tmp_path / "r", tokenizer=tiny_bpe, shard_size=50)
+    with caplog.at_level(logging.WARNING):
+        stored = represent(poisoned(tiny_bpe), rows, tmp_path / "r", tokenizer=tiny_bpe, shard_size=50)
+    assert "0.83 % of the conversations have logits that are not finite" in caplog.text
     assert stored.ids == [str(i) for i in range(120) if i != 77]
     assert stored.manifest["counts"]["skipped"] == {"non_finite": 1}
     entry = json.loads((tmp_path / "r" / "skipped.jsonl").read_text())
@@ -390,6 +392,27 @@ def test_one_model_over_several_devices_is_not_for_several_processes(tmp_path, f
     monkeypatch.setattr(_Process, "current", classmethod(lambda cls: cls(0, 2)))
     with pytest.raises(InputError, match="device_map for 2 processes: expected none, got 'auto'"):
         represent(folder / "m", folder / "data.json", tmp_path / "r", device_map="auto")
+
+
+def test_longer_conversations_are_cut_at_the_models_positions(tmp_path, tiny_bpe, caplog):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=4, n_positions=64)).eval()
+    long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "value " * 200}]
+    with caplog.at_level(logging.WARNING):
+        stored = represent(model, [{"id": "a", "messages": long}], tmp_path / "r", tokenizer=tiny_bpe)
+    assert "max_length is lowered from 2048 to the model's 64 positions" in caplog.text
+    assert len(stored[0]["input_ids"]) == 64
+    assert stored.manifest["counts"]["truncated"] == 1
+
+
+def test_directory_of_no_known_model_is_said_before_any_work(tmp_path, folder, tiny_bpe):
+    tiny_bpe.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    with pytest.raises(InputError, match=r"expected a configuration transformers knows, got: .*abacus"):
+        represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
+    (tmp_path / "m" / "config.json").write_text(make_model().config.to_json_string())
+    with pytest.raises(InputError, match="expected a causal language model, got "):
+        represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
 
 
 def test_strict_names_the_row_that_the_tokenizer_refuses(tmp_path, folder):
