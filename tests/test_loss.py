@@ -144,9 +144,12 @@ def test_num_items_makes_parts_add_up_to_the_whole():
 
 def test_masked_vocabulary_entries_outside_the_target_are_harmless():
     logits, labels, ids, probs = random_case(seed=11)
-    logits = torch.cat([logits, torch.full((3, 5, 2), -torch.inf, dtype=logits.dtype)], -1).requires_grad_()
+    expected = fusion_loss(logits, labels, ids, probs).loss.item()
+    logits = torch.cat([torch.full((3, 5, 2), -torch.inf, dtype=logits.dtype), logits], -1).requires_grad_()
+    labels, ids = labels + 2 * (labels >= 0), ids + 2 * (ids >= 0)  # padding stays, and is looked up at entry 0
     out = fusion_loss(logits, labels, ids, probs)
     out.loss.backward()
+    assert out.loss.item() == expected
     assert torch.isfinite(out.loss)
     assert torch.isfinite(logits.grad).all()
 
