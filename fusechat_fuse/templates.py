@@ -178,7 +178,14 @@ def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
     Raises: InputError where it has no template and its family cannot be told from its special tokens.
     """
     if tokenizer.chat_template:
-        return _own("native", tokenizer.get_chat_template(), tokenizer)
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # several named ones, none of them the default
+            raise InputError(
+                f"chat template for {name}: expected one named default, got {', '.join(tokenizer.chat_template)}. "
+                "Give template a .jinja file."
+            ) from error
+        return _own("native", source, tokenizer)
     family = family_of(set(added_texts(tokenizer)))
     if family is None:
         names = ", ".join(BUILT_IN)

@@ -375,6 +375,16 @@ def test_tokenizer_without_template_or_known_marks_asks_for_one(tiny_unigram):
     assert encoded.input_ids[encoded.predicted[-1]] == bare.eos_token_id
 
 
+def test_of_several_named_templates_the_default_is_taken():
+    tokenizer = stand_in("qwen")
+    source = "{% for m in messages %}" + BODY + "{% endfor %}"
+    tokenizer.chat_template = {"default": source, "tools": "no"}
+    assert native_template(tokenizer).source == source
+    tokenizer.chat_template = {"rag": source, "tools": "no"}
+    with pytest.raises(InputError, match=r"expected one named default, got rag, tools. Give template a .jinja file"):
+        native_template(tokenizer)
+
+
 def test_truncation_keeps_whole_tokens_and_says_so(openchat):
     whole = encode_conversation(openchat, MULTI)
     assert not whole.truncated
