@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1024  # elements whose squares are added in the working precision before float64 takes over
-CPU_CHUNK = 1 << 16  # elements of a piece: large beside Python's cost of a call, small beside the processor's cache
+CPU_CHUNK = 1 << 17  # elements of a piece: large beside Python's cost of a call, small beside the processor's cache
 ACCELERATOR_CHUNK = 1 << 23
 
 
@@ -52,12 +52,14 @@ class Piece:
     def differences(self, minuends: Sequence[Tensor], subtrahend: Tensor) -> Tensor:
         """Rows minuend_j - subtrahend, [len(minuends), C], zero past the piece's end; one set of rows, reused."""
         rows = self._rows[: len(minuends), : self.width]
-        for row, minuend in zip(rows, minuends):
-            piece, head = minuend[self.start : self.stop], row[: self.length]
-            if piece.dtype == self._chunks.dtype:
-                torch.sub(piece, subtrahend, out=head)
-            else:
-                head.copy_(piece).sub_(subtrahend)
+        heads = rows[:, : self.length]
+        if all(minuend.dtype == self._chunks.dtype for minuend in minuends):
+            for row, minuend in zip(heads, minuends):
+                torch.sub(minuend[self.start : self.stop], subtrahend, out=row)
+        else:
+            for row, minuend in zip(heads, minuends):
+                row.copy_(minuend[self.start : self.stop])
+            heads.sub_(subtrahend)
         if self.length < self.width:
             rows[:, self.length :] = 0
         return rows
@@ -93,25 +95,44 @@ class Chunks:
             step: may write to its own piece's places only.
             scratch: rows of scratch memory it needs.
         """
-        starts = list(range(0, self.numel, self.size))
-        threads = min(torch.get_num_threads(), len(starts)) if self.device.type == "cpu" else 1
-        results = [None] * len(starts)
-        places = iter(range(len(starts)))  # shared: next() on it is atomic
 
-        def work(single: bool) -> None:
-            if single:
-                torch.set_num_threads(1)  # for this thread: it is the unit of parallel work
+        def prepare() -> Callable[[int], object]:
             rows = torch.empty(len(self.targets), self.size, dtype=self.dtype, device=self.device)
             spare = torch.empty(scratch + 1, self.size, dtype=self.dtype, device=self.device)
-            for place in places:
-                results[place] = step(Piece(self, rows, spare, starts[place]))
+            return lambda start: step(Piece(self, rows, spare, start))
 
-        if threads <= 1:
-            work(single=False)
-            return results
+        return spread(prepare, range(0, self.numel, self.size), self.device)
+
+
+def spread(prepare: Callable[[], Callable], items: Sequence, device: torch.device) -> list:
+    """Results of `prepare()(item)` for all items, in their order, from PyTorch's number of threads on a CPU.
+
+    Each thread prepares once and takes the next item when it is free. PyTorch's own division of single operations
+    between threads is off meanwhile: it waits for the slowest thread after every operation.
+    """
+    results = [None] * len(items)
+    places = iter(range(len(items)))  # shared: next() on it is atomic
+    total = torch.get_num_threads()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # for this thread
+        step = prepare()
+        for place in places:
+            results[place] = step(items[place])
+
+    threads = min(total, len(items))
+    if device.type != "cpu":
+        step = prepare()
+        results = [step(item) for item in items]
+    elif threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(work, True) for _ in range(threads)]
-        torch.set_num_threads(torch.get_num_threads())  # what later threads inherit
+            futures = [pool.submit(work) for _ in range(threads)]
+        torch.set_num_threads(total)  # what later threads inherit
         for future in futures:
             future.result()
-        return results
+    else:
+        try:
+            work()
+        finally:
+            torch.set_num_threads(total)
+    return results

@@ -251,7 +251,8 @@ def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
 
 def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch: Watch | None) -> Tensor:
     """Steps 3 and 4: merged = pivot + s * sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0]."""
-    chunks, coefficients = plan.chunks, _scaled(plan.coefficients)
+    chunks = plan.chunks
+    coefficients = _column(plan.coefficients * 2.0**40, chunks)  # keeps small products normal; cancels in the quotient
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
@@ -263,8 +264,8 @@ def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch:
         if watch:
             watch(piece.start // chunks.size, rows[:, : piece.length], sign[: piece.length])
         rows.mul_(sign).relu_()  # (s d_j)^+: what agrees with the majority
-        _weighted_sum(rows, coefficients, out=update)
-        _weighted_sum(rows.sign_(), coefficients, out=divisor)
+        torch.sum(rows.mul_(coefficients), 0, out=update)
+        torch.sum(rows.sign_().mul_(coefficients), 0, out=divisor)
         divisor.clamp_(min=torch.finfo(chunks.dtype).tiny)
         update.div_(divisor).mul_(sign)
         merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
@@ -275,22 +276,12 @@ def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch:
 
 def majority_sign(rows: Tensor, out: Tensor) -> Tensor:
     """s = +1 where the rows [M, C] add up to >= 0, else -1, written to `out` [C]."""
-    torch.sum(rows[:1], 0, out=out)
-    for row in rows[1:]:
-        out.add_(row)
-    return out.sign_().add_(0.5).sign_()
+    return torch.sum(rows, 0, out=out).sign_().add_(0.5).sign_()
 
 
-def _scaled(coefficients: Tensor) -> list[float]:
-    """Coefficients as float32 can hold them beside a small d_j; a common factor cancels in step 4."""
-    return (coefficients * 2.0**40).tolist()
-
-
-def _weighted_sum(rows: Tensor, factors: Sequence[float], out: Tensor) -> Tensor:
-    out.zero_()
-    for row, factor in zip(rows, factors):
-        out.add_(row, alpha=factor)
-    return out
+def _column(coefficients: Tensor, chunks: Chunks) -> Tensor:
+    """Coefficients [M, 1] in the working precision."""
+    return coefficients.to(chunks.device, chunks.dtype).unsqueeze(1)
 
 
 # --- VaRM --------------------------------------------------------------------------------------------------------
@@ -298,14 +289,14 @@ def _weighted_sum(rows: Tensor, factors: Sequence[float], out: Tensor) -> Tensor
 
 def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
     """merged = pivot + sum_j W_j d_j."""
-    chunks, ratios = plan.chunks, plan.coefficients.tolist()
+    chunks, ratios = plan.chunks, _column(plan.coefficients, plan.chunks)
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
         base, rows = piece.task_vectors()
         if watch:
             watch(piece.start // chunks.size, rows[:, : piece.length], None)
-        update = _weighted_sum(rows, ratios, out=piece.scratch[0])
+        update = torch.sum(rows.mul_(ratios), 0, out=piece.scratch[0])
         merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
 
     chunks.each(step, scratch=1)

@@ -16,9 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import Chunks, Piece
+from fusechat_merge.chunks import Chunks, Piece, spread
 
-SAMPLE = 1 << 16  # elements whose variances tell the band; no more elements than that: the band is everything
+SAMPLE = 1 << 16  # at most so many elements, and at most one in 64, tell the band by their variances
+RANK_ALL = 1 << 14  # in a tensor of no more elements than that the band is everything
+RANKED_AT_ONCE = 1 << 15
 TRUSTED_VARIANCE = 2.0**-100  # below, float32 squares lose digits or vanish
 
 
@@ -53,12 +55,12 @@ def select(chunks: Chunks, tau: float) -> Selection:
     """
     keep = torch.empty(chunks.numel, dtype=torch.bool, device=chunks.device)
     for deviations in (6.0, 60.0, math.inf):
-        low, high = _band(chunks, tau, deviations)
-        differing, above, places, ranks = _classify(chunks, low, high, keep)
+        ((low, high),) = spread(lambda: lambda width: _band(chunks, tau, width), [deviations], chunks.device)
+        differing, above, places = _classify(chunks, low, high, keep)
         kept = math.floor(tau * differing)
         if kept == 0:
             keep.zero_()
-        if kept == 0 or _settle(chunks, keep, places, ranks, kept - above, low, high):
+        if kept == 0 or _settle(chunks, keep, places, kept - above, low, high):
             return Selection(keep, kept, differing)
     raise FloatingPointError
 
@@ -70,65 +72,58 @@ def _rounding(chunks: Chunks) -> float:
 
 def _band(chunks: Chunks, tau: float, deviations: float) -> tuple[float, float]:
     """Variances (low, high) that the threshold lies between, but for an error of so many standard deviations."""
-    if chunks.numel <= SAMPLE or deviations == math.inf:
+    if chunks.numel <= RANK_ALL or deviations == math.inf:
         return 0.0, math.inf
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randint(chunks.numel, (SAMPLE,), generator=generator).to(chunks.device)
+    count = min(SAMPLE, chunks.numel // 64)
+    places = torch.randint(chunks.numel, (count,), generator=torch.Generator().manual_seed(0)).to(chunks.device)
     first, *others = [target[places].to(chunks.dtype) for target in chunks.targets]
-    rows = torch.stack([other - first for other in others]) if others else first.new_zeros(1, SAMPLE)
-    variance = _spread(rows, rows.sum(0) / len(chunks.targets), torch.empty_like(first), out=torch.empty_like(first))
-    variance = variance.sort(descending=True).values
+    rows = torch.stack([other - first for other in others]) if others else first.new_zeros(1, count)
     differing = int(torch.count_nonzero(rows.abs().sum(0)))
+    variance = _spread(rows, torch.empty_like(first), out=torch.empty_like(first)).sort(descending=True).values
     rank = tau * differing
-    error = math.sqrt(rank * (1 - rank / SAMPLE)) + tau * math.sqrt(differing * (1 - differing / SAMPLE))
+    error = math.sqrt(rank * (1 - rank / count)) + tau * math.sqrt(differing * (1 - differing / count))
     margin = math.ceil(deviations * (error + 1))
     first_place, last_place = math.floor(rank) - margin, math.ceil(rank) + margin
     high = float(variance[first_place]) * (1 + 2 * _rounding(chunks)) if first_place >= 0 else math.inf
-    low = float(variance[last_place]) * (1 - 2 * _rounding(chunks)) if last_place < SAMPLE else 0.0
+    low = float(variance[last_place]) * (1 - 2 * _rounding(chunks)) if last_place < count else 0.0
     return (0.0 if low < TRUSTED_VARIANCE else low), (math.inf if high < TRUSTED_VARIANCE else high)
 
 
-def _spread(rows: Tensor, mean: Tensor, square: Tensor, out: Tensor) -> Tensor:
-    """M times the variance of M numbers, the first being 0 and the others `rows` [M - 1, C], to `out` [C]."""
-    torch.mul(mean, mean, out=out)
-    for row in rows:
-        torch.sub(row, mean, out=square)
-        out.add_(square.mul_(square))
-    return out
+def _spread(rows: Tensor, mean: Tensor, out: Tensor) -> Tensor:
+    """M times the variance of M numbers, the first being 0 and the others `rows` [M - 1, C], to `out` [C]. Overwrites
+    the rows and leaves the mean in `mean` [C]."""
+    torch.sum(rows, 0, out=mean).div_(len(rows) + 1)
+    rows.sub_(mean).mul_(rows)
+    torch.sum(rows, 0, out=out)
+    return out.add_(mean.mul_(mean))
 
 
-def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[int, int, Tensor, Tensor]:
+def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[int, int, Tensor]:
     """One pass: `keep` becomes True above the band, else False. Returns the number of elements that differ, the number
-    above the band, and the places [c] and exact ranks [c] of those inside."""
+    above the band, and the places [c] of those inside."""
     first, others = chunks.targets[0], chunks.targets[1:]
 
-    def step(piece: Piece) -> tuple[int, int, Tensor, Tensor]:
+    def step(piece: Piece) -> tuple[int, int, Tensor]:
         rows = piece.differences(others, piece.working(first))[:, : piece.length]
         mean, variance, square = piece.scratch[:, : piece.length]
-        mean.zero_()
-        for row in rows:
-            mean.add_(row)
-        _spread(rows, mean.div_(len(chunks.targets)), square, out=variance)
+        _spread(rows, mean, out=variance)
         square.copy_(variance).sub_(TRUSTED_VARIANCE).sign_().relu_()
         differing = float(square.sum())
         if math.isnan(differing):
             raise FloatingPointError
         if differing < piece.length:  # squares that vanished: any difference counts
-            rows.abs_()
-            mean.zero_()
-            for row in rows:
-                mean.add_(row)
-            differing = int(torch.count_nonzero(mean))
+            rows = piece.differences(others, piece.working(first))[:, : piece.length]
+            differing = int(torch.count_nonzero(torch.sum(rows.abs_(), 0, out=square)))
         # 0/1 in the working precision: comparisons to booleans are several times slower
         above = torch.sub(variance, high, out=mean).sign_().relu_() if high < math.inf else mean.zero_()
         inside = variance.sub_(low).sign_().relu_().sub_(above) if low else variance.zero_().add_(1).sub_(above)
         places = torch.nonzero(inside.bool()).flatten() + piece.start
         keep[piece.start : piece.stop].copy_(above)
-        return int(differing), int(above.sum()), places, _ranks(chunks, places)
+        return int(differing), int(above.sum()), places
 
-    empty = [(0, 0, torch.empty(0, dtype=torch.int64, device=chunks.device), torch.empty(0, device=chunks.device))]
-    differing, above, places, ranks = zip(*(chunks.each(step, scratch=3) or empty))
-    return sum(differing), sum(above), torch.cat(places), torch.cat(ranks)
+    nothing = (0, 0, torch.empty(0, dtype=torch.int64, device=chunks.device))
+    differing, above, places = zip(*(chunks.each(step, scratch=3) or [nothing]))
+    return sum(differing), sum(above), torch.cat(places)
 
 
 def _ranks(chunks: Chunks, places: Tensor) -> Tensor:
@@ -145,11 +140,13 @@ def _ranks(chunks: Chunks, places: Tensor) -> Tensor:
     return large - (large - exact)
 
 
-def _settle(chunks: Chunks, keep: Tensor, places: Tensor, ranks: Tensor, wanted: int, low: float, high: float) -> bool:
+def _settle(chunks: Chunks, keep: Tensor, places: Tensor, wanted: int, low: float, high: float) -> bool:
     """Keep the `wanted` elements of largest rank among those in the band, ties by index. False where the threshold is
     not in the band, or so near an edge that rounding may have put an element on the wrong side of it."""
-    if not 1 <= wanted <= len(ranks):
+    if not 1 <= wanted <= len(places):
         return False
+    ranks = spread(lambda: lambda part: _ranks(chunks, part), places.split(RANKED_AT_ONCE), places.device)
+    ranks = torch.cat(ranks)
     last = torch.kthvalue(ranks, len(ranks) - wanted + 1).values
     variance = float(last) / len(chunks.targets)
     if not low * (1 + _rounding(chunks)) <= variance <= high * (1 - _rounding(chunks)):

@@ -157,6 +157,7 @@ def test_the_band_finds_what_sorting_finds(monkeypatch, arrangement, tau):
     if arrangement == "adversarial":  # the sample sees nothing but the largest
         values[places] = 1e3
     monkeypatch.setattr(selection, "SAMPLE", 256)
+    monkeypatch.setattr(selection, "RANKED_AT_ONCE", 1000)
     targets = [values, torch.zeros(size), 3 * values.float()]
     mask, chosen = keep_mask(torch.zeros(size), targets, tau)
     exact = reference_merge.selected(reference_merge.task_vectors(torch.zeros(size), targets)[1], tau)

@@ -1,0 +1,167 @@
+"""SCE of one tensor against mergekit's own `sce_merge`: time, extra memory, error; and a plain copy of the same bytes.
+
+    python tests/benchmarks/bench_merge.py [--elements 17 59] [--threads 2] [--repeats 3]
+
+Each line runs in a process of its own, both methods in turn on the same tensors: five targets, task vectors of standard
+deviation 0.3 : 1 : 3 : 1 : 0.3 times 1e-4. Times are medians. Extra memory is the peak of the resident set during the
+merge beyond inputs and output. The error is that of the update (merged minus pivot) relative to the exact one, computed
+in float64 on a stretch of the tensor from exact coefficients and, for tau < 1, an exact threshold.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+SCALES = (0.3e-4, 1e-4, 3e-4, 1e-4, 0.3e-4)
+STRETCH = 1 << 20
+
+
+def inputs(elements: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Pivot and targets, made piece by piece."""
+    tensors = [torch.empty(elements, dtype=dtype) for _ in range(1 + len(SCALES))]
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, elements, STRETCH):
+        piece = slice(start, min(start + STRETCH, elements))
+        pivot = 0.02 * torch.randn(piece.stop - start, generator=generator)
+        tensors[0][piece] = pivot
+        for target, scale in zip(tensors[1:], SCALES):
+            target[piece] = pivot + scale * torch.randn(piece.stop - start, generator=generator)
+    return tensors
+
+
+def exact_update(tensors: list[torch.Tensor], tau: float) -> torch.Tensor:
+    """merged - pivot on the first STRETCH elements, in float64."""
+    pivot, targets = tensors[0], tensors[1:]
+    elements = pivot.numel()
+    pieces = [slice(start, min(start + STRETCH, elements)) for start in range(0, elements, STRETCH)]
+    deltas = lambda piece: torch.stack([t[piece].double() - pivot[piece].double() for t in targets])  # noqa: E731
+    threshold = -1.0
+    if tau < 1:
+        variances = torch.cat([deltas(piece).var(0, unbiased=False) for piece in pieces])
+        kept = math.floor(tau * int(torch.count_nonzero(variances)))
+        threshold = float(variances.kthvalue(elements - kept + 1).values)
+        del variances
+    sums = torch.zeros(len(targets), dtype=torch.float64)
+    for piece in pieces:
+        d = deltas(piece)
+        sums += (d.square() * (d.var(0, unbiased=False) >= threshold)).sum(1)
+    eta = (sums / sums.sum())[:, None]
+    d = deltas(pieces[0])
+    d = d * (d.var(0, unbiased=False) >= threshold)
+    kept = d.sign() == torch.where(d.sum(0) >= 0, 1.0, -1.0)
+    return (eta * d * kept).sum(0) / (eta * kept).sum(0).clamp(min=1e-300)
+
+
+def peak_beyond(function) -> tuple[float, torch.Tensor, int]:
+    """(seconds, result, peak resident bytes during the call beyond those before it and the result)."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = _status("VmRSS")
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    return seconds, result, _status("VmHWM") - before - result.numel() * result.itemsize
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def measure(millions: int, dtype_name: str, tau: float, threads: int, repeats: int) -> dict:
+    from mergekit.merge_methods import merge_tensors
+    from mergekit.merge_methods.sce import sce_merge as shipped
+
+    from fusechat_merge import sce as ours
+
+    torch.set_num_threads(threads)
+    tensors = inputs(millions * 1_000_000, getattr(torch, dtype_name))
+    elements = tensors[0].numel()
+    run = lambda method: merge_tensors(tensors, method, base_index=0, parameters={"select_topk": tau})  # noqa: E731
+    run_small = [t[:100_000] for t in tensors]
+    for method in (ours, shipped):  # load libraries
+        merge_tensors(run_small, method, base_index=0, parameters={"select_topk": tau})
+    exact = exact_update(tensors, tau)
+    seconds, memory, errors = {"ours": [], "shipped": []}, {}, {}
+    for turn in range(repeats):
+        for name, method in (("ours", ours), ("shipped", shipped)):
+            spent, merged, extra = peak_beyond(lambda method=method: run(method))
+            seconds[name].append(spent)
+            memory[name] = min(memory.get(name, extra), extra)
+            if turn == 0:
+                update = merged[:STRETCH].double() - tensors[0][:STRETCH].double()
+                errors[name] = float((update - exact).norm() / exact.norm())
+            del merged
+    copies = []
+    room = torch.empty_like(tensors[0])
+    for _ in range(max(3, repeats)):
+        start = time.perf_counter()
+        for tensor in tensors:
+            room.copy_(tensor)
+        copies.append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "elements": elements,
+        "dtype": dtype_name,
+        "tau": tau,
+        "threads": threads,
+        "ours_s": medians["ours"],
+        "shipped_s": medians["shipped"],
+        "ratio": medians["shipped"] / medians["ours"],
+        "copies": medians["ours"] / statistics.median(copies),
+        "ours_extra_bytes_per_element": memory["ours"] / elements,
+        "ours_extra_mib": memory["ours"] / 2**20,
+        "shipped_extra_bytes_per_element": memory["shipped"] / elements,
+        "ours_error": errors["ours"],
+        "shipped_error": errors["shipped"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, nargs="+", default=[17, 59], help="millions of elements")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--taus", type=float, nargs="+", default=[1.0, 0.1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        millions, dtype, tau = arguments.one
+        print(json.dumps(measure(int(millions), dtype, float(tau), arguments.threads, arguments.repeats)))
+        return
+    print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, 5 targets")
+    print(f"{'elements':>9} {'dtype':>9} {'tau':>4} {'ours s':>8} {'shipped s':>9} {'ratio':>6} {'copies':>6}", end="")
+    print(f" {'extra B/el':>10} {'shipped':>8} {'error':>8} {'shipped':>8}")
+    lines = []
+    for millions in arguments.elements:
+        for dtype in arguments.dtypes:
+            for tau in arguments.taus:
+                command = [sys.executable, __file__, "--one", str(millions), dtype, str(tau)]
+                command += ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                line = json.loads(done.stdout.splitlines()[-1])
+                lines.append(line)
+                print(
+                    f"{line['elements'] / 1e6:8.0f}M {line['dtype']:>9} {line['tau']:4} {line['ours_s']:8.3f} "
+                    f"{line['shipped_s']:9.2f} {line['ratio']:6.1f} {line['copies']:6.1f} "
+                    f"{line['ours_extra_bytes_per_element']:10.2f} {line['shipped_extra_bytes_per_element']:8.1f} "
+                    f"{line['ours_error']:8.1e} {line['shipped_error']:8.1e}",
+                    flush=True,
+                )
+    print(json.dumps({"benchmark": "merge", "torch": torch.__version__, "lines": lines}))
+
+
+if __name__ == "__main__":
+    main()
