@@ -88,12 +88,12 @@ def align(
     }
     writer = ShardWriter(output_dir, identity, kind="aligned")
     copy_tokenizer(pivot.path, writer.path)
-    job = _Job(pivot, source, pairs, pair, mapping, safe_only)
+    job = Job(pivot, source, pairs, pair, mapping, safe_only)
     if mapping == "statistics" and not pair.identity and used is None:
-        used = _collect_counts(job, writer.path, processes)
+        used = collect_counts(job, writer.path, processes)
     job.vocab = pair.vocabularies(mapping, used, workers=processes)
     shards = range(-(-len(pairs) // SHARD))
-    _run(job, writer, [shard for shard in shards if not writer.done(shard)], processes, "align")
+    run_shards(job, writer, [shard for shard in shards if not writer.done(shard)], processes, "align")
     figures = _figures([writer.info(shard)["info"] for shard in shards])
     coverage = figures["all"]["coverage"] or 0.0
     if fail_under_coverage is not None and coverage < fail_under_coverage:
@@ -288,7 +288,9 @@ def _leave_out(mapped: Mapped, out: np.ndarray, pivot: Stream, *, one_hot: bool)
 
 
 @dataclass
-class _Job:
+class Job:
+    """What one run works on; picklable, shared by its processes."""
+
     pivot: Representation
     source: Representation
     pairs: list[tuple[int, int]]
@@ -423,7 +425,7 @@ def _manifest(pivot, source, identity: dict, join: dict, figures: dict, same: bo
     }
 
 
-_job: _Job | None = None  # of a worker process
+_job: Job | None = None  # of a worker process
 
 
 def _work(task: tuple) -> tuple:
@@ -435,12 +437,12 @@ def _work(task: tuple) -> tuple:
     return shard, None
 
 
-def _start(job: _Job) -> None:
+def _start(job: Job) -> None:
     global _job
     _job = job
 
 
-def _run(job: _Job, writer, shards: list[int], processes: int, kind: str) -> list:
+def run_shards(job: Job, writer, shards: list[int], processes: int, kind: str) -> list:
     """Work on shards, in this process or several; results in the order of `shards`."""
     from tqdm.auto import tqdm
 
@@ -473,12 +475,12 @@ def _run(job: _Job, writer, shards: list[int], processes: int, kind: str) -> lis
     return results
 
 
-def _collect_counts(job: _Job, folder: Path, processes: int) -> PairCounts:
+def collect_counts(job: Job, folder: Path, processes: int) -> PairCounts:
     """Counts over the whole corpus, kept beside the shards for this run's repetition and for other corpora."""
     file = folder / "counts.safetensors"
     if file.exists():
         return load_counts(file, job.pair)
     shards = list(range(-(-len(job.pairs) // SHARD)))
-    total = PairCounts.total(_run(job, None, shards, processes, "count"), len(job.pair.pivot.bytes))
+    total = PairCounts.total(run_shards(job, None, shards, processes, "count"), len(job.pair.pivot.bytes))
     save_counts(file, total, job.pair)
     return total

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str = "token") -> dict:
     """Combine representations of several sources that were aligned to one pivot.
 
-    A combination can be combined again: adding one source to it equals combining all at once (exactly for min_ce, to
-    the float16 of the stored log-probabilities for avg_ce). A conversation that some sources lack is combined from
+    A combination can be combined again: adding one source to it equals combining all at once (for avg_ce to the
+    float16 of the stored log-probabilities). A conversation that some sources lack is combined from
     the others. A repeated call goes on where a killed one stopped.
 
     Args:

@@ -263,11 +263,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path
         "import sys, time\n"
         "from fusechat_fuse import alignment\n"
         "alignment.SHARD = 2\n"
-        "whole = alignment._Job.aligned\n"
+        "whole = alignment.Job.aligned\n"
         "def slow(self, shard):\n"
         "    time.sleep(float(sys.argv[2]))\n"
         "    return whole(self, shard)\n"
-        "alignment._Job.aligned = slow\n"
+        "alignment.Job.aligned = slow\n"
         "alignment.align(*sys.argv[3:5], sys.argv[1], mapping='statistics')\n"
     )
 
@@ -306,7 +306,7 @@ def test_min_edit_map_is_kept_on_disk(two, tmp_path, monkeypatch):
 def test_an_interrupted_store_needs_no_second_pass_for_counts(two, tmp_path, monkeypatch):
     align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
     (tmp_path / "out" / "manifest.json").unlink()
-    monkeypatch.setattr(alignment._Job, "counts", None)
+    monkeypatch.setattr(alignment.Job, "counts", None)
     align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "aligned"
 

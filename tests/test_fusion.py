@@ -1,0 +1,165 @@
+"""`combine`: which source a conversation takes, mixtures, and that a combination stands for its sources."""
+
+import numpy as np
+import pytest
+
+from fusechat_fuse import fusion
+from fusechat_fuse.alignment import align
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.fusion import average, combine, source_cross_entropy
+from fusechat_fuse.representation import load_representation
+from tests.test_alignment import files_of, rows_for, write
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory, tiny_bpe, tiny_unigram):
+    """Three aligned sources of one pivot; the last lacks two conversations."""
+    folder = tmp_path_factory.mktemp("fusion")
+    pivot = write(folder / "pivot", tiny_bpe, rows_for(tiny_bpe))
+    made = []
+    for n, tokenizer in enumerate((tiny_unigram, tiny_bpe, tiny_unigram)):
+        rows = rows_for(tokenizer, seed=n + 1)
+        source = write(folder / f"source{n}", tokenizer, rows[: 8 if n == 2 else 10])
+        mapping = "prefix" if n != 1 else "statistics"
+        align(pivot.path, source.path, folder / f"aligned{n}", mapping=mapping, cache_dir=folder / "cache")
+        made.append(folder / f"aligned{n}")
+    return made
+
+
+def by_id(path) -> dict[str, dict]:
+    return {row["id"]: row for row in load_representation(path)}
+
+
+@pytest.mark.parametrize("ce_unit", ["token", "byte"])
+def test_min_ce_takes_the_lowest(ce_unit, three, tmp_path):
+    manifest = combine(three, tmp_path / "out", ce_unit=ce_unit)
+    parts, taken = [by_id(path) for path in three], [0, 0, 0]
+    fused = by_id(tmp_path / "out")
+    assert list(fused) == [f"c{n}" for n in range(10)]
+    for name, row in fused.items():
+        ces = [source_cross_entropy(part[name], ce_unit) if name in part else np.inf for part in parts]
+        best = int(np.argmin(ces))
+        taken[best] += 1
+        assert row["source_index"].tolist() == [best]
+        for column in ("source_ids", "source_token_ce", "mapped_mass"):
+            assert (row[column] == parts[best][name][column]).all()
+        assert np.allclose(row["source_probs"], parts[best][name]["source_probs"], rtol=0, atol=1e-7)
+        assert row["source_ce"] == parts[best][name]["source_ce"]
+        assert (row["topk_ids"] == parts[0][name]["topk_ids"]).all()
+    assert list(manifest["taken"].values()) == taken
+    assert sum(t > 0 for t in taken) > 1
+    assert len(manifest["sources"]) == 3
+
+
+def test_cross_entropy_per_byte():
+    row = {"source_ce": 2.0, "source_tokens": 10, "source_bytes": 40}
+    assert source_cross_entropy(row) == 2.0
+    assert source_cross_entropy(row, "byte") == 0.5
+
+
+@pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
+def test_adding_one_source_equals_combining_all_at_once(function, three, tmp_path):
+    combine(three, tmp_path / "all", function=function)
+    combine(three[:2], tmp_path / "two", function=function)
+    manifest = combine([tmp_path / "two", three[2]], tmp_path / "added", function=function)
+    whole, added = by_id(tmp_path / "all"), by_id(tmp_path / "added")
+    assert whole.keys() == added.keys()
+    for name, row in whole.items():
+        other = added[name]
+        assert (row["source_index"] == other["source_index"]).all()
+        assert row["source_ce"] == pytest.approx(other["source_ce"], rel=1e-9)
+        assert row["source_tokens"] == other["source_tokens"]
+        assert np.allclose(row["source_token_ce"], other["source_token_ce"], rtol=1e-5)
+        for ids, probs, expected in zip(other["source_ids"], other["source_probs"], dense(row)):
+            got = {i: p for i, p in zip(ids.tolist(), probs.tolist()) if i >= 0}
+            assert got.keys() == expected.keys()
+            for i, p in expected.items():
+                assert abs(got[i] - p) <= (1e-7 if function == "min_ce" else 0.02 * p)  # float16 is rounded twice
+    assert manifest["sources"] == load_representation(tmp_path / "all").manifest["sources"]
+    assert manifest["taken"] == load_representation(tmp_path / "all").manifest["taken"]
+
+
+def dense(row) -> list[dict[int, float]]:
+    return [
+        {i: p for i, p in zip(ids.tolist(), probs.tolist()) if i >= 0}
+        for ids, probs in zip(row["source_ids"], row["source_probs"])
+    ]
+
+
+def test_avg_ce_by_loops(three, tmp_path):
+    combine(three, tmp_path / "out", function="avg_ce")
+    parts = [by_id(path) for path in three]
+    for name, row in by_id(tmp_path / "out").items():
+        present = [part[name] for part in parts if name in part]
+        weights = np.exp([-part["source_ce"] for part in present])
+        weights /= weights.sum()
+        assert row["source_ce"] == pytest.approx(sum(w * part["source_ce"] for w, part in zip(weights, present)))
+        assert row["source_index"].tolist() == [-1]
+        for n, got in enumerate(dense(row)):
+            expected: dict[int, float] = {}
+            for w, part in zip(weights, present):
+                for i, p in dense(part)[n].items():
+                    expected[i] = expected.get(i, 0.0) + w * p
+            assert got.keys() == expected.keys()
+            for i, p in expected.items():
+                assert got[i] == pytest.approx(p, rel=0.01)
+            assert row["mapped_mass"][n] == pytest.approx(
+                sum(w * part["mapped_mass"][n] for w, part in zip(weights, present)), abs=2e-3
+            )
+
+
+def test_average_of_a_position_without_an_answer():
+    base = {"id": "x", "input_ids": np.array([1, 2]), "source_bytes": 4, "source_tokens": 2}
+    one = base | {
+        "source_ids": np.array([[3, 4]], np.int32),
+        "source_probs": np.array([[0.5, 0.25]], np.float32),
+        "source_token_ce": np.array([-np.log(0.5)], np.float32),
+        "mapped_mass": np.array([0.75], np.float16),
+        "source_ce": 1.0,
+    }
+    none = base | {
+        "source_ids": np.array([[-1, -1]], np.int32),
+        "source_probs": np.zeros((1, 2), np.float32),
+        "source_token_ce": np.array([np.inf], np.float32),
+        "mapped_mass": np.zeros(1, np.float16),
+        "source_ce": 1.0,
+    }
+    mixed = average([one, none], [1.0, 1.0])
+    assert mixed["source_probs"][0].tolist()[:2] == [0.25, 0.125]
+    assert mixed["source_token_ce"][0] == pytest.approx(-np.log(0.25))
+    assert mixed["mapped_mass"][0] == pytest.approx(0.375)
+    nobody = average([none, none], [1.0, 2.0])
+    assert np.isinf(nobody["source_token_ce"][0])
+    assert (nobody["source_ids"] == -1).all()
+
+
+def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion, "SHARD", 3)
+    combine(three, tmp_path / "out")
+    whole = files_of(tmp_path / "out")
+    (tmp_path / "out" / "shard-00001.arrow").unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
+    combine(three, tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole
+    with pytest.raises(InputError, match="function = 'min_ce' there and 'avg_ce' here"):
+        combine(three, tmp_path / "out", function="avg_ce")
+
+
+def test_bad_input(three, tmp_path, tiny_bpe):
+    with pytest.raises(InputError, match="expected one of min_ce, avg_ce, got 'max'"):
+        combine(three, tmp_path / "out", function="max")
+    with pytest.raises(InputError, match="ce_unit"):
+        combine(three, tmp_path / "out", ce_unit="word")
+    for few in (three[:1], str(three[0])):
+        with pytest.raises(InputError, match="expected at least two"):
+            combine(few, tmp_path / "out")
+    with pytest.raises(InputError, match="expected aligned or combined, got a representation"):
+        combine([three[0], three[0].parent / "pivot"], tmp_path / "out")
+    combine(three[:2], tmp_path / "mean", function="avg_ce")
+    with pytest.raises(InputError, match="expected function min_ce by token, got avg_ce by token"):
+        combine([tmp_path / "mean", three[2]], tmp_path / "out")
+    other = write(tmp_path / "p", tiny_bpe, rows_for(tiny_bpe, seed=9))
+    align(other.path, three[0].parent / "source0", tmp_path / "foreign", cache_dir=tmp_path / "cache")
+    with pytest.raises(InputError, match="another pivot representation"):
+        combine([three[0], tmp_path / "foreign"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
