@@ -1,0 +1,102 @@
+"""The quickstart runs as a newcomer runs it; its generator keeps test questions out of the training data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from examples import quickstart
+from fusechat_merge.kernel import sce_merge
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart") / "output"
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--fast", "--output", str(output)]
+    environment = {**os.environ, "FUSECHAT_CACHE": str(output.parent / "cache")}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return output, finished.stdout
+
+
+def test_prints_the_table_and_writes_it(run):
+    output, printed = run
+    results = json.loads((output / "results.json").read_text())
+    names = ["pivot", "source-numbers", "source-words", "plain", "target-numbers", "target-words", "merged"]
+    assert list(results["exact_match"]) == names
+    for name in names:
+        row = results["exact_match"][name]
+        assert list(row) == [*quickstart.SKILLS, "overall"]
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        assert line.split()[1:] == [f"{100 * value:.1f}" for value in row.values()]
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_learned_and_sources_have_their_own_skills(run):
+    scores = json.loads((run[0] / "results.json").read_text())["exact_match"]
+    assert all(scores["source-words"][skill] > 0.2 for skill in ("last", "capitals"))
+    assert all(scores["source-words"][skill] == 0 for skill in quickstart.NUMBER_SKILLS)
+    assert all(scores["source-numbers"][skill] == 0 for skill in quickstart.WORD_SKILLS)
+    for name in ("plain", "target-numbers", "target-words", "merged"):
+        assert scores[name]["overall"] > scores["pivot"]["overall"]
+
+
+def test_alignments_are_of_different_tokenizers_and_exact(run):
+    for name in ("numbers", "words"):
+        manifest = json.loads((run[0] / "aligned" / name / "manifest.json").read_text())
+        figures = manifest["certificate"]["all"]
+        assert not manifest.get("identity_mapping", False)
+        assert figures["coverage"] > 0.9
+        assert abs(figures["gap_bits_per_byte"]) < 1e-2
+
+
+def test_the_merge_is_ours(run):
+    models = run[0] / "models"
+    pivot, *targets, merged = (
+        load_file(models / name / "model.safetensors") for name in ("pivot", "target-numbers", "target-words", "merged")
+    )
+    for name, tensor in pivot.items():
+        expected = sce_merge(tensor, [target[name] for target in targets])
+        assert (merged[name] - expected).abs().max() <= 1e-6, name
+
+
+def test_an_output_directory_with_data_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "expected a new or empty directory" in finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_test_question_is_in_the_training_data():
+    asked = {prompt for pairs in quickstart.test_questions(60, 3).values() for prompt, _ in pairs}
+    taught = {row["conversations"][0]["value"] for row in quickstart.conversations(quickstart.SKILLS, 5000, 4)}
+    assert len(asked) > 300
+    assert not asked & taught
+
+
+def test_every_answer_can_be_checked():
+    import random
+
+    rng = random.Random(0)
+    for skill in quickstart.SKILLS:
+        prompt, answer = quickstart.question(skill, rng)
+        words = prompt.replace("?", "").replace(",", "").split()
+        numbers = [int(word) for word in words if word.isdigit()]
+        said = prompt.split(": ")[-1].split()
+        expected = {
+            "add": lambda n=numbers: str(sum(n)),
+            "successor": lambda n=numbers: str(n[0] + 1),
+            "larger": lambda n=numbers: str(max(n)),
+            "reverse": lambda s=said: " ".join(s[::-1]),
+            "last": lambda s=said: s[-1],
+            "capitals": lambda s=said: " ".join(s).upper(),
+        }
+        assert answer == expected[skill]()
