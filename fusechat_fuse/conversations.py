@@ -301,16 +301,16 @@ def load_conversations(path_or_name, *, split: str = "train", strict: bool = Fal
         split: of a data set with several.
         strict: make every row that would be skipped or repaired an error that names file and row.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
-        of {role, content}; system first if any, then user and assistant by turns, an answer last), `slice` (string or
-        None: the row's own `slice`, `dataset`, `source` or `category`).
+        of {role, content}; system first if any, then user and assistant by turns, an answer last); where a row has one,
+        `slice` (string or None: the row's own `slice`, `dataset`, `source` or `category`).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets
 
     found, _ = read_conversations(path_or_name, split=split, strict=strict)
     text = datasets.Value("string")
-    features = datasets.Features(
-        {"id": text, "messages": datasets.List({"role": text, "content": text}), "slice": text}
-    )
-    columns = {key: [getattr(c, key) for c in found] for key in features}
-    return datasets.Dataset.from_dict(columns, features=features)
+    features = {"id": text, "messages": datasets.List({"role": text, "content": text})}
+    if any(conversation.slice for conversation in found):
+        features["slice"] = text
+    columns = {key: [getattr(conversation, key) for conversation in found] for key in features}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -61,7 +61,7 @@ def test_sharegpt_in_every_container(tmp_path, kind):
     second = {"id": "b", "conversations": SHAREGPT["conversations"][1:]}
     WRITERS[kind](path, [SHAREGPT, second])
     data = load_conversations(str(path))
-    assert data.column_names == ["id", "messages", "slice"]
+    assert data.column_names == ["id", "messages"]
     assert data["id"][:] == ["a", "b"]
     assert data[0]["messages"] == [SYSTEM, USER, ANSWER]
     assert data[1]["messages"] == [USER, ANSWER]
