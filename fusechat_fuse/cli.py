@@ -131,7 +131,9 @@ def _align_flags(parser) -> None:
     _flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
     _flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
     _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    _flag(parser, "mapping", "statistics", help="exact (EM), min_edit (MinED), statistics (MS) or prefix")
+    _flag(
+        parser, "mapping", "prefix", help="prefix (exact), statistics (MS, the paper's), exact (EM) or min_edit (MinED)"
+    )
     _flag(parser, "num_proc", type=int, help="processes (default: one)")
     _flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
     _flag(parser, "counts", help="counts of an earlier corpus, for statistics")

@@ -175,7 +175,8 @@ def test_nothing_in_common_is_refused(two, tiny_unigram, tmp_path):
         ({"mapping": "dtw"}, "expected one of exact, min_edit, statistics, prefix, got 'dtw'"),
         ({"num_proc": 0}, "num_proc"),
         ({"fail_under_coverage": 95}, "share from 0 to 1, got 95"),
-        ({"counts": "nowhere"}, "counts"),
+        ({"mapping": "statistics", "counts": "nowhere"}, "counts"),
+        ({"counts": "nowhere"}, "expected mapping statistics beside it, got 'prefix'"),
     ],
 )
 def test_bad_options(options, message, two, tmp_path):
