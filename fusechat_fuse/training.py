@@ -98,7 +98,6 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    trainer.log_metrics("train", metrics)
     _save_target(trainer, pivot, arguments, metrics, run)
     return metrics
 

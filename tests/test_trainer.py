@@ -174,9 +174,9 @@ class OwnModel(LlamaForCausalLM):
 
 
 class OldModel(LlamaForCausalLM):
-    """One that always gives all logits."""
+    """One that always gives all logits, and takes no further arguments."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
 
 
@@ -188,12 +188,12 @@ def test_unknown_models_go_a_plain_way_and_say_so(tmp_path, caplog, kind, way):
     model = kind(tiny_model().config)
     model.load_state_dict(tiny_model().state_dict())
     with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
-        other = run(tmp_path, rows, model)
+        other = run(tmp_path, rows, model, gradient_accumulation_steps=2)
     told = [record.getMessage() for record in caplog.records if "lean head" in record.getMessage()]
     assert len(told) == 1
     assert f"{kind.__name__} is not among the families" in told[0]
     assert way in told[0]
-    assert_same_run(other, run(tmp_path, rows))
+    assert_same_run(other, run(tmp_path, rows, gradient_accumulation_steps=2))
 
 
 def test_router_loss_is_added(tmp_path):
@@ -267,10 +267,9 @@ def test_defaults_are_the_papers(tmp_path):
     assert got.per_device_train_batch_size * got.gradient_accumulation_steps == 128
 
 
-def test_batch_size_over_all_devices(tmp_path, monkeypatch, caplog):
+def test_batch_size_over_all_devices(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert FusionConfig.__new__(FusionConfig)  # the field is derived before any process group exists
-    probe = FusionConfig.__new__(FusionConfig)
+    probe = FusionConfig.__new__(FusionConfig)  # no process group exists when the field is derived
     probe.per_device_train_batch_size, probe.total_batch_size, probe.use_cpu = 4, 128, True
     assert probe._accumulation_steps() == 4
     probe.per_device_train_batch_size = 6
