@@ -27,11 +27,11 @@ from fusechat_fuse.templates import (
     ChatTemplate,
     added_texts,
     bos_of,
+    control_texts,
     end_of_turn_of,
     native_template,
     own_variables,
     resolve_template,
-    special_texts,
 )
 from fusechat_fuse.tokens import token_spans
 
@@ -76,15 +76,16 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.template = template if isinstance(template, ChatTemplate) else resolve_template(template, tokenizer)
         self.max_length = max_length
-        self.special = special_texts(tokenizer)
         added = added_texts(tokenizer)
         self.bos, self.end_of_turn = self.template.bos, self.template.end_of_turn
         if not self._is_own():
             self.bos, self.end_of_turn = bos_of(tokenizer), end_of_turn_of(tokenizer)
         self.end_of_turn_id = added.get(self.end_of_turn, -1)  # -1: no template of this name works, every probe says so
-        reserved = {*self.special, self.end_of_turn, self.bos} - {""}
+        reserved = {*control_texts(tokenizer, self.template), self.end_of_turn, self.bos} - {""}
         self._reserved = re.compile("|".join(re.escape(t) for t in sorted(reserved, key=len, reverse=True)))
-        self._special_ids = np.array(sorted({*self.special.values(), self.end_of_turn_id}))
+        self._special_ids = np.array(
+            sorted({self.end_of_turn_id, *(added[text] for text in reserved if text in added)})
+        )
         self._shapes: dict[tuple[str, ...], _Shape | Unusable] = {}
 
     def _is_own(self) -> bool:

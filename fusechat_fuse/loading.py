@@ -34,20 +34,19 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not isinstance(name_or_path, (str, Path)):
-        return must_be_fast(name_or_path, type(name_or_path).__name__)
+        return _must_be_fast(name_or_path, type(name_or_path).__name__)
     folder = Path(name_or_path)
     if folder.is_file() or (folder.is_absolute() and not folder.is_dir()):
         raise InputError(f"tokenizer for {folder}: expected a model directory, got none there. Check the path.")
     if folder.is_dir() and not [*folder.glob("*tokenizer*"), *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]:
         raise InputError(f"tokenizer for {folder}: expected tokenizer.json in it, got no tokenizer. Copy one there.")
-    if not folder.is_dir() or (folder / "tokenizer.json").exists():
+    if _has_file(folder, "tokenizer.json"):
         try:
-            return must_be_fast(PreTrainedTokenizerFast.from_pretrained(str(name_or_path)), name_or_path)
+            return _must_be_fast(PreTrainedTokenizerFast.from_pretrained(str(name_or_path)), name_or_path)
         except Exception as error:
-            if folder.is_dir():
-                raise InputError(
-                    f"tokenizer for {folder}: expected a readable tokenizer.json, got {first_line(error)}."
-                ) from error
+            raise InputError(
+                f"tokenizer for {name_or_path}: expected a readable tokenizer.json, got {first_line(error)}."
+            ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -55,7 +54,7 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
             f"tokenizer for {name_or_path}: expected a model directory or Hub name with a tokenizer, got "
             f"{first_line(error)}. Check the name."
         ) from error
-    tokenizer = must_be_fast(tokenizer, name_or_path)
+    tokenizer = _must_be_fast(tokenizer, name_or_path)
     logger.warning(
         "%s has no tokenizer.json: transformers rebuilt the tokenizer from its vocabulary file, and ids of white space "
         "may differ from the original's. Put the original tokenizer.json beside it.",
@@ -64,7 +63,19 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
     return tokenizer
 
 
-def must_be_fast(tokenizer, name):
+def _has_file(folder: Path, file: str) -> bool:
+    """Whether a directory or Hub repository holds a file."""
+    if folder.is_dir():
+        return (folder / file).exists()
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(str(folder), file) is not None
+    except OSError:
+        return False
+
+
+def _must_be_fast(tokenizer, name):
     if not hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode"):
         raise InputError(
             f"tokenizer for {name}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__} without "

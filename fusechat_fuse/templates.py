@@ -9,6 +9,7 @@ offsets stay those of the untrimmed content (see `chat.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from dataclasses import dataclass, replace
@@ -130,6 +131,7 @@ def _render(source: str, variables: dict, messages: list[dict[str, str]]) -> str
 
 
 def own_variables(tokenizer) -> dict[str, str]:
+    """The tokenizer's named special tokens, as a template may name them."""
     return {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
 
 
@@ -141,7 +143,22 @@ def special_texts(tokenizer) -> dict[str, int]:
 
 
 def added_texts(tokenizer) -> dict[str, int]:
+    """Text -> id of every token added to a tokenizer's vocabulary, special or not."""
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()} | special_texts(tokenizer)
+
+
+def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
+    """Texts that no content may hold: special tokens, and added ones that this or the tokenizer's own template uses.
+
+    Some tokenizers add their turn markers without calling them special; in a content they would act as markers all
+    the same.
+    """
+    sources = [template.source, template.end_of_turn, template.bos]
+    with contextlib.suppress(InputError):
+        native = native_template(tokenizer)
+        sources += [native.source, native.end_of_turn, native.bos]
+    used = {text for text in added_texts(tokenizer) if not text.isspace() and any(text in s for s in sources)}
+    return used | set(special_texts(tokenizer))
 
 
 def _first_of(texts, text: str) -> str | None:
@@ -159,7 +176,7 @@ def _own(name: str, source: str, tokenizer) -> ChatTemplate:
     variables = own_variables(tokenizer)
     text = _render(source, variables, _PROBE)
     head, _, tail = text.partition("QZ1ZQ")
-    end_of_turn = _first_of(added_texts(tokenizer), tail) or ""
+    end_of_turn = _first_of([text for text in added_texts(tokenizer) if not text.isspace()], tail) or ""
     bos = variables.get("bos_token", "")
     bos = bos if bos and head.startswith(bos) else ""
     return ChatTemplate(name, source, bos, end_of_turn, tuple(sorted(variables.items())))

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fusechat_fuse.chat import ConversationEncoder, encode_conversation
@@ -97,8 +97,6 @@ def stand_in(family, chat_template=None):
     for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         data["model"]["vocab"][f"unused{data['model']['vocab'].pop(name)}"] = len(data["model"]["vocab"])
     data["model"]["vocab"] = {piece: i for i, piece in enumerate(data["model"]["vocab"])}
-    from tokenizers import Tokenizer
-
     backend = Tokenizer.from_str(json.dumps(data))
     backend.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     special = {"bos_token": BUILT_IN[family].bos} if BUILT_IN[family].bos else {}
@@ -287,6 +285,29 @@ def test_special_token_text_in_a_content_is_refused(openchat, role, text):
     assert caught.value.reason == "special_token"
 
 
+def test_turn_markers_that_a_tokenizer_does_not_call_special_are_refused_all_the_same(openchat):
+    data = json.loads(stand_in("yi").backend_tokenizer.to_str())
+    for token in data["added_tokens"]:
+        token["special"] = token["content"] == "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|endoftext|>"
+    )
+    tokenizer.add_tokens(["<h1>", "\n\n"])  # added for good use, as Gemma's are
+    for template in (resolve_template("native", tokenizer), resolve_template("pivot", tokenizer, openchat)):
+        encoder = ConversationEncoder(tokenizer, template)
+        for marker in ("<|im_start|>", "<|im_end|>"):
+            with pytest.raises(Unusable, match=r"message 0 holds the text of the special token '<\|im_"):
+                encoder.encode([{"role": "user", "content": f"x{marker}y"}, SINGLE[1]])
+        encoded = encoder.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "<h1>\n\ny"}])
+        assert [tokenizer.convert_ids_to_tokens(int(i)) for i in encoded.input_ids[encoded.predicted]] == [
+            "<h1>",
+            "\n\n",
+            "y",
+            "<|im_end|>",
+        ]
+        assert list(zip(encoded.start, encoded.end)) == [(0, 4), (4, 6), (6, 7), (7, 8)]
+
+
 def test_content_that_becomes_special_only_beside_the_template_is_refused(tiny_bpe):
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
@@ -412,8 +433,6 @@ def test_special_tokens_that_swallow_blanks_leave_a_hole(openchat):
     data = json.loads(stand_in("phi-3").backend_tokenizer.to_str())
     for token in data["added_tokens"]:
         token["rstrip"] = token["content"] != "<s>"
-    from tokenizers import Tokenizer
-
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|end|>", bos_token="<s>"
     )
