@@ -233,7 +233,7 @@ def _square_sums(chunks: Chunks, selection: Selection | None) -> Tensor:
         torch.sum(rows.view(len(rows), -1, BLOCK), -1, out=partial[:, first : first + piece.width // BLOCK])
 
     chunks.each(step, scratch=1)
-    return partial.double().sum(1).cpu()
+    return partial.cpu().double().sum(1)
 
 
 def _within_float32(sums: Tensor, chunks: Chunks) -> bool:

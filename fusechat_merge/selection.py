@@ -127,12 +127,12 @@ def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[in
 
 
 def _ranks(chunks: Chunks, places: Tensor) -> Tensor:
-    """M sum_j e_j^2 - (sum_j e_j)^2 at these places, e_j = target_j - target_0: M^2 times the variance, in float64,
-    rounded to 41 bits so that equal variances are equal numbers."""
-    first = chunks.targets[0][places].double()
+    """M sum_j e_j^2 - (sum_j e_j)^2 at these places, e_j = target_j - target_0: M^2 times the variance, on the CPU in
+    float64, rounded to 41 bits so that equal variances are equal numbers."""
+    first = chunks.targets[0][places].cpu().double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
     for target in chunks.targets[1:]:
-        difference = target[places].double() - first
+        difference = target[places].cpu().double() - first
         total += difference
         square += difference * difference
     exact = len(chunks.targets) * square - total * total
@@ -151,7 +151,8 @@ def _settle(chunks: Chunks, keep: Tensor, places: Tensor, wanted: int, low: floa
     variance = float(last) / len(chunks.targets)
     if not low * (1 + _rounding(chunks)) <= variance <= high * (1 - _rounding(chunks)):
         return False
-    larger = ranks > last
-    keep[places[larger]] = True
-    keep[places[torch.nonzero(ranks == last).flatten()[: wanted - int(torch.count_nonzero(larger))]]] = True
+    chosen = ranks > last
+    ties = torch.nonzero(ranks == last).flatten()
+    chosen[ties[: wanted - int(torch.count_nonzero(chosen))]] = True
+    keep[places[chosen.to(places.device)]] = True
     return True
