@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_merge_end_to_end.py [--millions 1000] [--tau 1.0] [--directory DIR]
 
 Checkpoints are Llama-shaped, in shards of 500 MB, task vectors of standard deviation 3e-5 to 3e-4. Each run is a
-process of its own, in turn; time is the whole command's, memory the peak of its resident set (pages of the memory-mapped inputs
+process of its own, in turn; time is the whole command's, memory the peak of its resident set (memory-mapped pages
 included). The third line writes the merge report as well, the fourth copies the six inputs' bytes to the output's disk.
 """
 
