@@ -27,7 +27,7 @@ class FusionConfig(TrainingArguments):
     logging_nan_inf_filter False (a loss that is not a number is shown).
 
     Raises: InputError for a value that fusion cannot use, before anything starts.
-    Source: FuseChat (arXiv 2408.07990), section 4.1.
+    Source: FuseChat (arXiv 2408.07990), training details.
     """
 
     lm_loss_weight: float = field(

@@ -64,7 +64,7 @@ def fusion_loss(
         InputError (a ValueError): shapes that do not fit, an unknown `kind`, a weight outside [0, 1], ids outside the
             vocabulary (checked on the CPU; elsewhere the device's own assertion).
 
-    Source: FuseChat (arXiv 2408.07990), equations 4 to 6; the gradient with m < 1 follows from the same formula.
+    Source: FuseChat (arXiv 2408.07990), pairwise fusion; the gradient with m < 1 follows from the same formula.
     Differs from the released trainer: targets are not rounded to bfloat16; means run over `num_items`, so that gradient
     accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
     """

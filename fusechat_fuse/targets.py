@@ -49,7 +49,7 @@ def row_targets(
     Raises:
         InputError: the row lacks a column that the function needs.
 
-    Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
+    Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
     Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
     """
     require(row, *REQUIRED[function])

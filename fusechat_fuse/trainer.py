@@ -117,7 +117,7 @@ class FusionTrainer(Trainer):
             which = {"kept": "the model's own logits of all labelled positions", "full": "full logits"}[self.loss_path]
             logger.warning("The lean head is not used: %s. Training goes through %s.", reason, which)
         low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
-        if low and not args.deepspeed and args.learning_rate < 1e-4:
+        if low and getattr(args, "deepspeed_plugin", None) is None and args.learning_rate < 1e-4:
             logger.warning(
                 "Trainable weights are %s: steps of %g are mostly rounded away. Load the model in float32 and let bf16 "
                 "autocast do the rest.",

@@ -71,7 +71,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
         InputError: data that is not aligned, or not to this model's tokenizer, or with ids beyond its vocabulary; a
             model that cannot be read; an output directory with another run's data.
 
-    Source: FuseChat (arXiv 2408.07990), section 3.2.
+    Source: FuseChat (arXiv 2408.07990), pairwise fusion.
     """
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
     _check_arguments(arguments)

@@ -78,7 +78,8 @@ def peak_bytes(device: str) -> int:
 def measure_step(way: str, shape: dict, device: str, steps: int) -> dict:
     """Median time of forward and backward, peak memory, and the loss for the correctness check.
 
-    Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), none (decoder only).
+    Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), dense (full logits and
+    the released way of building targets), none (decoder only).
     """
     from transformers import Trainer, TrainingArguments
 
@@ -87,10 +88,11 @@ def measure_step(way: str, shape: dict, device: str, steps: int) -> dict:
     from fusechat_fuse.trainer import FusionTrainer
 
     model = build(shape, device)
-    batch = FusionCollator()(rows_of(shape, shape["batch"]))
+    rows = rows_of(shape, shape["batch"])
+    batch = FusionCollator()(rows)
     options = {"use_cpu": device == "cpu", "disable_tqdm": True, "save_strategy": "no"}
     if device == "cuda":
-        options["activation_checkpointing"] = True
+        options |= {"activation_checkpointing": True, "bf16": True}
         model.activation_checkpointing_enable()
     with tempfile.TemporaryDirectory() as folder:
         if way in ("lean", "full"):
@@ -108,7 +110,14 @@ def measure_step(way: str, shape: dict, device: str, steps: int) -> dict:
     for _ in range(steps):
         model.zero_grad()
         started = time.perf_counter()
-        if way == "none":
+        if way == "dense":
+            dense, rewards = dense_targets(rows, shape["vocab"])
+            dense, rewards = [one.to(trainer.args.device) for one in dense], rewards.to(trainer.args.device)
+            logits = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, use_cache=False).logits
+            loss = dense_loss(logits, batch["labels"].roll(-1, 1), dense, rewards)
+            loss.backward()
+            loss = loss.item()
+        elif way == "none":
             hidden = model.model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, use_cache=False)
             hidden.last_hidden_state.float().square().mean().backward()
         else:
@@ -206,7 +215,8 @@ def step_table(name: str, device: str, steps: int) -> dict:
     losses = [alone("measure_step", way, shape, device, 1)["loss"] for way in ("plain", "lean")]
     if abs(losses[0] - losses[1]) > (2e-2 if device == "cuda" else 1e-4) * losses[0]:
         raise AssertionError(f"plain fine-tuning and lambda = 1 disagree: {losses}")
-    found = {way: alone("measure_step", way, shape, device, steps) for way in ("none", "plain", "lean", "full")}
+    ways = ["none", "plain", "lean", "full", *(["dense"] if device == "cuda" or name == "smoke" else [])]
+    found = {way: alone("measure_step", way, shape, device, steps) for way in ways}
     for way in ("plain", "lean"):  # once more, the other way round, against drift of the machine
         found[way]["seconds"] = min(found[way]["seconds"], alone("measure_step", way, shape, device, steps)["seconds"])
     plain, none = found["plain"], found["none"]
