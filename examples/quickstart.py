@@ -2,7 +2,8 @@
 
 Everything is built on the spot, without a download: chat data with six skills (each answer can be checked exactly, and
 no test prompt occurs in any training data), three tokenizers, a pivot and two sources. Each source was taught three of
-the skills well; the pivot has seen all six, briefly. Then the public commands run, as they would for 7B models:
+the skills well; the pivot has seen all six, briefly. The fusion data are few and partly wrong, as chat data are; what
+the sources know beyond them is in their distributions. Then the public commands run, as they would for 7B models:
 
     represent x3  ->  align x2  ->  train x3 (plain fine-tuning, two targets)  ->  mergekit-yaml (SCE)  ->  evaluation
 
@@ -48,7 +49,7 @@ from transformers import (
 WORDS = "sun tree red cat moon fish blue stone river bird green door lamp wind gold milk rain leaf star boat".split()
 START = time.monotonic()
 MERGE_CONFIG = Path(__file__).resolve().parents[1] / "mergekit_configs" / "quickstart-sce.yml"
-WRONG_ANSWERS = 0.3  # share of the fusion data whose answer is wrong, as in real chat data
+WRONG_ANSWERS = 0.3  # share of the fusion data that have another question's answer
 LM_WEIGHT = 0.5  # the paper's 0.9 suits real models; a handful of steps needs a stronger pull
 NUMBER_SKILLS, WORD_SKILLS = ("add", "successor", "larger"), ("reverse", "last", "capitals")
 SKILLS = NUMBER_SKILLS + WORD_SKILLS
@@ -357,9 +358,9 @@ def main() -> None:
     torch.set_num_threads(1)  # steps of a millisecond: a second thread waits more than it works
 
     sizes = teach(output, options.seed, 0.3 if options.fast else 1.0)
-    rows = conversations(SKILLS, 600 if options.fast else 2000, options.seed + 10, wrong=WRONG_ANSWERS)
+    rows = conversations(SKILLS, 400 if options.fast else 1000, options.seed + 10, wrong=WRONG_ANSWERS)
     (output / "conversations.json").write_text(json.dumps(rows, indent=1))
-    pipeline(output, options.seed, 4.0 if options.fast else 8.0)
+    pipeline(output, options.seed, 8.0 if options.fast else 16.0)
 
     questions = test_questions(60 if options.fast else 100, options.seed + 11)
     names = ("pivot", "source-numbers", "source-words", "plain", "target-numbers", "target-words", "merged")
