@@ -16,7 +16,7 @@ import pytest
 from fusechat_fuse import alignment
 from fusechat_fuse.alignment import align, align_batch, make_batch
 from fusechat_fuse.certificate import CoverageError, summary_lines
-from fusechat_fuse.correspondence import EXACT, INSIDE, NONE, correspond
+from fusechat_fuse.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.mapping import Stream, Vocabularies, add_up_equal_ids, prefix_rows
 from fusechat_fuse.pairing import Pair
@@ -485,6 +485,28 @@ def test_rule_9_holes_have_no_answer():
     out, rows = toy([(4, 0, 1), (2, 3, 4)], [(0, 0, 4)], [({}, 0.5)])
     assert rows[0] == {b" ": 0.5}
     assert rows[1] == {}
+
+
+def test_rule_9_a_hole_after_a_token_that_straddles():
+    # ' th' covers ' t' and one byte of 'the'; then the pivot has a hole, so what 'e' follows is not known
+    out, rows = toy([(1, 0, 3), (2, 4, 5)], [(3, 0, 2), (13, 2, 5)], [({}, 0.5), ({12: 0.1}, 0.6)])
+    assert rows == [{b" th": 0.3}, {}]
+    assert out.kind.tolist() == [EXACT, NONE]
+
+
+def test_safe_starts_are_those_no_token_could_span():
+    joined = joined_bytes([b" the", b"ab", None, b"c", b"b."])
+    assert {(a, b) for a, b in np.argwhere(joined).tolist()} == {
+        *zip(b" th", b"the"),
+        (ord("a"), ord("b")),
+        (ord("b"), ord(".")),
+    }
+    match = correspond(np.arange(6), np.arange(1, 7), np.arange(0, 6, 1)[[0, 1, 2, 3, 5]], np.array([1, 2, 3, 5, 6]))
+    first, before = np.array([97, 98, 99, 100, 100, -1]), np.array([-1, 97, 98, 99, 100, 100])
+    header = np.array([True, False, False, False, False, False])
+    safe = safe_starts(match, np.arange(6), first, before, header, joined)
+    # header; 'a|b' is joined; 'b|c', 'c|d' are not; inside a source token; the end of turn
+    assert safe.tolist() == [False, False, True, True, False, True]
 
 
 def test_equal_ids_add_up_in_place():

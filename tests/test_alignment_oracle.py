@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.alignment import align_batch, make_batch
-from fusechat_fuse.certificate import tally
+from fusechat_fuse.certificate import FLOOR, tally
 from fusechat_fuse.pairing import Pair
 from fusechat_fuse.vocabulary import PairCounts
 from tests import reference_alignment as reference
@@ -185,17 +185,19 @@ def test_prefix_where_the_source_was_truncated(pivot, source, pair_of, request):
         ("openchat", "qwen", "statistics"),
     ],
 )
-@pytest.mark.parametrize("headers", [("gpt4", "gpt4"), ("plain", "gpt4")])
-def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, pair_of, request):
+@pytest.mark.parametrize(
+    ("headers", "cut"), [(("gpt4", "gpt4"), None), (("plain", "gpt4"), None), (("gpt4", "gpt4"), 25)]
+)
+def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, cut, pair_of, request):
     pair = pair_of(pivot, source)
     rng = np.random.default_rng(0)
     counts = PairCounts.of(
         rng.integers(0, len(pair.source.bytes), 500), rng.integers(0, len(pair.pivot.bytes), 500), len(pair.pivot.bytes)
     )
     vocab = pair.vocabularies(mapping, counts)
-    for p, s, contents in cases(request, pivot, source, seed=5, headers=headers):
+    for p, s, contents in cases(request, pivot, source, seed=5, headers=headers, cut=cut):
         batch = make_batch([p], [s], pair)
-        _, mapped, _ = align_batch(batch, pair, vocab, mapping, False)
+        match, mapped, safe = align_batch(batch, pair, vocab, mapping, False)
         expected = reference.single(
             tokens_of(p, source=False),
             tokens_of(s, source=True),
@@ -209,3 +211,13 @@ def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, pai
             assert mapped.answered[n] == answered
             assert_equal_rows(row_dict(mapped.ids[n], mapped.probs[n]), row, (contents, n))
             assert mapped.mass[n] == pytest.approx(mass, rel=1e-6)
+        own = [
+            max(row.get(t["id"], 0.0), FLOOR) if answered else None
+            for (answered, row, _), t in zip(expected, tokens_of(p, source=False))
+        ]
+        bits = reference.gap(tokens_of(p, source=False), tokens_of(s, source=True), own)
+        counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, 1)
+        assert counted["covered_bytes"][0] == bits[2]
+        assert counted["source_bits"][0] == pytest.approx(bits[0], rel=1e-6, abs=1e-9)
+        assert counted["aligned_bits"][0] == pytest.approx(bits[1], rel=1e-6, abs=1e-9)
+        assert counted["one_hot"][0] == sum(not answered for answered, _, _ in expected)
