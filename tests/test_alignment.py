@@ -15,7 +15,7 @@ import pytest
 
 from fusechat_fuse import alignment
 from fusechat_fuse.alignment import align, align_batch, make_batch
-from fusechat_fuse.certificate import CoverageError, summary_lines
+from fusechat_fuse.certificate import CoverageError, stretches, summary_lines
 from fusechat_fuse.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.mapping import Stream, Vocabularies, add_up_equal_ids, prefix_rows
@@ -507,6 +507,24 @@ def test_safe_starts_are_those_no_token_could_span():
     safe = safe_starts(match, np.arange(6), first, before, header, joined)
     # header; 'a|b' is joined; 'b|c', 'c|d' are not; inside a source token; the end of turn
     assert safe.tolist() == [False, False, True, True, False, True]
+
+
+def test_covered_stretches_by_hand():
+    def stream(*spans):
+        start, end = (np.array(column) for column in zip(*spans))
+        return Stream(np.zeros(len(start), int), start, end, np.zeros(len(start), int))
+
+    # [0, 4) both; [4, 6): the pivot has a hole; [6, 9): no answer; [9, 15) against [9, 13): the source was cut
+    pivot = stream((0, 2), (2, 4), (4, 5), (6, 9), (9, 15))
+    source = stream((0, 4), (4, 6), (6, 9), (9, 11), (11, 13))
+    match = correspond(pivot.start, pivot.end, source.start, source.end)
+    of_p, of_q, covered = stretches(pivot, source, match, np.array([True, True, True, False, True]))
+    assert of_p.tolist() == [0, 0, 1, 2, 3]
+    assert of_q.tolist() == [0, 1, 2, 3, 3]
+    assert covered.tolist() == [True, False, False, False]
+    whole = stream((0, 4), (4, 6), (6, 9), (9, 11), (11, 15))
+    match = correspond(pivot.start, pivot.end, whole.start, whole.end)
+    assert stretches(pivot, whole, match, np.ones(5, bool))[2].tolist() == [True, False, True, True]
 
 
 def test_equal_ids_add_up_in_place():
