@@ -359,3 +359,22 @@ def test_bad_input_is_refused_in_one_sentence(arguments, options, message):
 def test_unknown_granularity():
     with pytest.raises(ValueError, match="expected matrix or element, got 'layer'"):
         varm_merge(torch.zeros(2), [torch.zeros(2)], granularity="layer")
+
+
+def test_a_threshold_at_the_edge_of_the_band_is_not_trusted():
+    pivot, targets = family((2000,), (F32,) * 4, seed=21)
+    walk = chunks.Chunks(pivot, targets, F32)
+    places = torch.arange(2000)
+    variances = torch.stack(targets).double().var(0, unbiased=False).sort(descending=True).values * len(targets)
+    last, near, far = float(variances[99]), 1 + 1e-7, 1.5
+    keep = torch.zeros(2000, dtype=torch.bool)
+    for low, high in (
+        (last / near, last * far),
+        (last / far, last * near),
+        (last * near, last * far),
+        (0.0, last / far),
+    ):
+        assert not selection._settle(walk, keep, places, 100, low, high)
+    assert not keep.any()
+    assert selection._settle(walk, keep, places, 100, last / far, last * far)
+    assert int(keep.sum()) == 100
