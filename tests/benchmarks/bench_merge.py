@@ -4,11 +4,14 @@
 
 Each line runs in a process of its own, both methods in turn on the same tensors: five targets, task vectors of standard
 deviation 0.3 : 1 : 3 : 1 : 0.3 times 1e-4. Times are medians. Extra memory is the peak of the resident set during the
-merge beyond inputs and output. The error is that of the update (merged minus pivot) relative to the exact one, computed
+merge beyond inputs and output. Beside the ratio of times stands that of processor seconds (all threads), which other
+programs on the machine disturb less. The error is that of the update (merged minus pivot) relative to the exact one, computed
 in float64 on a stretch of the tensor from exact coefficients and, for tau < 1, an exact threshold.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import platform
@@ -60,14 +63,16 @@ def exact_update(tensors: list[torch.Tensor], tau: float) -> torch.Tensor:
     return (eta * d * kept).sum(0) / (eta * kept).sum(0).clamp(min=1e-300)
 
 
-def peak_beyond(function) -> tuple[float, torch.Tensor, int]:
-    """(seconds, result, peak resident bytes during the call beyond those before it and the result)."""
+def peak_beyond(function) -> tuple[float, float, torch.Tensor, int]:
+    """(seconds, processor seconds, result, peak resident bytes beyond those before the call and the result)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is no memory of this one
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     result = function()
-    seconds = time.perf_counter() - start
-    return seconds, result, _status("VmHWM") - before - result.numel() * result.itemsize
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return seconds, processor, result, _status("VmHWM") - before - result.numel() * result.itemsize
 
 
 def _status(key: str) -> int:
@@ -91,12 +96,14 @@ def measure(millions: int, dtype_name: str, tau: float, threads: int, repeats: i
     for method in (ours, shipped):  # load libraries
         merge_tensors(run_small, method, base_index=0, parameters={"select_topk": tau})
     exact = exact_update(tensors, tau)
-    seconds, memory, errors = {"ours": [], "shipped": []}, {}, {}
+    seconds, processor = {"ours": [], "shipped": []}, {"ours": [], "shipped": []}
+    memory, errors = {}, {}
     for turn in range(repeats):
         for name, method in (("ours", ours), ("shipped", shipped)):
-            spent, merged, extra = peak_beyond(lambda method=method: run(method))
+            spent, busy, merged, extra = peak_beyond(lambda method=method: run(method))
             seconds[name].append(spent)
-            memory[name] = min(memory.get(name, extra), extra)
+            processor[name].append(busy)
+            memory[name] = max(memory.get(name, extra), extra)
             if turn == 0:
                 update = merged[:STRETCH].double() - tensors[0][:STRETCH].double()
                 errors[name] = float((update - exact).norm() / exact.norm())
@@ -109,6 +116,7 @@ def measure(millions: int, dtype_name: str, tau: float, threads: int, repeats: i
             room.copy_(tensor)
         copies.append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    busy = {name: statistics.median(values) for name, values in processor.items()}
     return {
         "elements": elements,
         "dtype": dtype_name,
@@ -117,6 +125,9 @@ def measure(millions: int, dtype_name: str, tau: float, threads: int, repeats: i
         "ours_s": medians["ours"],
         "shipped_s": medians["shipped"],
         "ratio": medians["shipped"] / medians["ours"],
+        "ours_processor_s": busy["ours"],
+        "shipped_processor_s": busy["shipped"],
+        "processor_ratio": busy["shipped"] / busy["ours"],
         "copies": medians["ours"] / statistics.median(copies),
         "ours_extra_bytes_per_element": memory["ours"] / elements,
         "ours_extra_mib": memory["ours"] / 2**20,
@@ -140,8 +151,8 @@ def main() -> None:
         print(json.dumps(measure(int(millions), dtype, float(tau), arguments.threads, arguments.repeats)))
         return
     print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, 5 targets")
-    print(f"{'elements':>9} {'dtype':>9} {'tau':>4} {'ours s':>8} {'shipped s':>9} {'ratio':>6} {'copies':>6}", end="")
-    print(f" {'extra B/el':>10} {'shipped':>8} {'error':>8} {'shipped':>8}")
+    head = ("elements", "dtype", "tau", "ours s", "shipped s", "ratio", "cpu r.", "copies", "extra B", "shipped")
+    print("".join(f"{title:>10}" for title in (*head, "error", "shipped")))
     lines = []
     for millions in arguments.elements:
         for dtype in arguments.dtypes:
@@ -153,13 +164,11 @@ def main() -> None:
                     sys.exit(done.stderr)
                 line = json.loads(done.stdout.splitlines()[-1])
                 lines.append(line)
-                print(
-                    f"{line['elements'] / 1e6:8.0f}M {line['dtype']:>9} {line['tau']:4} {line['ours_s']:8.3f} "
-                    f"{line['shipped_s']:9.2f} {line['ratio']:6.1f} {line['copies']:6.1f} "
-                    f"{line['ours_extra_bytes_per_element']:10.2f} {line['shipped_extra_bytes_per_element']:8.1f} "
-                    f"{line['ours_error']:8.1e} {line['shipped_error']:8.1e}",
-                    flush=True,
-                )
+                cells = [f"{line['elements'] / 1e6:.0f}M", line["dtype"], str(line["tau"]), f"{line['ours_s']:.3f}"]
+                cells += [f"{line[key]:.1f}" for key in ("shipped_s", "ratio", "processor_ratio", "copies")]
+                cells += [f"{line[f'{name}_extra_bytes_per_element']:.2f}" for name in ("ours", "shipped")]
+                cells += [f"{line[f'{name}_error']:.1e}" for name in ("ours", "shipped")]
+                print("".join(f"{cell:>10}" for cell in cells), flush=True)
     print(json.dumps({"benchmark": "merge", "torch": torch.__version__, "lines": lines}))
 
 
