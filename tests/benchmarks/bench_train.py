@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 SHAPES = {
-    "cpu-32k": {"vocab": 32_000, "hidden": 768, "inner": 2048, "layers": 8, "tied": False, "batch": 2, "tokens": 512},
-    "cpu-152k": {"vocab": 151_936, "hidden": 512, "inner": 1536, "layers": 6, "tied": True, "batch": 2, "tokens": 512},
+    "cpu-32k": {"vocab": 32_000, "hidden": 768, "inner": 2048, "layers": 8, "tied": False, "batch": 2, "tokens": 256},
+    "cpu-152k": {"vocab": 151_936, "hidden": 512, "inner": 1536, "layers": 6, "tied": True, "batch": 2, "tokens": 256},
     "mistral-7b": {
         "vocab": 32_002,
         "hidden": 4096,
@@ -75,57 +75,68 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_step(way: str, shape: dict, device: str, steps: int) -> dict:
-    """Median time of forward and backward, peak memory, and the loss for the correctness check.
+def trainer_of(way: str, model, shape: dict, device: str, folder: str):
+    """The trainer of a way: transformers' own, or ours through the lean head or full logits."""
+    from transformers import Trainer, TrainingArguments
+
+    from fusechat_fuse.config import FusionConfig
+    from fusechat_fuse.trainer import FusionTrainer
+
+    options = {"use_cpu": device == "cpu", "disable_tqdm": True, "save_strategy": "no", "bf16": device == "cuda"}
+    if way in ("lean", "full"):
+        return FusionTrainer(model, FusionConfig(folder, lean_head=way == "lean", total_batch_size=1, **options))
+    return Trainer(model, TrainingArguments(folder, remove_unused_columns=False, **options))
+
+
+def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict:
+    """Times of forward and backward of each way, taking turns in one process; peak memory of the process; losses.
 
     Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), dense (full logits and
     the released way of building targets), none (decoder only).
     """
-    from transformers import Trainer, TrainingArguments
-
     from fusechat_fuse.collator import FusionCollator
-    from fusechat_fuse.config import FusionConfig
-    from fusechat_fuse.trainer import FusionTrainer
 
     model = build(shape, device)
-    rows = rows_of(shape, shape["batch"])
-    batch = FusionCollator()(rows)
-    options = {"use_cpu": device == "cpu", "disable_tqdm": True, "save_strategy": "no"}
     if device == "cuda":
-        options |= {"activation_checkpointing": True, "bf16": True}
         model.activation_checkpointing_enable()
+    rows = rows_of(shape, shape["batch"])
     with tempfile.TemporaryDirectory() as folder:
-        if way in ("lean", "full"):
-            arguments = FusionConfig(folder, lean_head=way == "lean", gradient_accumulation_steps=1, **options)
-            trainer = FusionTrainer(model, arguments)
-            # lambda 1 is plain fine-tuning's loss: the same number must come out; the work does not depend on lambda
-            trainer.args.lm_loss_weight = 1.0 if steps == 1 else 0.9
-        else:
-            trainer = Trainer(model, TrainingArguments(folder, remove_unused_columns=False, **options))
-            batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    trainer.current_gradient_accumulation_steps = 1
+        trainers = {way: trainer_of(way, model, shape, device, folder) for way in ways}
+    batch = next(iter(trainers.values()))._prepare_inputs(FusionCollator()(rows))
     count = (batch["labels"] != -100).sum()
-    batch = trainer._prepare_inputs(batch)
-    times, loss = [], 0.0
+    found = {way: {"seconds": [], "lm_loss": None} for way in ways}
     for _ in range(steps):
-        model.zero_grad()
-        started = time.perf_counter()
-        if way == "dense":
-            dense, rewards = dense_targets(rows, shape["vocab"])
-            dense, rewards = [one.to(trainer.args.device) for one in dense], rewards.to(trainer.args.device)
-            logits = model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, use_cache=False).logits
-            loss = dense_loss(logits, batch["labels"].roll(-1, 1), dense, rewards)
-            loss.backward()
-            loss = loss.item()
-        elif way == "none":
-            hidden = model.model(**{n: batch[n] for n in ("input_ids", "attention_mask")}, use_cache=False)
-            hidden.last_hidden_state.float().square().mean().backward()
-        else:
-            loss = trainer.training_step(model, dict(batch), num_items_in_batch=count.to(batch["labels"].device)).item()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(times[1:] or times), "peak": peak_bytes(device), "loss": loss}
+        for way, trainer in trainers.items():
+            trainer.current_gradient_accumulation_steps = 1
+            model.zero_grad()
+            started = time.perf_counter()
+            loss = one_step(way, trainer, model, rows, dict(batch), count, shape["vocab"])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found[way]["seconds"].append(time.perf_counter() - started)
+            if way in ("lean", "full"):
+                loss = trainer._meters["train"].read(trainer.accelerator, 0.9)["lm_loss"]
+            found[way]["lm_loss"] = loss
+    for one in found.values():
+        one["seconds"] = statistics.median(one["seconds"][1:] or one["seconds"])
+    return {**found, "peak": peak_bytes(device)}
+
+
+def one_step(way: str, trainer, model, rows, batch: dict, count, V: int) -> float:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if way == "none":
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+        return 0.0
+    if way == "dense":
+        dense, rewards = dense_targets(rows, V)
+        dense, rewards = [one.to(count.device) for one in dense], rewards.to(count.device)
+        loss = dense_loss(model(**inputs, use_cache=False).logits, batch["shift_labels"], dense, rewards)
+        loss.backward()
+        return loss.item()
+    if way == "plain":
+        batch = {**inputs, "labels": batch["labels"]}
+    return trainer.training_step(model, batch, num_items_in_batch=count).item()
 
 
 def measure_input(shape: dict) -> dict:
@@ -212,23 +223,24 @@ def alone(function: str, *arguments) -> dict:
 
 def step_table(name: str, device: str, steps: int) -> dict:
     shape = SHAPES[name]
-    losses = [alone("measure_step", way, shape, device, 1)["loss"] for way in ("plain", "lean")]
-    if abs(losses[0] - losses[1]) > (2e-2 if device == "cuda" else 1e-4) * losses[0]:
-        raise AssertionError(f"plain fine-tuning and lambda = 1 disagree: {losses}")
-    ways = ["none", "plain", "lean", "full", *(["dense"] if device == "cuda" or name == "smoke" else [])]
-    found = {way: alone("measure_step", way, shape, device, steps) for way in ways}
-    for way in ("plain", "lean"):  # once more, the other way round, against drift of the machine
-        found[way]["seconds"] = min(found[way]["seconds"], alone("measure_step", way, shape, device, steps)["seconds"])
-    plain, none = found["plain"], found["none"]
-    head_of_plain = plain["peak"] - none["peak"]
+    more = ["dense"] if device == "cuda" or name == "smoke" else []  # needs 8 GiB beside a CPU model of 100M
+    ways = ["none", "plain", "lean", "full", *more]
+    found = alone("measure_steps", ways, shape, device, steps)
+    losses = [found[way]["lm_loss"] for way in ("plain", "lean", "full")]
+    if max(losses) - min(losses) > (2e-2 if device == "cuda" else 1e-4) * losses[0]:
+        raise AssertionError(f"the language-model losses disagree: {losses}")
+    peaks = {way: alone("measure_steps", [way], shape, device, 1)["peak"] for way in ways}
+    of_plain = peaks["plain"] - peaks["none"]
     print(f"\n{name}: {shape['batch']} x {shape['tokens']} tokens, half of them prompts, {device}")
     print("way      s/step  of plain   peak MiB  above no head  of plain")
-    for way, one in found.items():
-        one |= {"time_ratio": one["seconds"] / plain["seconds"], "head": one["peak"] - none["peak"]}
-        one["head_ratio"] = one["head"] / head_of_plain
+    for way in ways:
+        one = found[way]
+        one |= {"time_ratio": one["seconds"] / found["plain"]["seconds"], "peak": peaks[way]}
+        one |= {"head": one["peak"] - peaks["none"], "head_ratio": (one["peak"] - peaks["none"]) / of_plain}
         print(
             f"{way:7}{one['seconds']:8.2f}{one['time_ratio']:10.2f}{one['peak'] / 2**20:11.0f}"
-            f"{one['head'] / 2**20:15.0f}{one['head_ratio']:10.2f}"
+            f"{one['head'] / 2**20:15.0f}{one['head_ratio']:10.2f}",
+            flush=True,
         )
     return found
 
