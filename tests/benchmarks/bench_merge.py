@@ -5,8 +5,9 @@
 Each line runs in a process of its own, both methods in turn on the same tensors: five targets, task vectors of standard
 deviation 0.3 : 1 : 3 : 1 : 0.3 times 1e-4. Times are medians. Extra memory is the peak of the resident set during the
 merge beyond inputs and output. Beside the ratio of times stands that of processor seconds (all threads), which other
-programs on the machine disturb less. The error is that of the update (merged minus pivot) relative to the exact one, computed
-in float64 on a stretch of the tensor from exact coefficients and, for tau < 1, an exact threshold.
+programs on the machine disturb less. The error is that of the update (merged minus pivot) relative to the exact one,
+computed in float64 on a stretch of the tensor from exact coefficients and, for tau < 1, an exact threshold; in bfloat16
+what remains is the rounding of the result.
 """
 
 import argparse
