@@ -168,7 +168,7 @@ class Recipe:
     steps: int
 
 
-def pretrain(recipe: Recipe, output: Path, seed: int, batch: int = 64, rate: float = 3e-3) -> int:
+def pretrain(recipe: Recipe, output: Path, seed: int, batch: int = 16, rate: float = 3e-3) -> int:
     """Train a model from scratch on its skills (loss on the answers only), save it, return its number of parameters."""
     torch.set_num_threads(1)  # two models at a time, a core each: such small ones gain little from a second
     set_seed(seed)
@@ -240,9 +240,9 @@ def teach(output: Path, seed: int, scale: float) -> dict[str, int]:
     numbers = unigram_tokenizer(texts, 400, "<s>", "<|end|>", "<|user|>", "<|assistant|>")
     words = byte_level_tokenizer(texts, 600, "<|begin|>", "<|eot|>", "### Human\n", "### Bot\n")
     recipes = {
-        "source-numbers": Recipe(numbers, Phi3Config, 128, 2, NUMBER_SKILLS, round(700 * scale)),
-        "pivot": Recipe(pivot, LlamaConfig, 128, 3, SKILLS, round(240 * scale)),
-        "source-words": Recipe(words, MistralConfig, 112, 2, WORD_SKILLS, round(450 * scale)),
+        "source-numbers": Recipe(numbers, Phi3Config, 96, 2, NUMBER_SKILLS, round(2700 * scale)),
+        "pivot": Recipe(pivot, LlamaConfig, 128, 2, SKILLS, round(1000 * scale)),
+        "source-words": Recipe(words, MistralConfig, 80, 2, WORD_SKILLS, round(2300 * scale)),
     }
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         taught = {
@@ -283,7 +283,7 @@ def pipeline(output: Path, seed: int, epochs: float) -> None:
         )
     runs = {"plain": ("numbers", 1.0), "target-numbers": ("numbers", LM_WEIGHT), "target-words": ("words", LM_WEIGHT)}
     for name, (aligned, weight) in runs.items():
-        sizes = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 32, "--total_batch_size", 32)
+        sizes = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 16, "--total_batch_size", 16)
         options = (
             "--learning_rate",
             1e-3,

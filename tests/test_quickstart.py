@@ -40,9 +40,11 @@ def test_prints_the_table_and_writes_it(run):
 
 def test_models_learned_and_sources_have_their_own_skills(run):
     scores = json.loads((run[0] / "results.json").read_text())["exact_match"]
-    assert all(scores["source-words"][skill] > 0.2 for skill in ("last", "capitals"))
-    assert all(scores["source-words"][skill] == 0 for skill in quickstart.NUMBER_SKILLS)
-    assert all(scores["source-numbers"][skill] == 0 for skill in quickstart.WORD_SKILLS)
+    numbers, words = scores["source-numbers"], scores["source-words"]
+    assert sum(numbers[skill] for skill in quickstart.NUMBER_SKILLS) > 0.6
+    assert sum(words[skill] for skill in quickstart.WORD_SKILLS) > 0.6
+    assert all(numbers[skill] == 0 for skill in quickstart.WORD_SKILLS)
+    assert all(words[skill] == 0 for skill in quickstart.NUMBER_SKILLS)
     for name in ("plain", "target-numbers", "target-words", "merged"):
         assert scores[name]["overall"] > scores["pivot"]["overall"]
 
