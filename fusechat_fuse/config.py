@@ -64,7 +64,7 @@ class FusionConfig(TrainingArguments):
     )
     head_chunks: int = field(
         default=8,
-        metadata={"help": "Calls of lm_head per batch where its weight is sharded: the same number on every rank."},
+        metadata={"help": "Calls of lm_head per batch where it is not a plain Linear (adapters): equal on every rank."},
     )
     total_batch_size: int = field(
         default=128,
