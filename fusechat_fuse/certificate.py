@@ -164,7 +164,8 @@ def summary_lines(figures: dict) -> list[str]:
             f"slice {name}: coverage {percent(part['coverage'])}, gap {bits(part['gap_bits_per_byte'])}, "
             f"{part['predicted_tokens']} tokens"
         )
-    if figures.get("worst"):
-        worst = ", ".join(f"{row['id']} {bits(row['gap_bits_per_byte'])}" for row in figures["worst"])
-        lines.append(f"largest gaps: {worst}")
+    worst = [row for row in figures.get("worst", []) if row["gap_bits_per_byte"] >= 5e-5]  # what prints as 0 is no gap
+    if worst:
+        shown = ", ".join(f"{row['id']} {bits(row['gap_bits_per_byte'])}" for row in worst)
+        lines.append(f"largest gaps: {shown}")
     return lines
