@@ -217,7 +217,7 @@ def _stream(rows: list[dict], side: Side, *, with_topk: bool):
     place = line_up(conversation, message, start)
     kept = width > 0
     arrays = {
-        "ids": ids.astype(np.int64),
+        "ids": ids,
         "start": place,
         "end": place + width,
         "header": np.where(side.lengths[ids] > 0, np.maximum(side.lengths[ids] - width, 0), 0),

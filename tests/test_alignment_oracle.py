@@ -21,7 +21,6 @@ PAIRS = [
     ("qwen", "llama3"),
     ("tiny_bpe", "tiny_unigram"),
     ("tiny_unigram", "tiny_bpe"),
-    ("tiny_unigram", "qwen"),
 ]
 
 
@@ -60,7 +59,7 @@ def tokens_of(row, *, source: bool) -> list[dict]:
 
 def conversations(seed: int) -> list[list[str]]:
     rng = random.Random(seed)
-    texts = [*TEXTS, *random_texts(seed, 8)]
+    texts = [*TEXTS, *random_texts(seed, 5)]
     texts = [text.strip(" ") or "x" for text in texts] if seed % 2 else texts
     return [[text] if rng.random() < 0.5 else [text, rng.choice(texts)] for text in texts if text]
 
