@@ -1,6 +1,6 @@
 """What a representation costs: against the bare forward pass, against the released procedure, on disk, and under kills.
 
-    python tests/benchmarks/bench_represent.py [--vocab 32k 152k] [--conversations 16] [--repeats 3] [--threads 2]
+    python -m tests.benchmarks.bench_represent [--vocab 32k 152k] [--conversations 16] [--repeats 3] [--threads 2]
 
 1. `represent` (tokenizing, templates, hashing, writing included) over the bare forward passes of the same model on the
    same length-sorted batches, padded to their longest and without an attention mask, tokens ready: time and peak
@@ -153,7 +153,17 @@ def child(arguments) -> None:
 
 
 def measure(kind: str, vocabulary: str, arguments, conversations: int) -> dict:
-    command = [sys.executable, __file__, "--child", kind, "--vocab", vocabulary, "--threads", str(arguments.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--child",
+        kind,
+        "--vocab",
+        vocabulary,
+        "--threads",
+        str(arguments.threads),
+    ]
     command += ["--conversations", str(conversations), "--budget", str(arguments.budget)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
