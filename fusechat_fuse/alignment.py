@@ -30,6 +30,7 @@ MAPPINGS = ("exact", "min_edit", "statistics", "prefix")
 SHARD = 256
 _BATCH_TOKENS = 8192
 _WORST = 10
+_LEAST_MASS = 6e-8  # of an answered position: what float16 can tell from 0, which means no answer
 logger = logging.getLogger(__name__)
 
 
@@ -112,9 +113,7 @@ def _check_options(mapping: str, num_proc, fail_under_coverage, counts) -> None:
     if mapping not in MAPPINGS:
         raise InputError(f"value for mapping: expected one of {', '.join(MAPPINGS)}, got {mapping!r}. Use one of them.")
     if counts is not None and mapping != "statistics":
-        raise InputError(
-            f"value for counts: expected mapping statistics beside it, got {mapping!r}. Leave counts out."
-        )
+        raise InputError(f"value for counts: expected mapping statistics beside it, got {mapping!r}. Leave counts out.")
     if num_proc is not None and int(num_proc) < 1:
         raise InputError(f"value for num_proc: expected at least 1, got {num_proc}. Leave it out for one process.")
     if fail_under_coverage is not None and not 0 <= float(fail_under_coverage) <= 1:
@@ -344,7 +343,7 @@ def _aligned_rows(pivot_rows, source_rows, batch: Batch, mapped: Mapped) -> list
     """The pivot's rows with the source's columns."""
     P = len(batch.kept)
     ids, probs = mapped.ids, mapped.probs.astype(np.float32)
-    token_ce, mass = -mapped.log_actual, mapped.mass
+    token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.maximum(mapped.mass, _LEAST_MASS), 0.0)
     if not batch.kept.all():  # an empty token has no answer
         full = np.full((P, ids.shape[1]), -1, np.int32), np.zeros((P, ids.shape[1]), np.float32)
         full[0][batch.kept], full[1][batch.kept] = ids, probs

@@ -164,7 +164,7 @@ def summary_lines(figures: dict) -> list[str]:
             f"slice {name}: coverage {percent(part['coverage'])}, gap {bits(part['gap_bits_per_byte'])}, "
             f"{part['predicted_tokens']} tokens"
         )
-    worst = [row for row in figures.get("worst", []) if row["gap_bits_per_byte"] >= 5e-5]  # what prints as 0 is no gap
+    worst = [row for row in figures.get("worst", []) if abs(row["gap_bits_per_byte"]) >= 5e-5]  # else 0
     if worst:
         shown = ", ".join(f"{row['id']} {bits(row['gap_bits_per_byte'])}" for row in worst)
         lines.append(f"largest gaps: {shown}")
