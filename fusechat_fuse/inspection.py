@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment import align_batch, became, make_batch
+from fusechat_fuse.batch import align_batch, became, make_batch
 from fusechat_fuse.certificate import summary_lines
 from fusechat_fuse.correspondence import EXACT, INSIDE
 from fusechat_fuse.errors import InputError

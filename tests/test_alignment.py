@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fusechat_fuse import alignment
-from fusechat_fuse.alignment import align, align_batch, make_batch
+from fusechat_fuse.alignment import align
+from fusechat_fuse.batch import align_batch, make_batch
 from fusechat_fuse.certificate import CoverageError, stretches, summary_lines
 from fusechat_fuse.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
 from fusechat_fuse.errors import InputError

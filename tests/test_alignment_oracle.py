@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment import align_batch, make_batch
+from fusechat_fuse.batch import align_batch, make_batch
 from fusechat_fuse.certificate import FLOOR, tally
 from fusechat_fuse.pairing import Pair
 from fusechat_fuse.vocabulary import PairCounts

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment import SHARD, Job, collect_counts, make_batch, run_shards
+from fusechat_fuse.alignment import SHARD, Job, collect_counts, run_shards
+from fusechat_fuse.batch import make_batch
 from fusechat_fuse.correspondence import correspond
 from fusechat_fuse.pairing import Pair
 from fusechat_fuse.representation import Representation, ShardWriter

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment import align, make_batch
+from fusechat_fuse.alignment import align
+from fusechat_fuse.batch import make_batch
 from fusechat_fuse.certificate import certificate, tally
 from fusechat_fuse.correspondence import correspond
 from fusechat_fuse.mapping import Mapped
