@@ -39,12 +39,20 @@ def distribution(site, name, version, entry_points=""):
 
 
 def python(site, code, **environment):
-    """Output of a process that has run the .pth line first."""
+    """Output of a process that has run the .pth line first. With a stand-in for mergekit, what is installed here is out
+    of sight: no site-packages, and our package without the metadata that may lie beside it."""
     start_up = (ROOT / "fusechat_merge.pth").read_text().strip()
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FUSECHAT")}
+    stand_in, ours = (site / "mergekit").is_dir(), ROOT
+    if stand_in:
+        ours = site / "ours"
+        ours.mkdir(exist_ok=True)
+        if not (ours / "fusechat_merge").exists():
+            (ours / "fusechat_merge").symlink_to(ROOT / "fusechat_merge")
     result = subprocess.run(
-        [sys.executable, "-c", f"{start_up}\n{code}"],
-        env={**kept, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1", **environment},
+        [sys.executable, *(["-S"] if stand_in else []), "-c", f"{start_up}\n{code}"],
+        env={**kept, "PYTHONPATH": f"{site}{os.pathsep}{ours}", "HF_HUB_OFFLINE": "1", **environment},
+        cwd=site,
         capture_output=True,
         text=True,
         check=False,
