@@ -240,9 +240,9 @@ def teach(output: Path, seed: int, scale: float) -> dict[str, int]:
     numbers = unigram_tokenizer(texts, 400, "<s>", "<|end|>", "<|user|>", "<|assistant|>")
     words = byte_level_tokenizer(texts, 600, "<|begin|>", "<|eot|>", "### Human\n", "### Bot\n")
     recipes = {
-        "source-numbers": Recipe(numbers, Phi3Config, 96, 2, NUMBER_SKILLS, round(2700 * scale)),
-        "pivot": Recipe(pivot, LlamaConfig, 128, 2, SKILLS, round(1000 * scale)),
-        "source-words": Recipe(words, MistralConfig, 80, 2, WORD_SKILLS, round(2300 * scale)),
+        "source-numbers": Recipe(numbers, Phi3Config, 96, 2, NUMBER_SKILLS, round(2400 * scale)),
+        "pivot": Recipe(pivot, LlamaConfig, 96, 2, SKILLS, round(450 * max(scale, 0.6))),
+        "source-words": Recipe(words, MistralConfig, 80, 2, WORD_SKILLS, round(2000 * scale)),
     }
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         taught = {
@@ -360,7 +360,7 @@ def main() -> None:
     sizes = teach(output, options.seed, 0.3 if options.fast else 1.0)
     rows = conversations(SKILLS, 400 if options.fast else 1000, options.seed + 10, wrong=WRONG_ANSWERS)
     (output / "conversations.json").write_text(json.dumps(rows, indent=1))
-    pipeline(output, options.seed, 8.0 if options.fast else 16.0)
+    pipeline(output, options.seed, 6.0 if options.fast else 13.0)
 
     questions = test_questions(60 if options.fast else 100, options.seed + 11)
     names = ("pivot", "source-numbers", "source-words", "plain", "target-numbers", "target-words", "merged")
