@@ -115,6 +115,7 @@ def weight_fingerprint(model) -> str:
 
 
 def check_model(model, tokenizer) -> None:
+    """Raise InputError unless `model` is a model directory, may be a Hub name, or is a loaded model with a tokenizer."""
     if not isinstance(model, (str, Path)):
         if tokenizer is None:
             raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
@@ -149,6 +150,14 @@ def positions_of(model, trust_remote_code: bool = False) -> int | None:
 
 
 def load_model(name_or_path, *, device, dtype, device_map, attn_implementation, trust_remote_code):
+    """The causal language model in evaluation mode.
+
+    Args:
+        name_or_path: directory or Hub name; a loaded model is returned as it is.
+        device: where to put it; None: the GPU if there is one. Left to `device_map` where that is given.
+        dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
+    Raises: InputError where there is no such model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -143,6 +143,7 @@ def test_same_ids_under_another_chat_template_are_the_same_tokenizer(pivot, data
     own.chat_template = "{{ messages[0].content }}"
     own.save_pretrained(copy)
     train(copy, data, config(tmp_path / "t", max_steps=1))
+    assert tokenizer().from_pretrained(tmp_path / "t").chat_template == own.chat_template
 
 
 def test_saved_in_another_precision(pivot, data, tmp_path):
