@@ -115,7 +115,7 @@ def weight_fingerprint(model) -> str:
 
 
 def check_model(model, tokenizer) -> None:
-    """Raise InputError unless `model` is a model directory, may be a Hub name, or is a loaded model with a tokenizer."""
+    """Raise InputError unless `model` is a model directory, a possible Hub name, or loaded and with a tokenizer."""
     if not isinstance(model, (str, Path)):
         if tokenizer is None:
             raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
