@@ -8,13 +8,14 @@ bit-for-bit reproducibility.
 Shape letters: M targets, C elements of a piece.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import BLOCK, Chunks, Piece, blocks
+from fusechat_merge.chunks import BLOCK, Chunks, Piece, blocks, sums_of_blocks
 from fusechat_merge.selection import Selection, select
 
 SELECT_SCOPES = ("all", "coefficients")
@@ -221,19 +222,23 @@ def _calculate(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Se
 
 
 def _square_sums(chunks: Chunks, selection: Selection | None) -> Tensor:
-    """sum(d_j^2) over the selected elements, float64 [M], on the CPU."""
+    """sum(d_j^2) over the selected elements, float64 [M], on the CPU; not finite where the pivot is not."""
     partial = torch.zeros(len(chunks.targets), blocks(chunks.numel), dtype=chunks.dtype, device=chunks.device)
 
-    def step(piece: Piece) -> None:
-        _, rows = piece.task_vectors()
-        if selection:
-            rows.mul_(selection.mask(piece, piece.scratch[0]))
-        torch.mul(rows, rows, out=rows)
+    def step(piece: Piece) -> bool:
+        places = selection.places(piece) if selection else None
+        base, rows = piece.task_vectors(places)
         first = piece.start // BLOCK
-        torch.sum(rows.view(len(rows), -1, BLOCK), -1, out=partial[:, first : first + piece.width // BLOCK])
+        sums = partial[:, first : first + blocks(piece.length)]
+        if places is None:
+            torch.sum(torch.mul(rows, rows, out=rows).view(len(rows), -1, BLOCK), -1, out=sums)
+            return True  # NaN and inf show in the sums
+        squares = torch.mul(rows, rows, out=rows)[:, : len(base)]
+        sums.copy_(sums_of_blocks(squares, places, sums.shape[1]))
+        return math.isfinite(piece.of(chunks.pivot).sum())
 
-    chunks.each(step, scratch=1)
-    return partial.cpu().double().sum(1)
+    finite = all(chunks.each(step))
+    return partial.cpu().double().sum(1) if finite else torch.full((len(chunks.targets),), math.nan)
 
 
 def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
@@ -252,36 +257,39 @@ def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
 def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch: Watch | None) -> Tensor:
     """Steps 3 and 4: merged = pivot + s * sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0]."""
     chunks = plan.chunks
-    coefficients = _column(plan.coefficients * 2.0**40, chunks)  # keeps small products normal; cancels in the quotient
+    coefficients = _working(plan.coefficients * 2.0**40, chunks)  # small products stay normal; cancels in the quotient
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
-        base, rows = piece.task_vectors()  # [length], [M, C]
-        sign, update, divisor = piece.scratch
-        if selection:
-            rows.mul_(selection.mask(piece, sign))
+        places = selection.places(piece) if selection else None
+        base, rows = piece.task_vectors(places)  # [c], [M, C]
+        sign, update, divisor = piece.scratch(3, rows.shape[1])
         majority_sign(rows, out=sign)
         if watch:
-            watch(piece.start // chunks.size, rows[:, : piece.length], sign[: piece.length])
+            watch(piece.start // chunks.size, rows[:, : len(base)], sign[: len(base)])
         rows.mul_(sign).relu_()  # (s d_j)^+: what agrees with the majority
-        torch.sum(rows.mul_(coefficients), 0, out=update)
-        torch.sum(rows.sign_().mul_(coefficients), 0, out=divisor)
+        torch.mv(rows.t(), coefficients, out=update)
+        torch.mv(rows.sign_().t(), coefficients, out=divisor)
         divisor.clamp_(min=torch.finfo(chunks.dtype).tiny)
-        update.div_(divisor).mul_(sign)
-        merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
+        update, divisor = update.mul_(sign)[: len(base)], divisor[: len(base)]
+        changed = torch.addcdiv(base, update, divisor, out=update)
+        if places is None:
+            piece.of(merged).copy_(changed)
+        else:
+            piece.of(merged).copy_(piece.of(chunks.pivot)).index_copy_(0, places, changed.to(merged.dtype))
 
-    chunks.each(step, scratch=3)
+    chunks.each(step)
     return out
 
 
 def majority_sign(rows: Tensor, out: Tensor) -> Tensor:
-    """s = +1 where the rows [M, C] add up to >= 0, else -1, written to `out` [C]."""
-    return torch.sum(rows, 0, out=out).sign_().add_(0.5).sign_()
+    """s = +1 where the rows [M, C] add up to >= 0, else -1, written to `out` [C] (a sum is -0 only where all are 0)."""
+    return torch.copysign(out.new_ones(1), torch.sum(rows, 0, out=out), out=out)
 
 
-def _column(coefficients: Tensor, chunks: Chunks) -> Tensor:
-    """Coefficients [M, 1] in the working precision."""
-    return coefficients.to(chunks.device, chunks.dtype).unsqueeze(1)
+def _working(coefficients: Tensor, chunks: Chunks) -> Tensor:
+    """Coefficients [M] in the working precision, beside the tensors."""
+    return coefficients.to(chunks.device, chunks.dtype)
 
 
 # --- VaRM --------------------------------------------------------------------------------------------------------
@@ -289,17 +297,18 @@ def _column(coefficients: Tensor, chunks: Chunks) -> Tensor:
 
 def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
     """merged = pivot + sum_j W_j d_j."""
-    chunks, ratios = plan.chunks, _column(plan.coefficients, plan.chunks)
+    chunks, ratios = plan.chunks, _working(plan.coefficients, plan.chunks)
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
         base, rows = piece.task_vectors()
         if watch:
             watch(piece.start // chunks.size, rows[:, : piece.length], None)
-        update = torch.sum(rows.mul_(ratios), 0, out=piece.scratch[0])
-        merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
+        (update,) = piece.scratch(1, rows.shape[1])
+        torch.mv(rows.t(), ratios, out=update)
+        piece.of(merged).copy_(update[: piece.length].add_(base))
 
-    chunks.each(step, scratch=1)
+    chunks.each(step)
     return out
 
 
@@ -314,7 +323,7 @@ def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor, watch: W
         base, rows = piece.task_vectors()
         if watch:
             watch(piece.start // chunks.size, rows[:, : piece.length], None)
-        largest, square, update, divisor = piece.scratch
+        largest, square, update, divisor = piece.scratch(4, rows.shape[1])
         for row in (largest, update, divisor):
             row.zero_()
         for row, prior in zip(rows, priors):
@@ -328,9 +337,9 @@ def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor, watch: W
                 divisor.add_(square)
                 update.add_(square.mul_(row))
         update.div_(divisor.clamp_(min=tiny)).mul_(largest)
-        merged[piece.start : piece.stop].copy_(update[: piece.length].add_(base))
+        piece.of(merged).copy_(update[: piece.length].add_(base))
 
-    chunks.each(step, scratch=4)
+    chunks.each(step)
     return out
 
 

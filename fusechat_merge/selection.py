@@ -13,6 +13,7 @@ outside, the pass is repeated with a wider band. Memory: one byte for each eleme
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,14 +34,11 @@ class Selection:
     """
 
     def __init__(self, keep: Tensor, kept: int, differing: int):
-        self._keep = keep.view(torch.uint8)  # bytes 0 and 1 convert faster than booleans do
-        self.kept, self.differing = kept, differing
+        self._keep, self.kept, self.differing = keep, kept, differing
 
-    def mask(self, piece: Piece, out: Tensor) -> Tensor:
-        """1 where an element of the piece is kept, else 0, written to the front of `out` [C]; the rest is zero."""
-        out[: piece.length].copy_(self._keep[piece.start : piece.stop])
-        out[piece.length :] = 0
-        return out
+    def places(self, piece: Piece) -> Tensor:
+        """Where in the piece the kept elements are, int64 [c], ascending."""
+        return _flatnonzero(piece.of(self._keep))
 
 
 def select(chunks: Chunks, tau: float) -> Selection:
@@ -54,7 +52,7 @@ def select(chunks: Chunks, tau: float) -> Selection:
         FloatingPointError: a difference of two targets is not finite.
     """
     keep = torch.empty(chunks.numel, dtype=torch.bool, device=chunks.device)
-    for deviations in (6.0, 60.0, math.inf):
+    for deviations in (4.0, 40.0, math.inf):
         ((low, high),) = spread(lambda: lambda width: _band(chunks, tau, width), [deviations], chunks.device)
         differing, above, places = _classify(chunks, low, high, keep)
         kept = math.floor(tau * differing)
@@ -66,36 +64,36 @@ def select(chunks: Chunks, tau: float) -> Selection:
 
 
 def _rounding(chunks: Chunks) -> float:
-    """Bound of the relative error of a variance in the working precision."""
-    return 16 * len(chunks.targets) * torch.finfo(chunks.dtype).eps
+    """Bound of the relative error of `_spread` in the working precision: its second term is at most M times it."""
+    return 4 * (len(chunks.targets) + 1) ** 2 * torch.finfo(chunks.dtype).eps
 
 
 def _band(chunks: Chunks, tau: float, deviations: float) -> tuple[float, float]:
     """Variances (low, high) that the threshold lies between, but for an error of so many standard deviations."""
     if chunks.numel <= RANK_ALL or deviations == math.inf:
-        return 0.0, math.inf
+        return -math.inf, math.inf
     count = min(SAMPLE, chunks.numel // 64)
     places = torch.randint(chunks.numel, (count,), generator=torch.Generator().manual_seed(0)).to(chunks.device)
     first, *others = [target[places].to(chunks.dtype) for target in chunks.targets]
     rows = torch.stack([other - first for other in others]) if others else first.new_zeros(1, count)
     differing = int(torch.count_nonzero(rows.abs().sum(0)))
-    variance = _spread(rows, torch.empty_like(first), out=torch.empty_like(first)).sort(descending=True).values
+    variance = _spread(rows, torch.empty_like(first), out=torch.empty_like(first)).cpu().numpy()
+    variance[::-1].sort()  # descending
     rank = tau * differing
     error = math.sqrt(rank * (1 - rank / count)) + tau * math.sqrt(differing * (1 - differing / count))
     margin = math.ceil(deviations * (error + 1))
     first_place, last_place = math.floor(rank) - margin, math.ceil(rank) + margin
     high = float(variance[first_place]) * (1 + 2 * _rounding(chunks)) if first_place >= 0 else math.inf
-    low = float(variance[last_place]) * (1 - 2 * _rounding(chunks)) if last_place < count else 0.0
-    return (0.0 if low < TRUSTED_VARIANCE else low), (math.inf if high < TRUSTED_VARIANCE else high)
+    low = float(variance[last_place]) * (1 - 2 * _rounding(chunks)) if last_place < count else -math.inf
+    return (-math.inf if low < TRUSTED_VARIANCE else low), (math.inf if high < TRUSTED_VARIANCE else high)
 
 
-def _spread(rows: Tensor, mean: Tensor, out: Tensor) -> Tensor:
-    """M times the variance of M numbers, the first being 0 and the others `rows` [M - 1, C], to `out` [C]. Overwrites
-    the rows and leaves the mean in `mean` [C]."""
-    torch.sum(rows, 0, out=mean).div_(len(rows) + 1)
-    rows.sub_(mean).mul_(rows)
-    torch.sum(rows, 0, out=out)
-    return out.add_(mean.mul_(mean))
+def _spread(rows: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """M times the variance of M numbers, the first being 0 and the others e_j = `rows` [M - 1, C]: sum(e_j^2) -
+    sum(e_j)^2 / M, to `out` [C]. Overwrites the rows; leaves sum(e_j) in `total` [C]."""
+    torch.sum(rows, 0, out=total)
+    torch.sum(rows.mul_(rows), 0, out=out)
+    return out.addcmul_(total, total, value=-1 / (len(rows) + 1))
 
 
 def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[int, int, Tensor]:
@@ -105,34 +103,46 @@ def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[in
 
     def step(piece: Piece) -> tuple[int, int, Tensor]:
         rows = piece.differences(others, piece.working(first))[:, : piece.length]
-        mean, variance, square = piece.scratch[:, : piece.length]
-        _spread(rows, mean, out=variance)
-        square.copy_(variance).sub_(TRUSTED_VARIANCE).sign_().relu_()
-        differing = float(square.sum())
-        if math.isnan(differing):
+        total, variance = piece.scratch(2, piece.length)
+        _spread(rows, total, out=variance)
+        above = _greater(variance, high, out=piece.of(keep))
+        inside = total.view(torch.bool)[: piece.length]
+        places = _flatnonzero(_greater(variance, low, out=inside).bitwise_xor_(above)) + piece.start
+        least, differing = float(variance.amin()), piece.length
+        if math.isnan(least):
             raise FloatingPointError
-        if differing < piece.length:  # squares that vanished: any difference counts
+        if least < TRUSTED_VARIANCE:  # squares that vanished: any difference counts
             rows = piece.differences(others, piece.working(first))[:, : piece.length]
-            differing = int(torch.count_nonzero(torch.sum(rows.abs_(), 0, out=square)))
-        # 0/1 in the working precision: comparisons to booleans are several times slower
-        above = torch.sub(variance, high, out=mean).sign_().relu_() if high < math.inf else mean.zero_()
-        inside = variance.sub_(low).sign_().relu_().sub_(above) if low else variance.zero_().add_(1).sub_(above)
-        places = torch.nonzero(inside.bool()).flatten() + piece.start
-        keep[piece.start : piece.stop].copy_(above)
-        return int(differing), int(above.sum()), places
+            differing = int(torch.count_nonzero(torch.sum(rows.abs_(), 0, out=total)))
+        return differing, int(torch.count_nonzero(above)), places
 
     nothing = (0, 0, torch.empty(0, dtype=torch.int64, device=chunks.device))
-    differing, above, places = zip(*(chunks.each(step, scratch=3) or [nothing]))
+    differing, above, places = zip(*(chunks.each(step) or [nothing]))
     return sum(differing), sum(above), torch.cat(places)
+
+
+def _greater(values: Tensor, bound: float, out: Tensor) -> Tensor:
+    """values > bound to the booleans `out`; on a CPU by numpy, whose comparison is six times as fast."""
+    if values.device.type == "cpu":
+        np.greater(values.numpy(), bound, out=out.numpy())
+        return out
+    return torch.gt(values, bound, out=out)
+
+
+def _flatnonzero(flags: Tensor) -> Tensor:
+    """Places where a flat boolean tensor is True, int64; on a CPU by numpy, likewise."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return torch.nonzero(flags).flatten()
 
 
 def _ranks(chunks: Chunks, places: Tensor) -> Tensor:
     """M sum_j e_j^2 - (sum_j e_j)^2 at these places, e_j = target_j - target_0: M^2 times the variance, on the CPU in
     float64, rounded to 41 bits so that equal variances are equal numbers."""
-    first = chunks.targets[0][places].cpu().double()
+    first = torch.index_select(chunks.targets[0], 0, places).cpu().double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
     for target in chunks.targets[1:]:
-        difference = target[places].cpu().double() - first
+        difference = torch.index_select(target, 0, places).cpu().double().sub_(first)
         total += difference
         square += difference * difference
     exact = len(chunks.targets) * square - total * total

@@ -136,7 +136,9 @@ def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
 def keep_mask(pivot, targets, tau):
     walk = chunks.Chunks(pivot, targets, F32)
     chosen = selection.select(walk, tau)
-    return torch.cat(walk.each(lambda p: chosen.mask(p, p.scratch[0])[: p.length].clone(), 1)), chosen
+    mask = torch.zeros(walk.numel)
+    mask[torch.cat(walk.each(lambda piece: chosen.places(piece) + piece.start))] = 1.0
+    return mask, chosen
 
 
 @pytest.mark.parametrize("arrangement", ["shuffled", "sorted", "ties", "mostly equal", "adversarial", "dead"])
