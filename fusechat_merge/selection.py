@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import Chunks, Piece, spread
+from fusechat_merge.chunks import Chunks, Piece, on_cpu, spread
 
 SAMPLE = 1 << 16  # at most so many elements, and at most one in 64, tell the band by their variances
 RANK_ALL = 1 << 14  # in a tensor of no more elements than that the band is everything
@@ -123,7 +123,7 @@ def _classify(chunks: Chunks, low: float, high: float, keep: Tensor) -> tuple[in
 
 def _greater(values: Tensor, bound: float, out: Tensor) -> Tensor:
     """values > bound to the booleans `out`; on a CPU by numpy, whose comparison is six times as fast."""
-    if values.device.type == "cpu":
+    if on_cpu(values):
         np.greater(values.numpy(), bound, out=out.numpy())
         return out
     return torch.gt(values, bound, out=out)
@@ -131,7 +131,7 @@ def _greater(values: Tensor, bound: float, out: Tensor) -> Tensor:
 
 def _flatnonzero(flags: Tensor) -> Tensor:
     """Places where a flat boolean tensor is True, int64; on a CPU by numpy, likewise."""
-    if flags.device.type == "cpu":
+    if on_cpu(flags):
         return torch.from_numpy(np.flatnonzero(flags.numpy()))
     return torch.nonzero(flags).flatten()
 

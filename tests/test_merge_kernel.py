@@ -191,6 +191,21 @@ def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtyp
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.003])
+def test_operations_for_accelerators_give_the_same(monkeypatch, tau):
+    pivot, targets = family((150_001,), (F32,) * 4, seed=22)
+    targets = [torch.cat([target[:140_000], pivot[140_000:]]) for target in targets]  # blocks without a kept element
+    mask, chosen = keep_mask(pivot, targets, tau)
+    merged, eta = sce_merge(pivot, targets, select_topk=tau), sce_coefficients(pivot, targets, select_topk=tau)
+    for module in (chunks, selection):
+        monkeypatch.setattr(module, "on_cpu", lambda tensor: False)
+    again, chosen_again = keep_mask(pivot, targets, tau)
+    assert torch.equal(again, mask)
+    assert (chosen_again.kept, chosen_again.differing) == (chosen.kept, chosen.differing)
+    assert sce_coefficients(pivot, targets, select_topk=tau).tolist() == pytest.approx(eta.tolist(), rel=1e-6)
+    torch.testing.assert_close(sce_merge(pivot, targets, select_topk=tau), merged, rtol=1e-6, atol=0)
+
+
 def test_threads_of_the_caller_keep_their_setting():
     pivot, targets = family((200_000,), (F32,) * 3)
     threads = torch.get_num_threads()
