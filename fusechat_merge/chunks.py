@@ -20,6 +20,7 @@ from torch import Tensor
 
 BLOCK = 1024  # elements whose squares are added in the working precision before float64 takes over
 CPU_CHUNK = 1 << 18  # elements of a piece: large beside Python's cost of a call, small beside the processor's cache
+CPU_MEMORY = 1 << 26  # bytes that the threads' memory may take together: with many of them their pieces are smaller
 ACCELERATOR_CHUNK = 1 << 23
 SCRATCH = 4  # rows of scratch memory that a step may use
 
@@ -124,7 +125,9 @@ class Chunks:
         self.numel = self.pivot.numel()
         self.dtype = dtype
         self.device = pivot.device
-        largest = CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK
+        self._rows = len(self.targets) + 1 + SCRATCH
+        fit = CPU_MEMORY // (torch.get_num_threads() * self._rows * dtype.itemsize * BLOCK) * BLOCK
+        largest = max(BLOCK, min(CPU_CHUNK, fit)) if self.device.type == "cpu" else ACCELERATOR_CHUNK
         self.size = min(largest, max(1, blocks(self.numel)) * BLOCK)
         self._memory: list[Tensor] = []
 
@@ -136,8 +139,7 @@ class Chunks:
         def prepare() -> Callable[[int], object]:
             memory = next(free, None)
             if memory is None:
-                rows = len(self.targets) + 1 + SCRATCH
-                memory = torch.empty(rows, self.size, dtype=self.dtype, device=self.device)
+                memory = torch.empty(self._rows, self.size, dtype=self.dtype, device=self.device)
                 self._memory.append(memory)
             return lambda start: step(Piece(self, memory, start))
 

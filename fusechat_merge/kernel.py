@@ -215,6 +215,11 @@ def _calculate(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Se
             _check_finite(pivot, targets)
         elif dtype == torch.float64 or _within_float32(sums, chunks):
             break
+    else:
+        raise ValueError(
+            "task vectors for a merge: expected squares within float64, got larger ones. "
+            "Repair or leave out that model."
+        )
     prior = torch.ones_like(sums) if weights is None else torch.tensor([float(w) for w in weights], dtype=sums.dtype)
     weighted = prior * sums
     denominator = weighted.sum()
@@ -235,7 +240,7 @@ def _square_sums(chunks: Chunks, selection: Selection | None) -> Tensor:
             return True  # NaN and inf show in the sums
         squares = torch.mul(rows, rows, out=rows)[:, : len(base)]
         sums.copy_(sums_of_blocks(squares, places, sums.shape[1]))
-        return math.isfinite(piece.of(chunks.pivot).sum())
+        return all(math.isfinite(extreme) for extreme in torch.aminmax(piece.of(chunks.pivot)))
 
     finite = all(chunks.each(step))
     return partial.cpu().double().sum(1) if finite else torch.full((len(chunks.targets),), math.nan)
@@ -257,7 +262,7 @@ def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
 def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch: Watch | None) -> Tensor:
     """Steps 3 and 4: merged = pivot + s * sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0]."""
     chunks = plan.chunks
-    coefficients = _working(plan.coefficients * 2.0**40, chunks)  # small products stay normal; cancels in the quotient
+    coefficients = _column(plan.coefficients * 2.0**40, chunks)  # keeps small products normal; cancels in the quotient
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
@@ -268,8 +273,8 @@ def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch:
         if watch:
             watch(piece.start // chunks.size, rows[:, : len(base)], sign[: len(base)])
         rows.mul_(sign).relu_()  # (s d_j)^+: what agrees with the majority
-        torch.mv(rows.t(), coefficients, out=update)
-        torch.mv(rows.sign_().t(), coefficients, out=divisor)
+        torch.sum(rows.mul_(coefficients), 0, out=update)  # no matrix product: its precision is a setting of torch's
+        torch.sum(rows.sign_().mul_(coefficients), 0, out=divisor)
         divisor.clamp_(min=torch.finfo(chunks.dtype).tiny)
         update, divisor = update.mul_(sign)[: len(base)], divisor[: len(base)]
         changed = torch.addcdiv(base, update, divisor, out=update)
@@ -287,9 +292,9 @@ def majority_sign(rows: Tensor, out: Tensor) -> Tensor:
     return torch.copysign(out.new_ones(1), torch.sum(rows, 0, out=out), out=out)
 
 
-def _working(coefficients: Tensor, chunks: Chunks) -> Tensor:
-    """Coefficients [M] in the working precision, beside the tensors."""
-    return coefficients.to(chunks.device, chunks.dtype)
+def _column(coefficients: Tensor, chunks: Chunks) -> Tensor:
+    """Coefficients [M, 1] in the working precision."""
+    return coefficients.to(chunks.device, chunks.dtype).unsqueeze(1)
 
 
 # --- VaRM --------------------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def _working(coefficients: Tensor, chunks: Chunks) -> Tensor:
 
 def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
     """merged = pivot + sum_j W_j d_j."""
-    chunks, ratios = plan.chunks, _working(plan.coefficients, plan.chunks)
+    chunks, ratios = plan.chunks, _column(plan.coefficients, plan.chunks)
     merged = out.view(-1)
 
     def step(piece: Piece) -> None:
@@ -305,7 +310,7 @@ def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
         if watch:
             watch(piece.start // chunks.size, rows[:, : piece.length], None)
         (update,) = piece.scratch(1, rows.shape[1])
-        torch.mv(rows.t(), ratios, out=update)
+        torch.sum(rows.mul_(ratios), 0, out=update)
         piece.of(merged).copy_(update[: piece.length].add_(base))
 
     chunks.each(step)

@@ -343,6 +343,45 @@ def test_nan_and_infinity_are_named(place, value, tau):
         assert caught.value.index == place
 
 
+def test_numbers_whose_sum_leaves_the_storage_dtype_are_finite():
+    pivot, targets = family((70_000,), (F16,) * 4, seed=23)  # 70,000 times 2 is beyond float16
+    pivot, targets = pivot + 2, [target + 2 for target in targets]
+    exact, eta = reference_merge.sce(pivot, targets, 0.3)
+    assert sce_coefficients(pivot, targets, select_topk=0.3).tolist() == pytest.approx(eta, rel=1e-6)
+    assert_promised(sce_merge(pivot, targets, select_topk=0.3), exact, pivot, targets, 0.3)
+
+
+def test_squares_beyond_float64_are_an_error_not_the_pivot():
+    targets = [torch.full((3,), value, dtype=F64) for value in (1e200, -1e200)]
+    for tau in (1.0, 0.5):
+        with pytest.raises(ValueError, match="expected squares within float64"):
+            sce_merge(torch.zeros(3, dtype=F64), targets, select_topk=tau)
+
+
+def test_the_precision_of_matrix_products_is_not_ours():
+    pivot, targets = family((5000,), (F32,) * 4, seed=24)
+    functions = [lambda: sce_merge(pivot, targets), lambda: varm_merge(pivot, targets)]
+    expected, before = [function() for function in functions], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert all(torch.equal(function(), first) for function, first in zip(functions, expected))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_many_threads_share_the_memory_of_few():
+    pivot, targets = family((1 << 19,), (F32,) * 6)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 16, 64):
+            torch.set_num_threads(count)
+            walk = chunks.Chunks(pivot, targets, F32)
+            assert walk.size % chunks.BLOCK == 0
+            assert count * 10 * 4 * walk.size <= 64 << 20
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_one_target_with_nan_is_named():
     with pytest.raises(NonFiniteError):
         sce_merge(torch.zeros(3), [torch.tensor([0.0, float("nan"), 1.0])])
