@@ -125,6 +125,7 @@ def _represent(options: dict) -> None:
     names = {"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"}
     result = represent(**{names.get(name, name): value for name, value in options.items()})
     _say(result.manifest["counts"])
+    end_process_group()
 
 
 def _align_flags(parser) -> None:
@@ -186,6 +187,7 @@ def _train(options: dict) -> None:
     of_config = {field.name for field in fields(FusionConfig) if field.init}
     config = FusionConfig(**{name: options.pop(name) for name in list(options) if name in of_config})
     _say(train(config=config, **options))
+    end_process_group()
 
 
 def _inspect_flags(parser) -> None:
@@ -217,6 +219,17 @@ def _say(result) -> None:
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(result if isinstance(result, str) else json.dumps(result, indent=1, default=str), flush=True)
+
+
+def end_process_group() -> None:
+    """Ends what connects the processes of one launch. Left to the interpreter's end, gloo's threads can abort it."""
+    import gc
+
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapped model in a cycle of references would keep the group alive
+        distributed.destroy_process_group()
 
 
 def _help() -> str:

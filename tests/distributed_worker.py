@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fusechat_fuse.cli import end_process_group
 from fusechat_fuse.head import install_lean_head
 from fusechat_fuse.trainer import FusionTrainer
 from tests.fusion_rows import aligned_rows
@@ -145,7 +146,7 @@ def main() -> None:
             dist.init_process_group("gloo")
         if dist.get_rank() == 0:
             (output / "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":
