@@ -1,29 +1,25 @@
 """SCE and VaRM on single tensors: select, calculate, erase; variation-ratio merging.
 
 Task vectors d_j = target_j - pivot, each tensor on its own. Nothing here knows mergekit: tensors in, tensor out. All
-arithmetic is float32 or better whatever the storage dtype, the squares behind the coefficients are added in float64,
-and a tensor whose squares leave the range of float32 is done again in float64. See `chunks` for the memory and the
-bit-for-bit reproducibility.
+arithmetic is float32 or better whatever the storage dtype, and the squares behind the coefficients are float64. The
+passes over memory are `compiled`'s on a CPU; on an accelerator, for float64 storage and for numbers whose products
+would leave float32 they are `portable`'s. See `chunks` for the bit-for-bit reproducibility.
 
-Shape letters: M targets, C elements of a piece.
+Shape letters: M targets.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import BLOCK, Chunks, Piece, blocks, sums_of_blocks
+from fusechat_merge.portable import Portable
 from fusechat_merge.selection import Selection, select
 
 SELECT_SCOPES = ("all", "coefficients")
 GRANULARITIES = ("matrix", "element")
-Watch = Callable[[int, Tensor, Tensor | None], None]
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# sums of squares outside this range, per element, may have lost digits of float32 squares on the way
-_SMALLEST_MEAN_SQUARE, _LARGEST_MEAN_SQUARE = 2.0**-90, 2.0**90
 
 
 class NonFiniteError(ValueError):
@@ -116,16 +112,18 @@ class Merge:
     """One merged tensor and what is known about it for free.
 
     Attributes:
-        merged: the result, or None where only coefficients were asked for.
+        merged: the result.
         coefficients: eta or W, float64 [M]; with granularity "element" the matrix-level ratios, for information.
         square_sums: sum(d_j^2) over the selected elements, float64 [M].
         selected: share of all elements that were selected, in [0, 1].
+        keep: uint8 [elements], 0 where an element of every task vector was left out of the result; None: nowhere.
     """
 
-    merged: Tensor | None
+    merged: Tensor
     coefficients: Tensor
     square_sums: Tensor
     selected: float
+    keep: Tensor | None
 
 
 def sce(
@@ -136,23 +134,14 @@ def sce(
     select_scope: str = "all",
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
-    watch: Watch | None = None,
 ) -> Merge:
-    """`sce_merge` with the coefficients beside the result, in `dtype` (None: the pivot's).
-
-    `watch(place, task_vectors [M, C], sign [C])` sees each piece before the erasing, from several threads at once."""
+    """`sce_merge` with the coefficients beside the result, in `dtype` (None: the pivot's)."""
     _check(pivot, targets, weights)
     _check_tau(select_topk)
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
-    plan = _calculate(pivot, targets, select_topk, weights)
-    if not bool(plan.coefficients.any()):
-        merged = pivot.detach().to(dtype or pivot.dtype, copy=True)
-    elif len(targets) == 1:  # nothing to weigh, nothing to erase: no rounding through the difference
-        merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
-    else:
-        selection = plan.selection if select_scope == "all" else None
-        merged = _erase_and_add(plan, selection, _like(pivot, dtype), watch)
-    return plan.result(merged)
+    plan = _calculate(pivot, targets, select_topk, weights, dtype)
+    keep = plan.selection.keep if plan.selection and select_scope == "all" else None
+    return plan.merge(keep, lambda out: plan.walk.erase(plan.coefficients, keep, out))
 
 
 def varm(
@@ -162,58 +151,57 @@ def varm(
     granularity: str = "matrix",
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
-    watch: Watch | None = None,
 ) -> Merge:
     """`varm_merge` with the ratios beside the result, in `dtype` (None: the pivot's)."""
     _check(pivot, targets, weights)
     _check_choice("granularity", granularity, GRANULARITIES)
-    plan = _calculate(pivot, targets, 1.0, weights)
-    if not bool(plan.coefficients.any()):
-        merged = pivot.detach().to(dtype or pivot.dtype, copy=True)
-    elif len(targets) == 1:
-        merged = targets[0].detach().to(dtype or pivot.dtype, copy=True)
-    elif granularity == "matrix":
-        merged = _add_weighted(plan, _like(pivot, dtype), watch)
-    else:
-        merged = _add_by_element(plan, [1.0] * len(targets) if weights is None else weights, _like(pivot, dtype), watch)
-    return plan.result(merged)
-
-
-def _like(pivot: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Room for the result."""
-    return torch.empty(pivot.shape, dtype=dtype or pivot.dtype, device=pivot.device)
-
-
-# --- calculate ---------------------------------------------------------------------------------------------------
+    plan = _calculate(pivot, targets, 1.0, weights, dtype)
+    if granularity == "matrix":
+        return plan.merge(None, lambda out: plan.walk.weigh(plan.coefficients, out))
+    priors = [weight / max(weights) for weight in weights] if weights else [1.0] * len(targets)
+    return plan.merge(None, lambda out: plan.walk.weigh_elements(priors, out))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    chunks: Chunks
+    """Steps 1 and 2, done, and what does the rest."""
+
+    walk: "Portable | compiled.Compiled"  # noqa: F821
+    shape: torch.Size
+    dtype: torch.dtype
     selection: Selection | None
     square_sums: Tensor
     coefficients: Tensor
 
-    def result(self, merged: Tensor | None) -> Merge:
-        total = self.chunks.numel
-        selected = self.selection.kept / total if self.selection and total else 1.0
-        return Merge(merged, self.coefficients, self.square_sums, selected)
+    def merge(self, keep: Tensor | None, write: Callable[[Tensor], None]) -> Merge:
+        """The result: written by `write`, unless nothing moves or there is one target to move to."""
+        if not bool(self.coefficients.any()):
+            merged = self.walk.pivot.to(self.dtype, copy=True)
+        elif len(self.walk.targets) == 1:  # nothing to weigh, nothing to erase: no rounding through the difference
+            merged = self.walk.targets[0].to(self.dtype, copy=True)
+        else:
+            write(merged := self.walk.room(self.dtype))
+        selected = self.selection.kept / self.walk.numel if self.selection and self.walk.numel else 1.0
+        return Merge(merged.view(self.shape), self.coefficients, self.square_sums, selected, keep)
 
 
-def _calculate(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Sequence[float] | None) -> _Plan:
-    """Steps 1 and 2, in float32 where its range suffices, else in float64."""
-    wide = any(tensor.dtype == torch.float64 for tensor in (pivot, *targets))
-    for dtype in (torch.float64,) if wide else (torch.float32, torch.float64):
-        chunks = Chunks(pivot, targets, dtype)
+def _calculate(
+    pivot: Tensor,
+    targets: Sequence[Tensor],
+    tau: float,
+    weights: Sequence[float] | None,
+    dtype: torch.dtype | None = None,
+) -> _Plan:
+    for walk in _walks(pivot, targets, dtype or pivot.dtype):
         try:
-            selection = select(chunks, tau) if tau < 1 else None
+            selection = select(walk, tau) if tau < 1 else None
         except FloatingPointError:
             _check_finite(pivot, targets)
             continue
-        sums = _square_sums(chunks, selection)
+        sums = walk.square_sums(selection.keep if selection else None)
         if not bool(torch.isfinite(sums).all()):
             _check_finite(pivot, targets)
-        elif dtype == torch.float64 or _within_float32(sums, chunks):
+        elif float(sums.max()) <= walk.largest_mean_square * max(1, walk.numel):
             break
     else:
         raise ValueError(
@@ -222,130 +210,19 @@ def _calculate(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Se
         )
     prior = torch.ones_like(sums) if weights is None else torch.tensor([float(w) for w in weights], dtype=sums.dtype)
     weighted = prior * sums
-    denominator = weighted.sum()
-    return _Plan(chunks, selection, sums, weighted / denominator if denominator > 0 else torch.zeros_like(sums))
+    total = weighted.sum()
+    coefficients = weighted / total if total > 0 else torch.zeros_like(sums)
+    return _Plan(walk, pivot.shape, dtype or pivot.dtype, selection, sums, coefficients)
 
 
-def _square_sums(chunks: Chunks, selection: Selection | None) -> Tensor:
-    """sum(d_j^2) over the selected elements, float64 [M], on the CPU; not finite where the pivot is not."""
-    partial = torch.zeros(len(chunks.targets), blocks(chunks.numel), dtype=chunks.dtype, device=chunks.device)
+def _walks(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtype) -> Iterator:
+    """What can do the passes over these tensors, the fastest first."""
+    if pivot.device.type == "cpu":
+        from fusechat_merge import compiled  # numba takes half a second to load
 
-    def step(piece: Piece) -> bool:
-        places = selection.places(piece) if selection else None
-        base, rows = piece.task_vectors(places)
-        first = piece.start // BLOCK
-        sums = partial[:, first : first + blocks(piece.length)]
-        if places is None:
-            torch.sum(torch.mul(rows, rows, out=rows).view(len(rows), -1, BLOCK), -1, out=sums)
-            return True  # NaN and inf show in the sums
-        squares = torch.mul(rows, rows, out=rows)[:, : len(base)]
-        sums.copy_(sums_of_blocks(squares, places, sums.shape[1]))
-        return all(math.isfinite(extreme) for extreme in torch.aminmax(piece.of(chunks.pivot)))
-
-    finite = all(chunks.each(step))
-    return partial.cpu().double().sum(1) if finite else torch.full((len(chunks.targets),), math.nan)
-
-
-def _within_float32(sums: Tensor, chunks: Chunks) -> bool:
-    """Whether float32 squares have kept the digits of these sums: neither underflow nor overflow nearby."""
-    mean_squares = sums / max(1, chunks.numel)
-    suspicious = (mean_squares < _SMALLEST_MEAN_SQUARE) | (mean_squares > _LARGEST_MEAN_SQUARE)
-    return not any(
-        mean_squares[index] > 0 or not torch.equal(chunks.targets[index], chunks.pivot)
-        for index in torch.nonzero(suspicious).flatten().tolist()
-    )
-
-
-# --- erase and add -----------------------------------------------------------------------------------------------
-
-
-def _erase_and_add(plan: _Plan, selection: Selection | None, out: Tensor, watch: Watch | None) -> Tensor:
-    """Steps 3 and 4: merged = pivot + s * sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0]."""
-    chunks = plan.chunks
-    coefficients = _column(plan.coefficients * 2.0**40, chunks)  # keeps small products normal; cancels in the quotient
-    merged = out.view(-1)
-
-    def step(piece: Piece) -> None:
-        places = selection.places(piece) if selection else None
-        base, rows = piece.task_vectors(places)  # [c], [M, C]
-        sign, update, divisor = piece.scratch(3, rows.shape[1])
-        majority_sign(rows, out=sign)
-        if watch:
-            watch(piece.start // chunks.size, rows[:, : len(base)], sign[: len(base)])
-        rows.mul_(sign).relu_()  # (s d_j)^+: what agrees with the majority
-        torch.sum(rows.mul_(coefficients), 0, out=update)  # no matrix product: its precision is a setting of torch's
-        torch.sum(rows.sign_().mul_(coefficients), 0, out=divisor)
-        divisor.clamp_(min=torch.finfo(chunks.dtype).tiny)
-        update, divisor = update.mul_(sign)[: len(base)], divisor[: len(base)]
-        changed = torch.addcdiv(base, update, divisor, out=update)
-        if places is None:
-            piece.of(merged).copy_(changed)
-        else:
-            piece.of(merged).copy_(piece.of(chunks.pivot)).index_copy_(0, places, changed.to(merged.dtype))
-
-    chunks.each(step)
-    return out
-
-
-def majority_sign(rows: Tensor, out: Tensor) -> Tensor:
-    """s = +1 where the rows [M, C] add up to >= 0, else -1, written to `out` [C] (a sum is -0 only where all are 0)."""
-    return torch.copysign(out.new_ones(1), torch.sum(rows, 0, out=out), out=out)
-
-
-def _column(coefficients: Tensor, chunks: Chunks) -> Tensor:
-    """Coefficients [M, 1] in the working precision."""
-    return coefficients.to(chunks.device, chunks.dtype).unsqueeze(1)
-
-
-# --- VaRM --------------------------------------------------------------------------------------------------------
-
-
-def _add_weighted(plan: _Plan, out: Tensor, watch: Watch | None) -> Tensor:
-    """merged = pivot + sum_j W_j d_j."""
-    chunks, ratios = plan.chunks, _column(plan.coefficients, plan.chunks)
-    merged = out.view(-1)
-
-    def step(piece: Piece) -> None:
-        base, rows = piece.task_vectors()
-        if watch:
-            watch(piece.start // chunks.size, rows[:, : piece.length], None)
-        (update,) = piece.scratch(1, rows.shape[1])
-        torch.sum(rows.mul_(ratios), 0, out=update)
-        piece.of(merged).copy_(update[: piece.length].add_(base))
-
-    chunks.each(step)
-    return out
-
-
-def _add_by_element(plan: _Plan, weights: Sequence[float], out: Tensor, watch: Watch | None) -> Tensor:
-    """merged = pivot + m sum_j w_j r_j^3 / sum_j w_j r_j^2, r_j = d_j / m, m = max_j |d_j|: squares stay in range."""
-    chunks = plan.chunks
-    tiny = torch.finfo(chunks.dtype).tiny
-    merged = out.view(-1)
-    priors = [weight / max(weights) for weight in weights]
-
-    def step(piece: Piece) -> None:
-        base, rows = piece.task_vectors()
-        if watch:
-            watch(piece.start // chunks.size, rows[:, : piece.length], None)
-        largest, square, update, divisor = piece.scratch(4, rows.shape[1])
-        for row in (largest, update, divisor):
-            row.zero_()
-        for row, prior in zip(rows, priors):
-            if prior:
-                torch.maximum(largest, torch.abs(row, out=square), out=largest)
-        largest.clamp_(min=tiny)
-        for row, prior in zip(rows, priors):
-            if prior:
-                row.div_(largest)
-                torch.mul(row, row, out=square).mul_(prior)
-                divisor.add_(square)
-                update.add_(square.mul_(row))
-        update.div_(divisor.clamp_(min=tiny)).mul_(largest)
-        piece.of(merged).copy_(update[: piece.length].add_(base))
-
-    chunks.each(step)
-    return out
+        if compiled.serves((pivot, *targets), dtype):
+            yield compiled.Compiled(pivot, targets)
+    yield Portable(pivot, targets)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -155,10 +155,9 @@ class PivotMerge(MergeMethod):
             raise ValueError(f"base_model for {self.spec.name}: expected the pivot, got none. Pass base_index or base.")
         names = [str(entry.id) for entry in group.non_base]
         running = report.running_for(names)
-        signs = running.counts() if running else None
         targets = [entry.tensor for entry in group.non_base]
         try:
-            merge = self._compute(group.base.tensor, targets, weights=weights, dtype=dtype, watch=signs, **values)
+            merge = self._compute(group.base.tensor, targets, weights=weights, dtype=dtype, **values)
         except kernel.NonFiniteError as error:
             entry = group.base if error.index is None else group.non_base[error.index]
             raise ValueError(
@@ -166,7 +165,7 @@ class PivotMerge(MergeMethod):
                 "Repair or leave out that model."
             ) from None
         if running:
-            running.add(group.metadata.name, group.base.tensor.numel(), names, merge, signs)
+            running.add(group.metadata.name, group.base.tensor, targets, names, merge)
         return merge.merged
 
     def _target_weights(self, group: TensorGroup, given: Mapping[Hashable, float | None]) -> list[float] | None:

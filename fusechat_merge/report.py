@@ -1,11 +1,11 @@
 """What a merge did, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-every 16th piece of a tensor (all pieces in `fusechat-merge inspect`), which keeps the cost of a report below 2 % of the
-merge. A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output
-is. Used by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
+one stretch of a tensor in 64 (in all of them by `fusechat-merge inspect`), which keeps the cost of a report below 2 %.
+A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output is. Used
+by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
 
-Shape letters: M targets, C elements of a piece.
+Shape letters: M targets.
 """
 
 import atexit
@@ -17,6 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,37 +28,46 @@ from fusechat_merge.kernel import Merge
 
 LOG = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
-SAMPLED_PIECES = 16  # of so many pieces one has its signs counted
+STRETCH = 1 << 16  # elements
+SAMPLED = 64  # of so many stretches one has its signs counted
 LAYER = re.compile(r"\.(\d+)\.")
 
 
+@dataclass(frozen=True)
 class SignCounts:
-    """Counts signs of task vectors; the `watch` of `kernel.sce` and `kernel.varm`.
+    """Signs of task vectors, counted; each float64 [M, M] but the last.
 
-    Args:
-        every: a piece whose number is a multiple of this is counted.
+    Attributes:
+        moved: elements that both targets move (on the diagonal: that the target moves).
+        agreement: of those, moved the same way minus moved opposite ways.
+        erased: elements that the target moves against the majority, float64 [M].
     """
 
-    def __init__(self, every: int):
-        self._every, self._lock = every, threading.Lock()
-        self.elements = 0
-        self.moved = self.agreement = self.erased = None
+    moved: Tensor
+    agreement: Tensor
+    erased: Tensor
 
-    def __call__(self, place: int, rows: Tensor, sign: Tensor | None) -> None:
-        """Adds the piece `rows` [M, C] with its majority sign [C] (None: nothing is erased)."""
-        if place % self._every:
-            return
-        signs = rows.sign()
+
+def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int) -> SignCounts:
+    """Counts in the first of each `every` stretches of a tensor, over the elements that `keep` (None: all) has.
+
+    Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
+    """
+    pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
+    moved = torch.zeros(len(targets), len(targets), dtype=torch.float64)
+    agreement, erased = torch.zeros_like(moved), torch.zeros(len(targets), dtype=torch.float64)
+    for start in range(0, pivot.numel(), STRETCH * every):
+        stretch = slice(start, start + STRETCH)
+        rows = torch.stack([target[stretch].double() for target in targets]).sub_(pivot[stretch].double())
+        if keep is not None:
+            rows *= keep[stretch]
+        majority = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
+        signs = rows.sign_().float()
         present = signs.abs()
-        moved = (present @ present.T).double().cpu()  # [M, M] elements that both targets move
-        agreement = (signs @ signs.T).double().cpu()  # [M, M] moved the same way minus moved opposite ways
-        erased = (torch.diagonal(moved) - (signs @ sign).double().cpu()) / 2 if sign is not None else None
-        with self._lock:
-            self.elements += rows.shape[1]
-            self.moved = moved if self.moved is None else self.moved + moved
-            self.agreement = agreement if self.agreement is None else self.agreement + agreement
-            if erased is not None:
-                self.erased = erased if self.erased is None else self.erased + erased
+        moved += (present @ present.T).cpu()
+        agreement += (signs @ signs.T).cpu()
+        erased += ((present.sum(1) - signs @ majority) / 2).cpu()
+    return SignCounts(moved, agreement, erased)
 
 
 class Report:
@@ -68,10 +78,10 @@ class Report:
         method: name of the merge method.
         pivot: the pivot as the recipe names it.
         targets: the targets as the recipe names them.
-        every: see `SignCounts`.
+        every: see `count_signs`.
     """
 
-    def __init__(self, directory: Path, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED_PIECES):
+    def __init__(self, directory: Path, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED):
         self.directory, self.method, self.pivot, self.every = Path(directory), method, pivot, every
         self.targets = list(targets)
         self.names = short_names(self.targets)
@@ -83,17 +93,22 @@ class Report:
                 f"report directory {self.directory}: expected a new or empty one, got one with files. Name another."
             )
 
-    def counts(self) -> SignCounts:
-        return SignCounts(self.every)
+    def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
+        """Write the row of one finished tensor.
 
-    def add(self, tensor: str, elements: int, targets: Sequence[str], merge: Merge, signs: SignCounts) -> None:
-        """Write the row of one finished tensor; `targets` are those that have it, in the order of the coefficients."""
+        Args:
+            tensor: its name.
+            pivot, tensors: what was merged.
+            targets: the names of those that have it, in the same order.
+            merge: the result.
+        """
+        signs = count_signs(pivot, tensors, merge.keep, self.every)
         layer = LAYER.search(tensor)
         row = {
             "tensor": tensor,
             "layer": int(layer.group(1)) if layer else None,
             "kind": kind(tensor),
-            "elements": elements,
+            "elements": pivot.numel(),
             "selected": merge.selected,
             "erased": None,
         }
@@ -101,15 +116,14 @@ class Report:
         for index, name in enumerate(names):
             row[f"coefficient {name}"] = float(merge.coefficients[index])
             row[f"norm {name}"] = math.sqrt(float(merge.square_sums[index]))
-        if signs.erased is not None:
+        if self.method == "sce":
             moved = torch.diagonal(signs.moved)
             row["erased"] = _share(signs.erased.sum(), moved.sum())
             for index, name in enumerate(names):
                 row[f"erased {name}"] = _share(signs.erased[index], moved[index])
-        if signs.moved is not None:
-            for a, b in _pairs(len(names)):
-                both = signs.moved[a, b]
-                row[f"agreement {names[a]} | {names[b]}"] = _share((both + signs.agreement[a, b]) / 2, both)
+        for a, b in _pairs(len(names)):
+            both = signs.moved[a, b]
+            row[f"agreement {names[a]} | {names[b]}"] = _share((both + signs.agreement[a, b]) / 2, both)
         with self._lock:
             self.rows.append(row)
             path = self.directory / "coefficients.csv"
@@ -138,7 +152,7 @@ class Report:
             "targets": dict(zip(self.names, self.targets)),
             "tensors": len(self.rows),
             "elements": sum(row["elements"] for row in self.rows),
-            "signs_counted": "all pieces" if self.every == 1 else f"one piece in {self.every}",
+            "signs_counted": "everywhere" if self.every == 1 else f"in one of {self.every} stretches",
             "coefficients": {name: self._mean(f"coefficient {name}") for name in self.names},
             "update_norms": {
                 name: math.sqrt(math.fsum((row.get(f"norm {name}") or 0.0) ** 2 for row in self.rows))

@@ -12,10 +12,10 @@ import fusechat_fuse
 import fusechat_merge
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"torch", "transformers", "datasets", "pyarrow", "mergekit", "scipy", "rapidfuzz", "accelerate"}
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "mergekit", "scipy", "rapidfuzz", "accelerate", "numba"}
 PURE = {
     "fusechat_fuse": ["alignment", "correspondence", "fusion", "loss", "mapping", "representation", "vocabulary"],
-    "fusechat_merge": ["chunks", "kernel", "selection"],
+    "fusechat_merge": ["chunks", "kernel", "portable", "selection"],
 }
 
 

@@ -91,7 +91,7 @@ def test_inspect_writes_what_the_oracle_says(config, models, tmp_path, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert sum(summary["coefficients"].values()) == pytest.approx(1.0)
     assert summary["elements"] == sum(t.numel() for t in base.values())
-    assert summary["signs_counted"] == "all pieces"
+    assert summary["signs_counted"] == "everywhere"
     for picture in ("coefficients.png", "erased.png"):
         assert (out / picture).stat().st_size > 5000
     assert not list(tmp_path.rglob("*.safetensors"))  # no model
@@ -278,19 +278,23 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
     assert torch.equal(read(tmp_path / "c")[name], read(tmp_path / "a")[name])
 
 
-def test_a_report_counts_the_signs_of_a_sample_of_the_pieces(monkeypatch):
-    from fusechat_merge import chunks
-
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 1024)
+def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
+    monkeypatch.setattr(report, "STRETCH", 1024)
     generator = torch.Generator().manual_seed(0)
     pivot = torch.zeros(64 * 1024)
     targets = [torch.randn(64 * 1024, generator=generator) for _ in range(3)]
-    sampled, every = report.SignCounts(16), report.SignCounts(1)
-    for counts in (sampled, every):
-        kernel.sce(pivot, targets, watch=counts)
-    assert (sampled.elements, every.elements) == (4 * 1024, 64 * 1024)
-    shares = [(c.erased / torch.diagonal(c.moved)).tolist() for c in (sampled, every)]
+    sampled, every = (report.count_signs(pivot, targets, None, step) for step in (16, 1))
+    assert sampled.moved.diagonal().tolist() == [4 * 1024] * 3
+    assert every.moved.diagonal().tolist() == [64 * 1024] * 3
+    shares = [(counts.erased / counts.moved.diagonal()).tolist() for counts in (sampled, every)]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
+    signs = torch.stack(targets).sign()
+    majority = torch.stack(targets).sum(0).sign()
+    assert every.erased.tolist() == (signs != majority).sum(1).tolist()
+    keep = (torch.arange(64 * 1024) % 4 == 0).byte()
+    kept = report.count_signs(pivot, targets, keep, 1)
+    assert kept.agreement[0, 1] == (signs[0] * signs[1] * keep).sum()
+    assert kept.moved[0, 1] == 16 * 1024
 
 
 # --- card -----------------------------------------------------------------------------------------------------------

@@ -6,11 +6,18 @@ import math
 import pytest
 import torch
 
-from fusechat_merge import chunks, kernel, selection
+from fusechat_merge import compiled, kernel, portable, selection
 from fusechat_merge.kernel import NonFiniteError, sce_coefficients, sce_merge, varm_merge
 from tests import reference_merge
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+@pytest.fixture(params=["compiled", "portable"], autouse=True)
+def walk(request, monkeypatch):
+    """Everything twice: by the compiled passes, and by those that serve accelerators."""
+    if request.param == "portable":
+        monkeypatch.setattr(compiled, "serves", lambda tensors, dtype: False)
 
 
 def family(shape, dtypes, scales=(1e-4, 3e-4, 1e-3), seed=0, magnitude=0.02):
@@ -126,19 +133,15 @@ def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
     plan = kernel.sce(pivot, targets, select_topk=tau)
     kept = math.floor(tau * size)
     assert plan.selected * 2 * size == pytest.approx(kept)
-    mask, chosen = keep_mask(pivot, targets, tau)
-    expected = torch.zeros(2 * size)
-    expected[: 2 * kept : 2] = 1.0
-    assert torch.equal(mask, expected)
+    chosen = choose(pivot, targets, tau)
+    expected = torch.zeros(2 * size, dtype=torch.uint8)
+    expected[: 2 * kept : 2] = 1
+    assert torch.equal(chosen.keep, expected)
     assert (chosen.kept, chosen.differing) == (kept, size)
 
 
-def keep_mask(pivot, targets, tau):
-    walk = chunks.Chunks(pivot, targets, F32)
-    chosen = selection.select(walk, tau)
-    mask = torch.zeros(walk.numel)
-    mask[torch.cat(walk.each(lambda piece: chosen.places(piece) + piece.start))] = 1.0
-    return mask, chosen
+def choose(pivot, targets, tau):
+    return selection.select(next(kernel._walks(pivot, targets, pivot.dtype)), tau)
 
 
 @pytest.mark.parametrize("arrangement", ["shuffled", "sorted", "ties", "mostly equal", "adversarial", "dead"])
@@ -161,9 +164,10 @@ def test_the_band_finds_what_sorting_finds(monkeypatch, arrangement, tau):
     monkeypatch.setattr(selection, "SAMPLE", 256)
     monkeypatch.setattr(selection, "RANKED_AT_ONCE", 1000)
     targets = [values, torch.zeros(size), 3 * values.float()]
-    mask, chosen = keep_mask(torch.zeros(size), targets, tau)
+    monkeypatch.setattr(selection, "SEARCHED_AT_ONCE", 1024)
+    chosen = choose(torch.zeros(size), targets, tau)
     exact = reference_merge.selected(reference_merge.task_vectors(torch.zeros(size), targets)[1], tau)
-    assert torch.equal(mask.bool(), torch.tensor(exact))
+    assert chosen.keep.tolist() == exact
     assert chosen.differing == int(values.count_nonzero())
 
 
@@ -183,7 +187,8 @@ def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtyp
     try:
         for count, size in ((1, 1 << 16), (2, 1 << 14), (3, 3 * 1024), (2, 1 << 20), (5, 1 << 15)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(chunks, "CPU_CHUNK", size)
+            monkeypatch.setattr(compiled, "CHUNK", size)
+            monkeypatch.setattr(portable, "CPU_CHUNK", size)
             for function, first in zip(functions, expected):
                 assert torch.equal(function(), first)
             assert torch.get_num_threads() == count
@@ -191,19 +196,44 @@ def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtyp
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("tau", [0.3, 0.003])
-def test_operations_for_accelerators_give_the_same(monkeypatch, tau):
-    pivot, targets = family((150_001,), (F32,) * 4, seed=22)
-    targets = [torch.cat([target[:140_000], pivot[140_000:]]) for target in targets]  # blocks without a kept element
-    mask, chosen = keep_mask(pivot, targets, tau)
-    merged, eta = sce_merge(pivot, targets, select_topk=tau), sce_coefficients(pivot, targets, select_topk=tau)
-    for module in (chunks, selection):
-        monkeypatch.setattr(module, "on_cpu", lambda tensor: False)
-    again, chosen_again = keep_mask(pivot, targets, tau)
-    assert torch.equal(again, mask)
-    assert (chosen_again.kept, chosen_again.differing) == (chosen.kept, chosen.differing)
-    assert sce_coefficients(pivot, targets, select_topk=tau).tolist() == pytest.approx(eta.tolist(), rel=1e-6)
-    torch.testing.assert_close(sce_merge(pivot, targets, select_topk=tau), merged, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.003])
+def test_operations_for_accelerators_give_the_same(tau):
+    pivot, targets = family((150_001,), (BF16, F32, F16, F32), seed=22)
+    walks = compiled.Compiled(pivot, targets), portable.Portable(pivot, targets)
+    keep = selection.select(walks[0], tau).keep if tau < 1 else None
+    if tau < 1:
+        assert torch.equal(selection.select(walks[1], tau).keep, keep)
+    eta = walks[1].square_sums(keep)
+    assert walks[0].square_sums(keep).tolist() == pytest.approx(eta.tolist(), rel=1e-6)
+    for run in (
+        lambda walk, out: walk.erase(eta / eta.sum(), keep, out),
+        lambda walk, out: walk.weigh(eta / eta.sum(), out),
+        lambda walk, out: walk.weigh_elements([1.0, 2.0, 0.0], out),
+    ):
+        first, second = (walk.room(F32) for walk in walks)
+        run(walks[0], first), run(walks[1], second)
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_every_16_bit_number_is_read_and_written_as_pytorch_does(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    kind, room = compiled.KINDS[dtype], torch.empty(compiled.BLOCK)
+    for start in range(0, len(every), compiled.BLOCK):
+        read = torch.from_numpy(compiled._read(every.data_ptr(), kind, start, compiled.BLOCK, room.numpy()))
+        torch.testing.assert_close(read, every[start : start + compiled.BLOCK].float(), rtol=0, atol=0, equal_nan=True)
+    generator = torch.Generator().manual_seed(25)
+    powers = torch.randint(-150, 120, (1 << 20,), generator=generator)
+    values = torch.randn(1 << 20, generator=generator) * torch.exp2(powers)
+    finite = every[torch.isfinite(every)].float()
+    halfway = (finite + torch.nextafter(every, every.new_tensor(0))[torch.isfinite(every)].float()) / 2
+    edge = torch.tensor([65519.99, 65520.0, -65520.0, 0.0, -0.0])
+    values = torch.cat([finite, halfway, torch.nextafter(halfway, torch.tensor(0.0)), edge, values])
+    written = torch.empty(len(values), dtype=dtype)
+    for start in range(0, len(values), compiled.BLOCK):
+        row = values[start : start + compiled.BLOCK].clone().numpy()
+        compiled._write(written.data_ptr(), kind, start, row, len(row))
+    assert torch.equal(written.view(torch.int16), values.to(dtype).view(torch.int16))
 
 
 def test_threads_of_the_caller_keep_their_setting():
@@ -369,19 +399,6 @@ def test_the_precision_of_matrix_products_is_not_ours():
         torch.set_float32_matmul_precision(before)
 
 
-def test_many_threads_share_the_memory_of_few():
-    pivot, targets = family((1 << 19,), (F32,) * 6)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 16, 64):
-            torch.set_num_threads(count)
-            walk = chunks.Chunks(pivot, targets, F32)
-            assert walk.size % chunks.BLOCK == 0
-            assert count * 10 * 4 * walk.size <= 64 << 20
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_one_target_with_nan_is_named():
     with pytest.raises(NonFiniteError):
         sce_merge(torch.zeros(3), [torch.tensor([0.0, float("nan"), 1.0])])
@@ -419,18 +436,17 @@ def test_unknown_granularity():
 
 def test_a_threshold_at_the_edge_of_the_band_is_not_trusted():
     pivot, targets = family((2000,), (F32,) * 4, seed=21)
-    walk = chunks.Chunks(pivot, targets, F32)
-    places = torch.arange(2000)
+    walk = portable.Portable(pivot, targets)
     variances = torch.stack(targets).double().var(0, unbiased=False).sort(descending=True).values * len(targets)
-    last, near, far = float(variances[99]), 1 + 1e-7, 1.5
-    keep = torch.zeros(2000, dtype=torch.bool)
+    last, near, far = float(variances[99]), 1 + 1e-13, 1.5
+    keep = torch.full((2000,), 2, dtype=torch.uint8)
     for low, high in (
         (last / near, last * far),
         (last / far, last * near),
         (last * near, last * far),
         (0.0, last / far),
     ):
-        assert not selection._settle(walk, keep, places, 100, low, high)
-    assert not keep.any()
-    assert selection._settle(walk, keep, places, 100, last / far, last * far)
+        assert not selection._settle(walk, keep, 100, low, high)
+    assert (keep == 2).all()
+    assert selection._settle(walk, keep, 100, last / far, last * far)
     assert int(keep.sum()) == 100
