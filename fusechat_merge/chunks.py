@@ -1,27 +1,19 @@
-"""How a pass over a tensor is divided: pieces, threads, blocks.
+"""How a pass over a tensor is divided: pieces and threads.
 
 Each thread takes the next piece when it is free, so a thread that loses its processor to another program delays one
-piece and not every operation. Every piece starts at a multiple of BLOCK, squares are added per BLOCK first, and no
-piece reads what another wrote: neither the number of elements per piece nor the number of threads can change a bit of
-the result.
+piece and not every operation. Pieces consist of whole blocks, squares are added block by block first, and no piece
+reads what another wrote: neither the number of elements per piece nor the number of threads can change a bit of the
+result.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-BLOCK = 1024  # elements whose squares are added first
-
-
-def blocks(elements: int) -> int:
-    """Number of blocks that hold `elements` elements."""
-    return math.ceil(elements / BLOCK)
-
 
 def pieces(elements: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of the pieces of a tensor, of `size` elements, a multiple of BLOCK, but the last."""
+    """(start, stop) of the pieces of a tensor, of `size` elements (whole blocks) but the last."""
     return [(start, min(start + size, elements)) for start in range(0, elements, size)]
 
 

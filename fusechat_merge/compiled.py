@@ -9,6 +9,7 @@ size of the pieces changes a bit. Compiled on first use (seconds) and kept on di
 Shape letters: M targets, n elements of a tensor.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,9 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from fusechat_merge.chunks import BLOCK, blocks, pieces, spread
+from fusechat_merge.chunks import pieces, spread
 
+BLOCK = 1024  # here and not imported: numba's cache looks at the date of this file
 CHUNK = 1 << 18  # elements of a piece: large beside Python's cost of a call
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -258,7 +260,7 @@ class Compiled:
 
     def square_sums(self, keep: Tensor | None) -> Tensor:
         """sum(d_j^2) over the kept elements, float64 [M]; NaN where a tensor is not finite."""
-        sums = np.zeros((len(self.targets), blocks(self.numel)))
+        sums = np.zeros((len(self.targets), math.ceil(self.numel / BLOCK)))
         self._run(_square_sums, _numpy(keep), last=(sums,))
         return torch.from_numpy(sums.sum(1))
 

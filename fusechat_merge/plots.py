@@ -54,10 +54,10 @@ def _coefficients(figure_class, rows: Sequence[dict], names: Sequence[str]):
     figure = figure_class(
         figsize=(1.8 + panel * columns, 1.3 + (0.7 + 0.27 * len(kinds)) * lines), layout="constrained"
     )
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for axes in grid.flat[len(names) :]:
-        axes.remove()
-    for axes, name in zip(grid.flat, names):
+    grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    while len(grid) > len(names):
+        grid.pop().remove()
+    for axes, name in zip(grid, names):
         values = [[float("nan")] * len(layers) for _ in kinds]
         for row in rows:
             place = layers.index(OUTSIDE if row["layer"] is None else row["layer"])

@@ -5,14 +5,16 @@ Same methods, same steps as `compiled.Compiled`; a piece at a time, so the extra
 Shape letters: M targets, C elements of a piece (rounded up to whole blocks, the rest zero), n of a tensor.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import BLOCK, blocks, pieces, spread
+from fusechat_merge.chunks import pieces, spread
 
+BLOCK = 1024  # elements whose squares are added first
 CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 14, 1 << 22  # elements of a piece, a few hundred bytes each while in work
 
 
@@ -99,7 +101,7 @@ class Portable:
     def _task_vectors(self, piece: slice, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(pivot [c], d [M, C]) of a piece, d zero where `keep` leaves an element out (NaN stays NaN)."""
         base = self.pivot[piece].double()
-        width = blocks(len(base)) * BLOCK
+        width = math.ceil(len(base) / BLOCK) * BLOCK
         rows = self._differences(piece, self.targets, base, width)
         if keep is not None:
             rows[:, : len(base)] *= keep[piece]

@@ -1,7 +1,7 @@
 """What a merge did, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-one stretch of a tensor in 64 (in all of them by `fusechat-merge inspect`), which keeps the cost of a report below 2 %.
+one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), which keeps the cost of a report below 2 %.
 A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output is. Used
 by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
 
@@ -28,8 +28,8 @@ from fusechat_merge.kernel import Merge
 
 LOG = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
-STRETCH = 1 << 16  # elements
-SAMPLED = 64  # of so many stretches one has its signs counted
+STRETCH = 1 << 14  # elements
+SAMPLED = 256  # of so many stretches one has its signs counted
 LAYER = re.compile(r"\.(\d+)\.")
 
 

@@ -121,6 +121,17 @@ def test_inspect_without_matplotlib_says_so_and_writes_the_numbers(config, tmp_p
         plots.draw([], [], tmp_path)
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
+def test_pictures_of_any_number_of_targets(count, tmp_path):
+    names = [f"target{j}" for j in range(count)]
+    row = {"elements": 9, "erased": 0.2} | {
+        f"{what} {name}": 0.1 for name in names for what in ("coefficient", "erased")
+    }
+    rows = [row | {"tensor": f"model.layers.{i}.a", "layer": i, "kind": "a"} for i in range(2)]
+    for path in plots.draw(rows, names, tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 

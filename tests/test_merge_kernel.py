@@ -399,6 +399,16 @@ def test_the_precision_of_matrix_products_is_not_ours():
         torch.set_float32_matmul_precision(before)
 
 
+def test_compiles_where_nothing_can_be_kept_on_disk(monkeypatch):
+    def refuse(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, options["nogil"])
+
+    monkeypatch.setattr(compiled, "njit", refuse)
+    assert compiled._compile(abs) == (abs, True)
+
+
 def test_one_target_with_nan_is_named():
     with pytest.raises(NonFiniteError):
         sce_merge(torch.zeros(3), [torch.tensor([0.0, float("nan"), 1.0])])
