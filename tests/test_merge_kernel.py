@@ -97,6 +97,13 @@ def test_sce_is_the_oracle(dtypes, tau):
             assert_promised(merged, exact, pivot, targets, tau)
 
 
+@pytest.mark.parametrize("count", [compiled.MOST_TARGETS, compiled.MOST_TARGETS + 1])
+def test_many_targets(count):
+    pivot, targets = family((300,), (BF16,) * (1 + count), seed=26)
+    exact, _ = reference_merge.sce(pivot, targets, 0.5)
+    assert_promised(sce_merge(pivot, targets, select_topk=0.5), exact, pivot, targets, 0.5)
+
+
 @pytest.mark.parametrize("granularity", kernel.GRANULARITIES)
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
 def test_varm_is_the_oracle(dtypes, granularity):
@@ -218,22 +225,21 @@ def test_operations_for_accelerators_give_the_same(tau):
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_every_16_bit_number_is_read_and_written_as_pytorch_does(dtype):
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    kind, room = compiled.KINDS[dtype], torch.empty(compiled.BLOCK)
-    for start in range(0, len(every), compiled.BLOCK):
-        read = torch.from_numpy(compiled._read(every.data_ptr(), kind, start, compiled.BLOCK, room.numpy()))
-        torch.testing.assert_close(read, every[start : start + compiled.BLOCK].float(), rtol=0, atol=0, equal_nan=True)
+    every = every[torch.isfinite(every)]
+
+    def through(values, out):  # d = 0: what is written is the pivot as it was read
+        walk = compiled.Compiled(values, [values, values])
+        walk.weigh(torch.tensor([0.5, 0.5], dtype=F64), written := walk.room(out))
+        return written
+
+    assert torch.equal(through(every, F32), every.float())
     generator = torch.Generator().manual_seed(25)
-    powers = torch.randint(-150, 120, (1 << 20,), generator=generator)
+    powers = torch.randint(-140, 120, (1 << 20,), generator=generator)
     values = torch.randn(1 << 20, generator=generator) * torch.exp2(powers)
-    finite = every[torch.isfinite(every)].float()
-    halfway = (finite + torch.nextafter(every, every.new_tensor(0))[torch.isfinite(every)].float()) / 2
-    edge = torch.tensor([65519.99, 65520.0, -65520.0, 0.0, -0.0])
-    values = torch.cat([finite, halfway, torch.nextafter(halfway, torch.tensor(0.0)), edge, values])
-    written = torch.empty(len(values), dtype=dtype)
-    for start in range(0, len(values), compiled.BLOCK):
-        row = values[start : start + compiled.BLOCK].clone().numpy()
-        compiled._write(written.data_ptr(), kind, start, row, len(row))
-    assert torch.equal(written.view(torch.int16), values.to(dtype).view(torch.int16))
+    halfway = ((every.double() + torch.nextafter(every, every.new_tensor(0)).double()) / 2).float()
+    edge = torch.tensor([65519.99, 65520.0, -65520.0, 0.0])
+    values = torch.cat([halfway, torch.nextafter(halfway, torch.tensor(0.0)), edge, values])
+    assert torch.equal(through(values, dtype), values.to(dtype))
 
 
 def test_threads_of_the_caller_keep_their_setting():
@@ -364,8 +370,9 @@ def test_strided_inputs_are_read_and_left_alone():
 @pytest.mark.parametrize("tau", [1.0, 0.1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [None, 0, 2])
-def test_nan_and_infinity_are_named(place, value, tau):
-    pivot, targets = family((70_000,), (BF16,) * 4, seed=19)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_nan_and_infinity_are_named(dtype, place, value, tau):
+    pivot, targets = family((70_000,), (dtype,) * 4, seed=19)
     (pivot if place is None else targets[place])[69_999] = value
     for function in (lambda: sce_merge(pivot, targets, select_topk=tau), lambda: varm_merge(pivot, targets)):
         with pytest.raises(NonFiniteError, match=r"the pivot|target [02]") as caught:
