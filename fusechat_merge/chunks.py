@@ -32,6 +32,9 @@ def spread(step: Callable, items: Sequence, device: torch.device) -> list:
             return step(item)
 
     try:
+        if len(items) < 2 or total < 2:
+            torch.set_num_threads(1)
+            return [step(item) for item in items]
         with ThreadPoolExecutor(total, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(run, items))
     finally:

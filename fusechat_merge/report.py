@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fusechat_merge import _autoload
+from fusechat_merge.chunks import spread
 from fusechat_merge.kernel import Merge
 
 LOG = logging.getLogger(__name__)
@@ -54,9 +55,8 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
     Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
     """
     pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
-    moved = torch.zeros(len(targets), len(targets), dtype=torch.float64)
-    agreement, erased = torch.zeros_like(moved), torch.zeros(len(targets), dtype=torch.float64)
-    for start in range(0, pivot.numel(), STRETCH * every):
+
+    def count(start: int) -> tuple[Tensor, Tensor, Tensor]:
         stretch = slice(start, start + STRETCH)
         rows = torch.stack([target[stretch].double() for target in targets]).sub_(pivot[stretch].double())
         if keep is not None:
@@ -64,10 +64,15 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
         majority = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
         signs = rows.sign_().float()
         present = signs.abs()
-        moved += (present @ present.T).cpu()
-        agreement += (signs @ signs.T).cpu()
-        erased += ((present.sum(1) - signs @ majority) / 2).cpu()
-    return SignCounts(moved, agreement, erased)
+        return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2
+
+    counts = spread(count, range(0, pivot.numel(), STRETCH * every), pivot.device)
+    nothing = (
+        torch.zeros(len(targets), len(targets)),
+        torch.zeros(len(targets), len(targets)),
+        torch.zeros(len(targets)),
+    )
+    return SignCounts(*(torch.stack(parts).double().sum(0).cpu() for parts in zip(*(counts or [nothing]))))
 
 
 class Report:
