@@ -29,7 +29,7 @@ from fusechat_merge.kernel import Merge
 
 LOG = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
-STRETCH = 1 << 14  # elements
+STRETCH, LONG_STRETCH = 1 << 14, 1 << 17  # elements; long ones where all are counted: fewer calls
 SAMPLED = 256  # of so many stretches one has its signs counted
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -55,24 +55,22 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
     Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
     """
     pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
+    dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in (pivot, *targets)} else torch.float32
+    length = STRETCH if every > 1 else LONG_STRETCH
 
     def count(start: int) -> tuple[Tensor, Tensor, Tensor]:
-        stretch = slice(start, start + STRETCH)
-        rows = torch.stack([target[stretch].double() for target in targets]).sub_(pivot[stretch].double())
+        stretch = slice(start, start + length)
+        rows = torch.stack([target[stretch].to(dtype) for target in targets]).sub_(pivot[stretch].to(dtype))
         if keep is not None:
             rows *= keep[stretch]
         majority = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
-        signs = rows.sign_().float()
+        signs = rows.sign_().float()  # products of these are whole numbers, exact in float32
         present = signs.abs()
         return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2
 
-    counts = spread(count, range(0, pivot.numel(), STRETCH * every), pivot.device)
-    nothing = (
-        torch.zeros(len(targets), len(targets)),
-        torch.zeros(len(targets), len(targets)),
-        torch.zeros(len(targets)),
-    )
-    return SignCounts(*(torch.stack(parts).double().sum(0).cpu() for parts in zip(*(counts or [nothing]))))
+    zeros = torch.zeros(len(targets), len(targets))
+    counts = spread(count, range(0, pivot.numel(), length * every), pivot.device) or [(zeros, zeros, zeros.sum(0))]
+    return SignCounts(*(torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts)))
 
 
 class Report:

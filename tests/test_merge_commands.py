@@ -291,6 +291,7 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
 
 def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     monkeypatch.setattr(report, "STRETCH", 1024)
+    monkeypatch.setattr(report, "LONG_STRETCH", 4096)
     generator = torch.Generator().manual_seed(0)
     pivot = torch.zeros(64 * 1024)
     targets = [torch.randn(64 * 1024, generator=generator) for _ in range(3)]
@@ -302,6 +303,7 @@ def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     signs = torch.stack(targets).sign()
     majority = torch.stack(targets).sum(0).sign()
     assert every.erased.tolist() == (signs != majority).sum(1).tolist()
+    assert report.count_signs(torch.zeros(0), [torch.zeros(0)] * 2, None, 1).moved.tolist() == [[0, 0], [0, 0]]
     keep = (torch.arange(64 * 1024) % 4 == 0).byte()
     kept = report.count_signs(pivot, targets, keep, 1)
     assert kept.agreement[0, 1] == (signs[0] * signs[1] * keep).sum()
