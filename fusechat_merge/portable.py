@@ -44,7 +44,7 @@ class Portable:
         return torch.from_numpy(np.sum(torch.cat(sums, 1).double().numpy(), 1))  # PyTorch's depends on the threads
 
     def classify(self, low: float, high: float, classes: Tensor) -> tuple[int, int]:
-        """See `compiled.Compiled.classify`."""
+        """See `compiled.Compiled.classify`. FloatingPointError: a square is not finite."""
 
         def step(piece: slice) -> tuple[int, int, bool]:
             rows = self._differences(piece, self.targets[1:], self.targets[0][piece].double())

@@ -50,7 +50,7 @@ def select(walk, tau: float) -> Selection:
         tau: `select_topk`, in (0, 1).
 
     Raises:
-        FloatingPointError: a difference of two targets, or its square, is not finite.
+        FloatingPointError: a number is not finite, or the square of a difference (not all such numbers are found here).
     """
     keep = torch.empty(walk.numel, dtype=torch.uint8, device=walk.device)
     for deviations in (4.0, 40.0, math.inf):
