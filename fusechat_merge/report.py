@@ -1,9 +1,9 @@
 """What a merge did, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), which keeps the cost of a report below 2 %.
-A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output is. Used
-by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
+one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that the pictures are what a report
+costs. A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output
+is. Used by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
 
 Shape letters: M targets.
 """
