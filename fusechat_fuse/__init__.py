@@ -9,15 +9,15 @@ Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.0799
 from importlib import import_module
 
 _HOME = {
-    "load_conversations": "conversations",
-    "represent": "capture",
-    "load_representation": "representation",
-    "align": "alignment",
-    "combine": "fusion",
-    "fusion_loss": "loss",
-    "FusionConfig": "config",
-    "FusionCollator": "collator",
-    "FusionTrainer": "trainer",
+    "load_conversations": "text.conversations",
+    "represent": "capture.run",
+    "load_representation": "store.shards",
+    "align": "alignment.run",
+    "combine": "alignment.combination",
+    "fusion_loss": "training.loss",
+    "FusionConfig": "training.config",
+    "FusionCollator": "training.collator",
+    "FusionTrainer": "training.trainer",
 }
 __all__ = list(_HOME)
 

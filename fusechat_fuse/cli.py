@@ -144,7 +144,7 @@ def _align_flags(parser) -> None:
 
 def _align(options: dict) -> None:
     from fusechat_fuse import align
-    from fusechat_fuse.certificate import summary_lines
+    from fusechat_fuse.alignment.certificate import summary_lines
 
     _say("\n".join(summary_lines(align(**options)["certificate"])))
 
@@ -166,8 +166,8 @@ def _combine(options: dict) -> None:
 def _train_flags(parser) -> None:
     from transformers import HfArgumentParser
 
-    from fusechat_fuse.config import FusionConfig
-    from fusechat_fuse.training import TrainArguments
+    from fusechat_fuse.training.config import FusionConfig
+    from fusechat_fuse.training.run import TrainArguments
 
     fields = HfArgumentParser([TrainArguments, FusionConfig], add_help=False, conflict_handler="resolve")
     for action in fields._actions:
@@ -181,8 +181,8 @@ def _train_flags(parser) -> None:
 def _train(options: dict) -> None:
     from dataclasses import fields
 
-    from fusechat_fuse.config import FusionConfig
-    from fusechat_fuse.training import train
+    from fusechat_fuse.training.config import FusionConfig
+    from fusechat_fuse.training.run import train
 
     of_config = {field.name for field in fields(FusionConfig) if field.init}
     config = FusionConfig(**{name: options.pop(name) for name in list(options) if name in of_config})
@@ -199,7 +199,7 @@ def _inspect_flags(parser) -> None:
 
 
 def _inspect(options: dict) -> None:
-    from fusechat_fuse.inspection import inspect_path
+    from fusechat_fuse.alignment.inspection import inspect_path
 
     _say(inspect_path(options.pop("path"), **options))
 

@@ -8,7 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 
-from tests import real_tokenizers
+from tests.helpers import real_tokenizers
 
 
 def _fixture(name):

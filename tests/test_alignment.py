@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusechat_fuse import alignment
-from fusechat_fuse.alignment import align
-from fusechat_fuse.batch import align_batch, make_batch
-from fusechat_fuse.certificate import CoverageError, stretches, summary_lines
-from fusechat_fuse.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
+from fusechat_fuse.alignment import run as alignment
+from fusechat_fuse.alignment.certificate import CoverageError, stretches, summary_lines
+from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
+from fusechat_fuse.alignment.prefix import Stream, Vocabularies, add_up_equal_ids, prefix_rows
+from fusechat_fuse.alignment.run import align
+from fusechat_fuse.alignment.streams import align_batch, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair
+from fusechat_fuse.alignment.vocabulary_maps import PathTable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.mapping import Stream, Vocabularies, add_up_equal_ids, prefix_rows
-from fusechat_fuse.pairing import Pair
-from fusechat_fuse.representation import load_representation
-from fusechat_fuse.vocabulary import PathTable
-from tests.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
+from fusechat_fuse.store.shards import load_representation
+from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
 
 ROOT = Path(__file__).parents[1]
 
@@ -263,7 +263,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path
     write(tmp_path / "s", tiny_unigram, rows_for(tiny_unigram, seed=1, repeat=6))
     program = (
         "import sys, time\n"
-        "from fusechat_fuse import alignment\n"
+        "from fusechat_fuse.alignment import run as alignment\n"
         "alignment.SHARD = 2\n"
         "whole = alignment.Job.aligned\n"
         "def slow(self, shard):\n"
@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path
 
 def test_min_edit_map_is_kept_on_disk(two, tmp_path, monkeypatch):
     align(two[0].path, two[1].path, tmp_path / "a", mapping="min_edit")
-    monkeypatch.setattr("fusechat_fuse.pairing.min_edit_map", None)  # must not be needed again
+    monkeypatch.setattr("fusechat_fuse.alignment.tokenizer_pair.min_edit_map", None)  # must not be needed again
     align(two[0].path, two[1].path, tmp_path / "b", mapping="min_edit")
     kept = list((tmp_path / "cache" / "vocabulary").glob("min_edit-*.safetensors"))
     assert len(kept) == 1

@@ -6,12 +6,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from fusechat_fuse.batch import align_batch, make_batch
-from fusechat_fuse.certificate import FLOOR, tally
-from fusechat_fuse.pairing import Pair
-from fusechat_fuse.vocabulary import PairCounts
-from tests import reference_alignment as reference
-from tests.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
+from fusechat_fuse.alignment.certificate import FLOOR, tally
+from fusechat_fuse.alignment.streams import align_batch, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair
+from fusechat_fuse.alignment.vocabulary_maps import PairCounts
+from tests.helpers import reference_alignment as reference
+from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
 from tests.test_tokens import random_texts
 
 PAIRS = [

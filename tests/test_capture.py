@@ -24,16 +24,16 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from fusechat_fuse import forward
-from fusechat_fuse.capture import _Process, plan_batches, represent
-from fusechat_fuse.chat import ConversationEncoder
-from fusechat_fuse.conversations import load_conversations
+from fusechat_fuse.capture import distributions as forward
+from fusechat_fuse.capture.distributions import PredictionHead
+from fusechat_fuse.capture.run import _Process, plan_batches, represent
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.forward import PredictionHead
-from fusechat_fuse.loading import load_fast_tokenizer
-from fusechat_fuse.representation import load_tokenizer
-from fusechat_fuse.templates import resolve_template
-from tests.reference_represent import distribution
+from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.store.tokenizers import load_tokenizer
+from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.conversations import load_conversations
+from fusechat_fuse.text.templates import resolve_template
+from tests.helpers.reference_represent import distribution
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
@@ -304,7 +304,7 @@ def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny
 def test_another_run_on_the_directory_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
     represent(folder / "m", folder / "data.json", tmp_path / "r")
     before = files(tmp_path / "r")
-    monkeypatch.setattr("fusechat_fuse.capture.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
     represent(folder / "m", folder / "data.json", tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
     for change, key in (
         ({"top_k": 3}, "options.top_k = 10 there and 3 here"),
@@ -435,10 +435,10 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch, tqdm.auto
 from transformers import AutoModelForCausalLM
-from fusechat_fuse import forward
-from fusechat_fuse.capture import represent
-from fusechat_fuse.chat import encode_conversation
-from fusechat_fuse.loading import load_fast_tokenizer
+from fusechat_fuse.capture import distributions
+from fusechat_fuse.capture.run import represent
+from fusechat_fuse.text.chat import encode_conversation
+from fusechat_fuse.models import load_fast_tokenizer
 
 folder, data, out = sys.argv[1:4]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)
@@ -485,7 +485,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, folder):
     torch.set_num_threads(1)
     represent(folder / "m", folder / "data.json", tmp_path / "one", shard_size=3)
     (tmp_path / "run.py").write_text(
-        "import sys, fusechat_fuse.capture as c\nc.represent(*sys.argv[1:4], shard_size=3)\n"
+        "import sys, fusechat_fuse.capture.run as c\nc.represent(*sys.argv[1:4], shard_size=3)\n"
     )
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
     ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "two", launcher=launcher)

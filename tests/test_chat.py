@@ -10,13 +10,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fusechat_fuse.chat import ConversationEncoder, encode_conversation
-from fusechat_fuse.conversations import Unusable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loading import load_fast_tokenizer
-from fusechat_fuse.templates import BUILT_IN, end_of_turn_of, native_template, resolve_template
-from tests.real_tokenizers import tiny_bpe
-from tests.reference_represent import spans_by_offsets
+from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
+from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.templates import BUILT_IN, end_of_turn_of, native_template, resolve_template
+from tests.helpers.real_tokenizers import tiny_bpe
+from tests.helpers.reference_represent import spans_by_offsets
 
 SINGLE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]
 MULTI = [

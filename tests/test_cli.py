@@ -8,8 +8,8 @@ import pytest
 
 from fusechat_fuse import load_representation
 from fusechat_fuse.cli import COMMANDS, main
-from tests.real_tokenizers import tiny_bpe, tiny_unigram
-from tests.tiny_models import tiny_model
+from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
+from tests.helpers.tiny_models import tiny_model
 
 CHATS = [
     {"id": f"c{n}", "conversations": [{"from": "human", "value": f"say {n}"}, {"from": "gpt", "value": f"the {n} is"}]}

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusechat_fuse.collator import STATS, FusionCollator
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.packing import pack_row
-from fusechat_fuse.targets import conversation_ce, row_targets
-from tests.fusion_rows import aligned_row, aligned_rows
+from fusechat_fuse.store.rows import pack_row
+from fusechat_fuse.training.choice import conversation_ce, row_targets
+from fusechat_fuse.training.collator import STATS, FusionCollator
+from tests.helpers.fusion_rows import aligned_row, aligned_rows
 
 
 def distribution(ids, probs):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from fusechat_fuse.conversations import content_hash, load_conversations, read_conversations
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.text.conversations import content_hash, load_conversations, read_conversations
 
 USER, ANSWER = {"role": "user", "content": "Hello 你好"}, {"role": "assistant", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fusechat_fuse import fusion
-from fusechat_fuse.alignment import align
+from fusechat_fuse.alignment import combination as fusion
+from fusechat_fuse.alignment.combination import average, combine, source_cross_entropy
+from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.fusion import average, combine, source_cross_entropy
-from fusechat_fuse.representation import load_representation
+from fusechat_fuse.store.shards import load_representation
 from tests.test_alignment import files_of, rows_for, write
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fusechat_fuse.collator import FusionCollator
-from fusechat_fuse.loss import fusion_loss
-from fusechat_fuse.targets import row_targets
+from fusechat_fuse.training.choice import row_targets
+from fusechat_fuse.training.collator import FusionCollator
+from fusechat_fuse.training.loss import fusion_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 ARRAYS = np.load(GOLDEN / "fusion_loss.npz")

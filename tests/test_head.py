@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fusechat_fuse import head, loss
-from fusechat_fuse.head import install_lean_head, is_plain_linear, takes_kept_logits, why_not_lean
-from fusechat_fuse.loss import fusion_loss
-from tests.tiny_models import FAMILIES, batch_of, tiny_model
+from fusechat_fuse.training import lean_head as head
+from fusechat_fuse.training import loss
+from fusechat_fuse.training.lean_head import install_lean_head, is_plain_linear, takes_kept_logits, why_not_lean
+from fusechat_fuse.training.loss import fusion_loss
+from tests.helpers.tiny_models import FAMILIES, batch_of, tiny_model
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 TARGETS = ("shift_labels", "target_ids", "target_probs")

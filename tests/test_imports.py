@@ -1,4 +1,5 @@
-"""What may import what: the packages are strangers, the façades are light, imports point down."""
+"""What may import what: the packages are strangers, the façades are light, and in fusechat_fuse a room
+uses what is shared, never another room."""
 
 import ast
 import json
@@ -13,10 +14,19 @@ import fusechat_merge
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "datasets", "pyarrow", "mergekit", "scipy", "rapidfuzz", "accelerate", "numba"}
-PURE = {
-    "fusechat_fuse": ["alignment", "correspondence", "fusion", "loss", "mapping", "representation", "vocabulary"],
+LIGHT = {  # may load torch, and nothing else that is heavy
+    "fusechat_fuse": [
+        *("alignment.run", "alignment.combination", "store.shards", "training.loss", "training.choice"),
+        *("alignment.correspondence", "alignment.prefix", "alignment.vocabulary_maps"),
+    ],
     "fusechat_merge": ["chunks", "kernel", "portable", "selection"],
 }
+PURE = {  # pure maths: at the top of the file numpy, torch, the standard library, and one another
+    "alignment": ["correspondence", "prefix"],
+    "training": ["choice", "loss"],
+}
+ROOMS = ("capture", "alignment", "training")  # strangers to each other
+SHARED = ("store", "text", "models", "errors")  # which any room may use, and which use no room
 
 
 def loaded_after(code: str) -> set[str]:
@@ -33,19 +43,65 @@ def test_imports_nothing_heavy(package):
     assert not loaded_after(f"import {package}") & HEAVY
 
 
-@pytest.mark.parametrize(("package", "module"), [(p, m) for p, modules in PURE.items() for m in modules])
-def test_the_method_needs_numpy_and_torch_only(package, module):
+@pytest.mark.parametrize(("package", "module"), [(p, m) for p, modules in LIGHT.items() for m in modules])
+def test_the_method_loads_nothing_heavy_but_torch(package, module):
     assert not loaded_after(f"import {package}.{module}") & (HEAVY - {"torch"})
 
 
-def imported_by(path: Path) -> set[str]:
+def imported_by(path: Path, nodes=ast.walk) -> set[str]:
+    """Modules that a file imports, anywhere in it (`nodes=ast.walk`) or at its top (`ast.iter_child_nodes`)."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            assert not node.level, f"{path}: relative imports hide the room"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def rooms_used_by(part: str) -> dict[str, set[str]]:
+    """file -> the parts of fusechat_fuse that it imports."""
+    folder = ROOT / "fusechat_fuse"
+    files = [folder / f"{part}.py"] if (folder / f"{part}.py").exists() else sorted((folder / part).glob("**/*.py"))
+    assert files, part
+    return {
+        str(path.relative_to(ROOT)): {
+            name.split(".")[1] for name in imported_by(path) if name.startswith("fusechat_fuse.")
+        }
+        for path in files
+    }
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_strangers(room):
+    for file, used in rooms_used_by(room).items():
+        assert not used & (set(ROOMS) - {room}), file
+        assert "cli" not in used, file
+
+
+@pytest.mark.parametrize("part", SHARED)
+def test_what_is_shared_uses_no_room(part):
+    for file, used in rooms_used_by(part).items():
+        assert not used & {*ROOMS, "cli"}, file
+
+
+def test_every_part_is_a_room_or_shared():
+    folder = ROOT / "fusechat_fuse"
+    parts = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts == {*ROOMS, *SHARED, "cli", "__init__", "__main__"}
+
+
+@pytest.mark.parametrize(("room", "module"), [(room, m) for room, modules in PURE.items() for m in modules])
+def test_pure_maths_imports_numpy_torch_and_its_kind(room, module):
+    path = ROOT / "fusechat_fuse" / room / f"{module}.py"
+    for name in imported_by(path, ast.iter_child_nodes):
+        top = name.split(".")[0]
+        if top == "fusechat_fuse":
+            of = name.split(".")[1:3]
+            assert of[0] == "errors" or (len(of) == 2 and of[1] in PURE.get(of[0], [])), name
+        else:
+            assert top in {"numpy", "torch"} | sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize(
@@ -62,7 +118,7 @@ def test_facade_names_resolve_and_hide_no_module():
     for package in (fusechat_fuse, fusechat_merge):
         for name in package.__all__:
             assert getattr(package, name) is not None
-        modules = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
+        modules = {path.stem for path in Path(package.__file__).parent.rglob("*") if path.name != "__pycache__"}
         assert not modules & set(package.__all__)
 
 

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fusechat_fuse.alignment import align
+from fusechat_fuse.alignment.combination import combine
+from fusechat_fuse.alignment.inspection import conversation_view, inspect_path, readable
+from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.fusion import combine
-from fusechat_fuse.inspection import conversation_view, inspect_path, readable
-from fusechat_fuse.representation import load_representation
+from fusechat_fuse.store.shards import load_representation
 from tests.test_alignment import rows_for, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

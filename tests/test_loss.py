@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fusechat_fuse import loss as loss_module
-from fusechat_fuse.loss import fusion_loss, row_sums
-from tests.reference_loss import reference_loss
+from fusechat_fuse.training import loss as loss_module
+from fusechat_fuse.training.loss import fusion_loss, row_sums
+from tests.helpers.reference_loss import reference_loss
 
 
 def random_case(seed=0, B=3, T=5, V=11, K=4, mass=0.8, dtype=torch.float64):

@@ -18,9 +18,9 @@ from mergekit.options import MergeOptions
 
 import fusechat_merge
 from fusechat_merge import cli, kernel, plots, recipe, report
-from tests import reference_merge
-from tests.merge_checkpoints import read, write_family, write_llama
-from tests.merge_checkpoints import recipe as make_recipe
+from tests.helpers import reference_merge
+from tests.helpers.merge_checkpoints import read, write_family, write_llama
+from tests.helpers.merge_checkpoints import recipe as make_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "mergekit_configs"
 NAME = "model.layers.1.mlp.up_proj.weight"

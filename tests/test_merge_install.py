@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from tests import reference_merge
-from tests.merge_checkpoints import read, recipe, write_family
+from tests.helpers import reference_merge
+from tests.helpers.merge_checkpoints import read, recipe, write_family
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (

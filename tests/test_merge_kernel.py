@@ -8,7 +8,7 @@ import torch
 
 from fusechat_merge import compiled, kernel, portable, selection
 from fusechat_merge.kernel import NonFiniteError, sce_coefficients, sce_merge, varm_merge
-from tests import reference_merge
+from tests.helpers import reference_merge
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 

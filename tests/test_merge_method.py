@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 
 import fusechat_merge
 from fusechat_merge import kernel, sce, varm
-from tests.merge_checkpoints import read, recipe, write_family, write_llama
+from tests.helpers.merge_checkpoints import read, recipe, write_family, write_llama
 
 QUIET = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
 

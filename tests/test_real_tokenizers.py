@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import real_tokenizers
+from tests.helpers import real_tokenizers
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "inputs.json").read_text())
 

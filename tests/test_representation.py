@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.packing import pack_ids, unpack_ids
-from fusechat_fuse.representation import ShardWriter, decode_row, load_representation, load_tokenizer, save_tokenizer
+from fusechat_fuse.store.rows import decode_row, pack_ids, unpack_ids
+from fusechat_fuse.store.shards import ShardWriter, load_representation
+from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
 
 def make_row(rng, name, T=40, K=10, vocabulary=32002, aligned=False, turns=2):

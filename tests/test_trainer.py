@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from fusechat_fuse.collator import FusionCollator
-from fusechat_fuse.config import FusionConfig
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loss import fusion_loss
-from fusechat_fuse.representation import load_representation
-from fusechat_fuse.trainer import FusionTrainer
-from tests.fusion_rows import aligned_rows
-from tests.tiny_models import batch_of, tiny_model
-from tests.tiny_runs import VOCAB, aligned_directory, config
+from fusechat_fuse.store.shards import load_representation
+from fusechat_fuse.training.collator import FusionCollator
+from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.loss import fusion_loss
+from fusechat_fuse.training.trainer import FusionTrainer
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import batch_of, tiny_model
+from tests.helpers.tiny_runs import VOCAB, aligned_directory, config
 
 
 def run(tmp_path, rows, model=None, trainer_options=None, **changes):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusechat_fuse.head import install_lean_head
-from tests.distributed_worker import SETTINGS
-from tests.fusion_rows import aligned_rows
+from fusechat_fuse.training.lean_head import install_lean_head
+from tests.helpers.distributed_worker import SETTINGS
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.test_trainer import run
-from tests.tiny_models import batch_of, tiny_model
 
 WORLD = 2
 CASES = ["ddp", "fsdp1", "fsdp1_own_head", "fully_shard", "fully_shard_own_head"]
@@ -42,7 +42,7 @@ def results(tmp_path_factory):
             "LOCAL_WORLD_SIZE": str(WORLD),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "tests.distributed_worker", str(output), *cases]
+        command = [sys.executable, "-m", "tests.helpers.distributed_worker", str(output), *cases]
         log = open(output / f"{rank}.log", "w")  # noqa: SIM115
         processes.append(
             subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=log)

@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.training import TrainArguments, train
-from tests import real_tokenizers
-from tests.fusion_rows import aligned_rows
-from tests.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer
+from fusechat_fuse.training.run import TrainArguments, train
+from tests.helpers import real_tokenizers
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +166,9 @@ def test_low_rank_adapters_are_merged_into_the_target(pivot, data, tmp_path):
 
 WORKER = """
 import os, signal, sys
-from fusechat_fuse.trainer import FusionTrainer
-from fusechat_fuse.training import train
-from tests.tiny_runs import config
+from fusechat_fuse.training.trainer import FusionTrainer
+from fusechat_fuse.training.run import train
+from tests.helpers.tiny_runs import config
 
 def log(self, logs, start_time=None, original=FusionTrainer.log):
     original(self, logs, start_time)

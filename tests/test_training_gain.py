@@ -7,9 +7,9 @@ is another one, on which the source is wrong, so MinCE must leave it to the pivo
 import numpy as np
 import torch
 
-from fusechat_fuse.trainer import FusionTrainer
-from tests.tiny_models import tiny_model
-from tests.tiny_runs import config
+from fusechat_fuse.training.trainer import FusionTrainer
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_runs import config
 
 V, HALF, T, K = 50, 20, 32, 10  # ids 5..24 speak skill A, 25..44 skill B
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from fusechat_fuse.config import FusionConfig
-from fusechat_fuse.training import TrainArguments
+from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.run import TrainArguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yml"))

@@ -5,8 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from fusechat_fuse.tokens import token_bytes
-from fusechat_fuse.vocabulary import (
+from fusechat_fuse.alignment.vocabulary_maps import (
     PairCounts,
     PathTable,
     Speller,
@@ -15,7 +14,8 @@ from fusechat_fuse.vocabulary import (
     preferred_ids,
     statistics_map,
 )
-from tests.reference_alignment import levenshtein
+from fusechat_fuse.text.tokens import token_bytes
+from tests.helpers.reference_alignment import levenshtein
 
 
 def by_bytes(tokenizer):

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusechat_fuse.correspondence import EXACT, INSIDE, Correspondence
-from fusechat_fuse.mapping import Mapped, Stream
+from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
+from fusechat_fuse.alignment.prefix import Mapped, Stream
 
 FLOOR = 1e-6
 COUNTED = (

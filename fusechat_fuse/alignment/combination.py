@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fusechat_fuse.alignment.prefix import add_up_equal_ids
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.mapping import add_up_equal_ids
-from fusechat_fuse.pairing import copy_tokenizer
-from fusechat_fuse.representation import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 FUNCTIONS = ("min_ce", "avg_ce")
 SHARD = 256

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.batch import align_batch, became, make_batch
-from fusechat_fuse.certificate import summary_lines
-from fusechat_fuse.correspondence import EXACT, INSIDE
+from fusechat_fuse.alignment.certificate import summary_lines
+from fusechat_fuse.alignment.correspondence import EXACT, INSIDE
+from fusechat_fuse.alignment.streams import align_batch, became, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair, load_counts
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.pairing import Pair, load_counts, read_tokenizer
-from fusechat_fuse.representation import Representation, load_representation
-from fusechat_fuse.tokens import token_table
+from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.tokenizers import read_tokenizer
+from fusechat_fuse.text.tokens import token_table
 
 CLASSES = {EXACT: "exact", INSIDE: "inside"}
 _SHOWN = 40
@@ -48,7 +49,7 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
         view = conversation_view(opened, number, source_representation, required=html is not None)
         lines += _aligned_lines(view, tokens)
         if html is not None:
-            from fusechat_fuse.inspection_page import page
+            from fusechat_fuse.alignment.inspection_page import page
 
             Path(html).write_text(page(view, summary_lines(opened.manifest["certificate"])), encoding="utf-8")
             lines.append(f"page written to {html}")

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fusechat_fuse.correspondence import EXACT, NONE, Correspondence
-from fusechat_fuse.vocabulary import PathTable
+from fusechat_fuse.alignment.correspondence import EXACT, NONE, Correspondence
+from fusechat_fuse.alignment.vocabulary_maps import PathTable
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.batch import Batch, align_batch, make_batch
-from fusechat_fuse.certificate import COUNTED, CoverageError, certificate, tally
-from fusechat_fuse.correspondence import EXACT, correspond
+from fusechat_fuse.alignment.certificate import COUNTED, CoverageError, certificate, tally
+from fusechat_fuse.alignment.correspondence import EXACT, correspond
+from fusechat_fuse.alignment.prefix import Mapped, Vocabularies
+from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair, load_counts, save_counts
+from fusechat_fuse.alignment.vocabulary_maps import PairCounts
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.mapping import Mapped, Vocabularies
-from fusechat_fuse.pairing import Pair, copy_tokenizer, load_counts, save_counts
-from fusechat_fuse.representation import Representation, ShardWriter, load_representation
-from fusechat_fuse.vocabulary import PairCounts
+from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 MAPPINGS = ("exact", "min_edit", "statistics", "prefix")
 SHARD = 256

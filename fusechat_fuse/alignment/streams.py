@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.correspondence import correspond, line_up, safe_starts
-from fusechat_fuse.mapping import Mapped, Stream, Vocabularies, prefix_rows, prepare, single_id_rows
-from fusechat_fuse.pairing import Pair, Side
+from fusechat_fuse.alignment.correspondence import correspond, line_up, safe_starts
+from fusechat_fuse.alignment.prefix import Mapped, Stream, Vocabularies, prefix_rows, prepare, single_id_rows
+from fusechat_fuse.alignment.tokenizer_pair import Pair, Side
 
 
 @dataclass

@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.correspondence import joined_bytes
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.mapping import Vocabularies
-from fusechat_fuse.representation import Representation, write_atomic
-from fusechat_fuse.tokens import same_vocabulary, token_table
-from fusechat_fuse.vocabulary import (
+from fusechat_fuse.alignment.correspondence import joined_bytes
+from fusechat_fuse.alignment.prefix import Vocabularies
+from fusechat_fuse.alignment.vocabulary_maps import (
     PairCounts,
     PathTable,
     Speller,
@@ -31,6 +26,11 @@ from fusechat_fuse.vocabulary import (
     preferred_ids,
     statistics_map,
 )
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.shards import Representation
+from fusechat_fuse.store.tokenizers import read_tokenizer
+from fusechat_fuse.text.tokens import same_vocabulary, token_table
 
 logger = logging.getLogger(__name__)
 _CACHE_VERSION = 1
@@ -57,29 +57,6 @@ def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]])
     except OSError as error:
         logger.warning("vocabulary map not kept in %s: %s", folder, error)
     return arrays
-
-
-def read_tokenizer(path):
-    """The `tokenizers.Tokenizer` in a representation's directory (without transformers: seconds less)."""
-    from tokenizers import Tokenizer
-
-    file = Path(path) / "tokenizer" / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(
-            f"tokenizer for {path}: expected tokenizer/tokenizer.json in it, got none. Represent it again."
-        )
-    return Tokenizer.from_file(str(file))
-
-
-def copy_tokenizer(source, target) -> None:
-    """Give a store the tokenizer of another one, whole or not at all; one that is there stays."""
-    there = Path(target) / "tokenizer"
-    if there.exists():
-        return
-    staging = Path(tempfile.mkdtemp(dir=target, prefix=".tokenizer.", suffix=".tmp"))
-    shutil.copytree(Path(source) / "tokenizer", staging / "tokenizer")
-    (staging / "tokenizer").rename(there)
-    staging.rmdir()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.tokens import CHARACTER_OF_BYTE, MARK, backend_of, component, token_table
+from fusechat_fuse.text.tokens import CHARACTER_OF_BYTE, MARK, backend_of, component, token_table
 
 Bytes = bytes | None
 

@@ -21,23 +21,23 @@ from datetime import timedelta
 
 import numpy as np
 
-from fusechat_fuse.chat import ConversationEncoder, Encoded
-from fusechat_fuse.conversations import Conversation, ReadReport, Unusable, read_conversations
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loading import (
+from fusechat_fuse.models import (
     check_model,
-    file_fingerprint,
     library_versions,
     load_fast_tokenizer,
     load_model,
     model_identity,
     positions_of,
 )
-from fusechat_fuse.representation import Representation, ShardWriter, load_representation, save_tokenizer, write_atomic
-from fusechat_fuse.templates import resolve_template
-from fusechat_fuse.tokens import tokenizer_hash
+from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.tokenizers import save_tokenizer
+from fusechat_fuse.text.chat import ConversationEncoder, Encoded
+from fusechat_fuse.text.conversations import Conversation, ReadReport, Unusable, read_conversations
+from fusechat_fuse.text.templates import resolve_template
+from fusechat_fuse.text.tokens import tokenizer_hash
 
-__all__ = ["file_fingerprint", "plan_batches", "represent"]
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
 
@@ -306,7 +306,7 @@ def _compute(model, encoder, shards, mine, writer: ShardWriter, top_k: int, toke
     """Compute and write the shards `mine`; a second thread tokenizes the next one and writes the last one meanwhile."""
     from tqdm.auto import tqdm
 
-    from fusechat_fuse.forward import PredictionHead
+    from fusechat_fuse.capture.distributions import PredictionHead
 
     rows = int(model.get_input_embeddings().weight.shape[0])
     runner = _Runner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch)

@@ -13,60 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.packing import ENCODINGS, decode_row, pack_row
-
-__all__ = ["Representation", "ShardWriter", "decode_row", "load_representation", "load_tokenizer", "save_tokenizer"]
+from fusechat_fuse.store.files import file_sha256, flatten, json_bytes, write_atomic
+from fusechat_fuse.store.rows import ENCODINGS, decode_row, pack_row
 
 SCHEMA_VERSION = 1
 KINDS = ("representation", "aligned", "combined")
 logger = logging.getLogger(__name__)
-
-
-def _fsync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name in the same folder, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync_directory(path.parent)
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
@@ -103,12 +63,12 @@ class ShardWriter:
                 f"other files ({foreign[0]!r}). Choose another directory."
             )
         if not file.exists():
-            write_atomic(file, _json_bytes(self.identity))
+            write_atomic(file, json_bytes(self.identity))
         try:
-            there = _flatten(json.loads(file.read_bytes()))
+            there = flatten(json.loads(file.read_bytes()))
         except ValueError as error:
             raise InputError(f"identity of {file}: expected JSON, got {error}. Remove the directory.") from error
-        mine = _flatten(self.identity)
+        mine = flatten(self.identity)
         for key in [*mine, *there]:
             if there.get(key) != mine.get(key):
                 raise InputError(
@@ -133,7 +93,7 @@ class ShardWriter:
         except ValueError:
             info = {"sha256": "unreadable"}
         file = self._file(shard, "arrow")
-        if info["sha256"] is None or (file.exists() and _sha256(file) == info["sha256"]):
+        if info["sha256"] is None or (file.exists() and file_sha256(file) == info["sha256"]):
             return True
         logger.warning("%s is damaged (its checksum differs); it is computed again.", file)
         return False
@@ -154,7 +114,7 @@ class ShardWriter:
             data = _arrow_stream(packed)
             record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             write_atomic(self._file(shard, "arrow"), data)
-        write_atomic(self._file(shard, "json"), _json_bytes(record))
+        write_atomic(self._file(shard, "json"), json_bytes(record))
 
     def finish(self, num_shards: int, manifest: dict) -> None:
         """Make the directory readable: counts, `state.json`, `dataset_info.json`, and `manifest.json` as the last file.
@@ -176,7 +136,7 @@ class ShardWriter:
         shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
         manifest |= {"counts": {**counts, **manifest.get("counts", {})}, "shards": shards}
-        fingerprint = hashlib.sha256(_json_bytes(shards)).hexdigest()[:16]
+        fingerprint = hashlib.sha256(json_bytes(shards)).hexdigest()[:16]
         state = {
             "_data_files": [{"filename": name} for name, _ in files],
             "_fingerprint": fingerprint,
@@ -190,12 +150,12 @@ class ShardWriter:
             field.name: {"dtype": str(field.type), "_type": "Value"} for field in _schema(self.path / files[0][0])
         }
         write_atomic(
-            self.path / "dataset_info.json", _json_bytes({"features": features, "citation": "", "description": ""})
+            self.path / "dataset_info.json", json_bytes({"features": features, "citation": "", "description": ""})
         )
-        write_atomic(self.path / "state.json", _json_bytes(state))
+        write_atomic(self.path / "state.json", json_bytes(state))
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        write_atomic(self.path / "manifest.json", _json_bytes(manifest))
+        write_atomic(self.path / "manifest.json", json_bytes(manifest))
 
 
 def _arrow_stream(packed: list[dict]) -> bytes:
@@ -315,7 +275,7 @@ class Representation:
         """Names of the shard files whose SHA-256 is not the manifest's."""
         shards = self.manifest["shards"]
         files = [self.path / shard["file"] for shard in shards]
-        return [s["file"] for s, f in zip(shards, files) if not f.exists() or _sha256(f) != s["sha256"]]
+        return [s["file"] for s, f in zip(shards, files) if not f.exists() or file_sha256(f) != s["sha256"]]
 
     def __getstate__(self) -> dict:
         return {"path": self.path}
@@ -336,29 +296,3 @@ def load_representation(path) -> Representation:
     Raises: InputError where the directory is missing, unfinished, of another schema version, or damaged.
     """
     return Representation(path)
-
-
-def save_tokenizer(tokenizer, path) -> None:
-    """Put a tokenizer into a store, as `tokenizer/`, whole or not at all; one that is there stays."""
-    folder = Path(path) / "tokenizer"
-    if folder.exists():
-        return
-    staging = Path(tempfile.mkdtemp(dir=path, prefix=".tokenizer.", suffix=".tmp"))
-    try:
-        tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        staging.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster
-            raise
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def load_tokenizer(path):
-    """The tokenizer a representation was made with (a transformers fast tokenizer), from its directory alone."""
-    from transformers import PreTrainedTokenizerFast
-
-    folder = Path(path) / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"tokenizer for {path}: expected tokenizer/tokenizer.json in it, got none. Make it again.")
-    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.conversations import Unusable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.templates import (
+from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.templates import (
     ChatTemplate,
     added_texts,
     bos_of,
@@ -33,7 +33,7 @@ from fusechat_fuse.templates import (
     own_variables,
     resolve_template,
 )
-from fusechat_fuse.tokens import token_spans
+from fusechat_fuse.text.tokens import token_spans
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fusechat_fuse.conversations import Unusable
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loading import first_line
+from fusechat_fuse.models import first_line
+from fusechat_fuse.text.conversations import Unusable
 
 _DATE = "26 Jul 2024"  # what Llama-3.1's template prints by default; templates must not depend on the day
 

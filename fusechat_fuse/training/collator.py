@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loss import IGNORED
-from fusechat_fuse.representation import decode_row
-from fusechat_fuse.targets import CE_UNITS, FUNCTIONS, row_targets
+from fusechat_fuse.store.rows import decode_row
+from fusechat_fuse.training.choice import CE_UNITS, FUNCTIONS, row_targets
+from fusechat_fuse.training.loss import IGNORED
 
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
 

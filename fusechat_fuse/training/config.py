@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loss import KINDS
-from fusechat_fuse.targets import CE_UNITS, FUNCTIONS
+from fusechat_fuse.training.choice import CE_UNITS, FUNCTIONS
+from fusechat_fuse.training.loss import KINDS
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from fusechat_fuse.loss import IGNORED, check_ids, exp_to_gradient_, picked_terms, row_chunks, row_sums
+from fusechat_fuse.training.loss import IGNORED, check_ids, exp_to_gradient_, picked_terms, row_chunks, row_sums
 
 _LEAST_ROWS = 256  # of a chunk: d weight is read and written once a chunk
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from fusechat_fuse.collator import STATS
+from fusechat_fuse.training.collator import STATS
 
 
 class FusionMeter:

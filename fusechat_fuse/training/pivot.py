@@ -5,10 +5,11 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 
-from fusechat_fuse.capture import file_fingerprint
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.representation import Representation, load_tokenizer
-from fusechat_fuse.tokens import same_vocabulary, tokenizer_hash
+from fusechat_fuse.models import file_fingerprint
+from fusechat_fuse.store.shards import Representation
+from fusechat_fuse.store.tokenizers import load_tokenizer
+from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 # Copied as they are: saving a tokenizer anew with another version of transformers can change its ids.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fusechat_fuse.card import write_model_card
-from fusechat_fuse.config import FusionConfig
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.pivot import PivotFiles
-from fusechat_fuse.run_directory import RunDirectory
-from fusechat_fuse.trainer import FusionTrainer, open_dataset
+from fusechat_fuse.training.card import write_model_card
+from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.pivot import PivotFiles
+from fusechat_fuse.training.run_directory import RunDirectory
+from fusechat_fuse.training.trainer import FusionTrainer, open_dataset
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.representation import write_atomic
+from fusechat_fuse.store.files import write_atomic
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "fusion_run.json"

@@ -17,13 +17,20 @@ import torch
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fusechat_fuse.collator import FusionCollator
-from fusechat_fuse.config import FusionConfig
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.head import FusionOutput, causal_model, install_lean_head, takes_kept_logits, why_not_lean
-from fusechat_fuse.loss import IGNORED, row_sums
-from fusechat_fuse.meter import FusionMeter
-from fusechat_fuse.representation import Representation, load_representation, write_atomic
+from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.training.collator import FusionCollator
+from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.lean_head import (
+    FusionOutput,
+    causal_model,
+    install_lean_head,
+    takes_kept_logits,
+    why_not_lean,
+)
+from fusechat_fuse.training.loss import IGNORED, row_sums
+from fusechat_fuse.training.meter import FusionMeter
 
 logger = logging.getLogger(__name__)
 # Trainer sets these for its own purposes; the target keeps the pivot's

@@ -23,14 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment import SHARD, Job, collect_counts, run_shards
-from fusechat_fuse.batch import make_batch
-from fusechat_fuse.correspondence import correspond
-from fusechat_fuse.pairing import Pair
-from fusechat_fuse.representation import Representation, ShardWriter
-from fusechat_fuse.vocabulary import PathTable, exact_map, min_edit_map
-from tests import real_tokenizers
-from tests.alignment_data import end_of_turn, make_row, write_representation
+from fusechat_fuse.alignment.correspondence import correspond
+from fusechat_fuse.alignment.run import SHARD, Job, collect_counts, run_shards
+from fusechat_fuse.alignment.streams import make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair
+from fusechat_fuse.alignment.vocabulary_maps import PathTable, exact_map, min_edit_map
+from fusechat_fuse.store.shards import Representation, ShardWriter
+from tests.helpers import real_tokenizers
+from tests.helpers.alignment_data import end_of_turn, make_row, write_representation
 
 RELEASED_DTW_SECONDS, RELEASED_ROWS_SECONDS = 4.71, 0.0254
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment import align
-from fusechat_fuse.batch import make_batch
-from fusechat_fuse.certificate import certificate, tally
-from fusechat_fuse.correspondence import correspond
-from fusechat_fuse.mapping import Mapped
-from fusechat_fuse.pairing import Pair
-from tests import real_tokenizers
-from tests.alignment_data import end_of_turn, make_row, write_representation
+from fusechat_fuse.alignment.certificate import certificate, tally
+from fusechat_fuse.alignment.correspondence import correspond
+from fusechat_fuse.alignment.prefix import Mapped
+from fusechat_fuse.alignment.run import align
+from fusechat_fuse.alignment.streams import make_batch
+from fusechat_fuse.alignment.tokenizer_pair import Pair
 from tests.benchmarks import released_rules
+from tests.helpers import real_tokenizers
+from tests.helpers.alignment_data import end_of_turn, make_row, write_representation
 
 MAPPINGS_UNDER_TEST = ("prefix", "statistics", "min_edit", "exact")
 MODULES = ("argparse", "ast", "asyncio.tasks", "configparser", "datetime", "decimal", "difflib", "email.message")

@@ -31,7 +31,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from tests import real_tokenizers
+from tests.helpers import real_tokenizers
 
 TOKENIZERS = {"32k": "openchat", "152k": "qwen"}
 MIB = 1 << 20
@@ -64,14 +64,14 @@ def make_conversations(count: int, words: int = 130) -> list[dict]:
 
 
 def encode_all(tokenizer, rows):
-    from fusechat_fuse.chat import ConversationEncoder
+    from fusechat_fuse.text.chat import ConversationEncoder
 
     encoder = ConversationEncoder(tokenizer, "openchat_3.5")
     return [encoder.encode(row["messages"]) for row in rows]
 
 
 def run_bare(model, tokenizer, rows, budget: int) -> dict:
-    from fusechat_fuse.capture import plan_batches
+    from fusechat_fuse.capture.run import plan_batches
 
     encoded = encode_all(tokenizer, rows)
     lengths = np.array([len(one.input_ids) for one in encoded])
@@ -97,7 +97,7 @@ def run_bare(model, tokenizer, rows, budget: int) -> dict:
 
 
 def run_represent(model, tokenizer, rows, budget: int) -> dict:
-    from fusechat_fuse.capture import represent
+    from fusechat_fuse.capture.run import represent
 
     with tempfile.TemporaryDirectory() as folder:
         clocks = time.perf_counter(), time.process_time()
@@ -202,7 +202,7 @@ def against_forward(vocabulary: str, arguments) -> dict:
 
 def on_disk() -> dict:
     """Bytes and reading speed at k = 10 for a small model of 152k ids."""
-    from fusechat_fuse.capture import represent
+    from fusechat_fuse.capture.run import represent
 
     tokenizer = real_tokenizers.qwen()
     model, rows = make_model(len(tokenizer), layers=1, width=96), make_conversations(32, words=500)
@@ -225,7 +225,7 @@ def on_disk() -> dict:
 
 def under_kills(kills: int = 20) -> dict:
     """A tiny model; each child process is killed at a random moment after its first new shard."""
-    from fusechat_fuse.capture import represent
+    from fusechat_fuse.capture.run import represent
 
     tokenizer = real_tokenizers.tiny_bpe()
     torch.set_num_threads(1)

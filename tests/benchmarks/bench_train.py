@@ -59,7 +59,7 @@ def build(shape: dict, device: str):
 
 def rows_of(shape: dict, count: int) -> list[dict]:
     """Conversations of the full length, the second half of each predicted."""
-    from tests.fusion_rows import aligned_row
+    from tests.helpers.fusion_rows import aligned_row
 
     T, rows = shape["tokens"], []
     for n in range(count):
@@ -79,8 +79,8 @@ def trainer_of(way: str, model, shape: dict, device: str, folder: str):
     """The trainer of a way: transformers' own, or ours through the lean head or full logits."""
     from transformers import Trainer, TrainingArguments
 
-    from fusechat_fuse.config import FusionConfig
-    from fusechat_fuse.trainer import FusionTrainer
+    from fusechat_fuse.training.config import FusionConfig
+    from fusechat_fuse.training.trainer import FusionTrainer
 
     options = {"use_cpu": device == "cpu", "disable_tqdm": True, "save_strategy": "no", "bf16": device == "cuda"}
     if way in ("lean", "full"):
@@ -94,7 +94,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
     Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), dense (full logits and
     the released way of building targets), none (decoder only).
     """
-    from fusechat_fuse.collator import FusionCollator
+    from fusechat_fuse.training.collator import FusionCollator
 
     model = build(shape, device)
     if device == "cuda":
@@ -141,8 +141,8 @@ def one_step(way: str, trainer, model, rows, batch: dict, count, V: int) -> floa
 
 def measure_input(shape: dict) -> dict:
     """Reading and collating from disk, one core: predicted tokens a second and seconds a batch."""
-    from fusechat_fuse.collator import FusionCollator
-    from fusechat_fuse.representation import ShardWriter, load_representation
+    from fusechat_fuse.store.shards import ShardWriter, load_representation
+    from fusechat_fuse.training.collator import FusionCollator
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,8 +190,8 @@ def dense_loss(logits, labels, dense, rewards, weight: float = 0.9):
 
 def measure_targets(way: str, batch: int, tokens: int, V: int) -> dict:
     """Collator and loss (forward and backward from logits on) the sparse or the dense way."""
-    from fusechat_fuse.collator import FusionCollator
-    from fusechat_fuse.loss import fusion_loss
+    from fusechat_fuse.training.collator import FusionCollator
+    from fusechat_fuse.training.loss import fusion_loss
 
     rows = rows_of({"vocab": V, "tokens": tokens}, batch)
     collated = FusionCollator()(rows)

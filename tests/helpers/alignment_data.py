@@ -13,8 +13,9 @@ from functools import cache
 
 import numpy as np
 
-from fusechat_fuse.representation import ShardWriter, load_representation, save_tokenizer
-from fusechat_fuse.tokens import token_bytes, token_spans, tokenizer_hash
+from fusechat_fuse.store.shards import ShardWriter, load_representation
+from fusechat_fuse.store.tokenizers import save_tokenizer
+from fusechat_fuse.text.tokens import token_bytes, token_spans, tokenizer_hash
 
 HEADERS = {"gpt4": "GPT4 Correct Assistant: ", "plain": "", "line": "assistant\n"}
 _vocabularies: dict = {}

@@ -1,6 +1,7 @@
 """One of several gloo processes: trains through DDP, FSDP1 and fully_shard and writes what it got as JSON.
 
-Run by test_trainer_distributed.py with the environment of torchrun: python -m tests.distributed_worker OUTPUT CASE ...
+Run by test_trainer_distributed.py with the environment of torchrun:
+python -m tests.helpers.distributed_worker OUTPUT CASE ...
 """
 
 import functools
@@ -12,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from fusechat_fuse.cli import end_process_group
-from fusechat_fuse.head import install_lean_head
-from fusechat_fuse.trainer import FusionTrainer
-from tests.fusion_rows import aligned_rows
-from tests.tiny_models import batch_of, tiny_model
-from tests.tiny_runs import config
+from fusechat_fuse.training.lean_head import install_lean_head
+from fusechat_fuse.training.trainer import FusionTrainer
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import batch_of, tiny_model
+from tests.helpers.tiny_runs import config
 
 SETTINGS = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}
 

@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-from fusechat_fuse.collator import FusionCollator
-from tests.fusion_rows import aligned_rows
+from fusechat_fuse.training.collator import FusionCollator
+from tests.helpers.fusion_rows import aligned_rows
 
 VOCAB = 50
 SIZES = {

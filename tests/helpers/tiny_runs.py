@@ -6,12 +6,13 @@ from pathlib import Path
 
 import transformers
 
-from fusechat_fuse.config import FusionConfig
-from fusechat_fuse.representation import ShardWriter, save_tokenizer
-from fusechat_fuse.tokens import tokenizer_hash
-from tests import real_tokenizers
-from tests.fusion_rows import aligned_rows
-from tests.tiny_models import tiny_model
+from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.tokenizers import save_tokenizer
+from fusechat_fuse.text.tokens import tokenizer_hash
+from fusechat_fuse.training.config import FusionConfig
+from tests.helpers import real_tokenizers
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import tiny_model
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Two representations to one aligned: the source's distributions at the pivot's tokens, in its vocabulary."""

@@ -1,0 +1,1 @@
+"""What is on disk: shards of conversations, their rows, files that land whole, the tokenizer beside them."""

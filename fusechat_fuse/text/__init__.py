@@ -1,0 +1,1 @@
+"""Conversations to token ids: reading data, chat templates, predicted tokens and the bytes each of them covers."""
