@@ -1,23 +1,60 @@
-"""Offline, on the CPU, two threads; the tokenizers of `real_tokenizers.py` as session fixtures."""
+"""Offline, on the CPU, two threads; the tokenizers of `helpers/real_tokenizers.py` as session fixtures."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is loaded
 
 import pytest
 
 from tests.helpers import real_tokenizers
 
 
-def _fixture(name):
-    @pytest.fixture(scope="session", name=name)
-    def fixture():
-        return getattr(real_tokenizers, name)()
+@pytest.fixture(autouse=True)
+def _threads_restored():
+    """A test may set torch's threads; the next one finds them as they were."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
 
-    return fixture
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: sums in one order, so results compare bit for bit."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
-for _name in ("openchat", "qwen", "llama3", "tiny_bpe", "tiny_unigram"):
-    globals()[_name] = _fixture(_name)
+@pytest.fixture(scope="session")
+def openchat():
+    """Mistral's SentencePiece vocabulary with OpenChat's added tokens: metaspace, byte fallback."""
+    return real_tokenizers.openchat()
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    """Qwen's byte-level BPE with NFC normalization."""
+    return real_tokenizers.qwen()
+
+
+@pytest.fixture(scope="session")
+def llama3():
+    """Llama-3's byte-level BPE."""
+    return real_tokenizers.llama3()
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe():
+    """A trained byte-level BPE of a few hundred entries, Llama-3-like."""
+    return real_tokenizers.tiny_bpe()
+
+
+@pytest.fixture(scope="session")
+def tiny_unigram():
+    """A trained Unigram tokenizer of a few hundred entries, with byte fallback."""
+    return real_tokenizers.tiny_unigram()
