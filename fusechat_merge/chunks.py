@@ -1,23 +1,27 @@
-"""How a pass over a tensor is divided: pieces and threads.
+"""How a pass over a tensor is divided: into chunks, and the chunks among threads.
 
-Each thread takes the next piece when it is free, so a thread that loses its processor to another program delays one
-piece and not every operation. Pieces consist of whole blocks, squares are added block by block first, and no piece
-reads what another wrote: neither the number of elements per piece nor the number of threads can change a bit of the
+Each thread takes the next chunk when it is free, so a thread that loses its processor to another program delays one
+chunk and not every operation. Chunks consist of whole blocks, squares are added block by block first, and no chunk
+reads what another wrote: neither the number of elements per chunk nor the number of threads can change a bit of the
 result.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-
-def pieces(elements: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) of the pieces of a tensor, of `size` elements (whole blocks) but the last."""
-    return [(start, min(start + size, elements)) for start in range(0, elements, size)]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def spread(step: Callable, items: Sequence, device: torch.device) -> list:
+def split(elements: int, size: int) -> list[slice]:
+    """The chunks of a tensor: `size` elements each (whole blocks), the last one what is left."""
+    return [slice(start, min(start + size, elements)) for start in range(0, elements, size)]
+
+
+def map_threads(step: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
     """Results of `step(item)` for all items, in their order, from PyTorch's number of threads on a CPU.
 
     PyTorch's own division of single operations between threads is off meanwhile: it waits for the slowest thread after
@@ -27,7 +31,7 @@ def spread(step: Callable, items: Sequence, device: torch.device) -> list:
         return [step(item) for item in items]
     total, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    def run(item):
+    def run(item: Item) -> Result:
         with torch.inference_mode(inference):  # a thread does not inherit it
             return step(item)
 

@@ -1,19 +1,22 @@
 """SCE and VaRM on single tensors: select, calculate, erase; variation-ratio merging.
 
-Task vectors d_j = target_j - pivot, each tensor on its own. Nothing here knows mergekit: tensors in, tensor out. All
-arithmetic is float32 or better whatever the storage dtype, and the squares behind the coefficients are float64. The
-passes over memory are `compiled`'s on a CPU; on an accelerator, for float64 storage and for numbers whose products
-would leave float32 they are `portable`'s. See `chunks` for the bit-for-bit reproducibility.
+Task vectors d_j = target_j - pivot, each tensor on its own; the rules are those of docs/method.md, "Merging". Nothing
+here knows mergekit: tensors in, tensor out. All arithmetic is float32 or better whatever the storage dtype, and the
+squares behind the coefficients are float64. The passes over memory are `compiled`'s on a CPU; on an accelerator, for
+float64 storage and for numbers whose products would leave float32 they are `portable`'s. See `chunks` for the
+bit-for-bit reproducibility.
 
 Shape letters: M targets.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fusechat_merge.passes import Passes
 from fusechat_merge.portable import Portable
 from fusechat_merge.selection import Selection, select
 
@@ -141,7 +144,7 @@ def sce(
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
     plan = _calculate(pivot, targets, select_topk, weights, dtype)
     keep = plan.selection.keep if plan.selection and select_scope == "all" else None
-    return plan.merge(keep, lambda out: plan.walk.erase(plan.coefficients, keep, out))
+    return plan.merge(keep, lambda out: plan.passes.erase_and_merge(plan.coefficients, keep, out))
 
 
 def varm(
@@ -157,16 +160,16 @@ def varm(
     _check_choice("granularity", granularity, GRANULARITIES)
     plan = _calculate(pivot, targets, 1.0, weights, dtype)
     if granularity == "matrix":
-        return plan.merge(None, lambda out: plan.walk.weigh(plan.coefficients, out))
+        return plan.merge(None, lambda out: plan.passes.varm_matrix(plan.coefficients, out))
     priors = [weight / max(weights) for weight in weights] if weights else [1.0] * len(targets)
-    return plan.merge(None, lambda out: plan.walk.weigh_elements(priors, out))
+    return plan.merge(None, lambda out: plan.passes.varm_element(priors, out))
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Steps 1 and 2, done, and what does the rest."""
 
-    walk: "Portable | compiled.Compiled"  # noqa: F821
+    passes: Passes
     shape: torch.Size
     dtype: torch.dtype
     selection: Selection | None
@@ -174,14 +177,16 @@ class _Plan:
     coefficients: Tensor
 
     def merge(self, keep: Tensor | None, write: Callable[[Tensor], None]) -> Merge:
-        """The result: written by `write`, unless nothing moves or there is one target to move to."""
-        if not bool(self.coefficients.any()):
-            merged = self.walk.pivot.to(self.dtype, copy=True)
-        elif len(self.walk.targets) == 1:  # nothing to weigh, nothing to erase: no rounding through the difference
-            merged = self.walk.targets[0].to(self.dtype, copy=True)
-        else:
-            write(merged := self.walk.room(self.dtype))
-        selected = self.selection.kept / self.walk.numel if self.selection and self.walk.numel else 1.0
+        """The result, by `write` where there is something to compute."""
+        passes = self.passes
+        if not bool(self.coefficients.any()):  # nothing moves: the pivot
+            merged = passes.pivot.to(self.dtype, copy=True)
+        elif len(passes.targets) == 1:  # nothing to weigh, nothing to erase: the target, not rounded through d
+            merged = passes.targets[0].to(self.dtype, copy=True)
+        else:  # several targets
+            merged = passes.empty(self.dtype)
+            write(merged)
+        selected = self.selection.kept / passes.numel if self.selection and passes.numel else 1.0
         return Merge(merged.view(self.shape), self.coefficients, self.square_sums, selected, keep)
 
 
@@ -192,37 +197,47 @@ def _calculate(
     weights: Sequence[float] | None,
     dtype: torch.dtype | None = None,
 ) -> _Plan:
-    for walk in _walks(pivot, targets, dtype or pivot.dtype):
-        try:
-            selection = select(walk, tau) if tau < 1 else None
-        except FloatingPointError:
-            _check_finite(pivot, targets)
-            continue
-        sums = walk.square_sums(selection.keep if selection else None)
-        if not bool(torch.isfinite(sums).all()):
-            _check_finite(pivot, targets)
-        elif float(sums.max()) <= walk.largest_mean_square * max(1, walk.numel):
-            break
-    else:
-        raise ValueError(
-            "task vectors for a merge: expected squares within float64, got larger ones. "
-            "Repair or leave out that model."
-        )
-    prior = torch.ones_like(sums) if weights is None else torch.tensor([float(w) for w in weights], dtype=sums.dtype)
-    weighted = prior * sums
-    total = weighted.sum()
-    coefficients = weighted / total if total > 0 else torch.zeros_like(sums)
-    return _Plan(walk, pivot.shape, dtype or pivot.dtype, selection, sums, coefficients)
+    """Steps 1 and 2, by the fastest passes that these numbers allow."""
+    dtype = dtype or pivot.dtype
+    for passes in available_passes(pivot, targets, dtype):
+        measured = _measure(passes, tau)
+        if measured is not None:
+            selection, sums = measured
+            return _Plan(passes, pivot.shape, dtype, selection, sums, _shares(sums, weights))
+        _check_finite(pivot, targets)  # NaN and infinity defeat all passes
+    raise ValueError(
+        "task vectors for a merge: expected squares within float64, got larger ones. Repair or leave out that model."
+    )
 
 
-def _walks(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtype) -> Iterator:
-    """What can do the passes over these tensors, the fastest first."""
+def available_passes(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Passes]:
+    """What can do the passes over these tensors for a result of this dtype, the fastest first."""
     if pivot.device.type == "cpu":
         from fusechat_merge import compiled  # numba takes half a second to load
 
         if compiled.serves((pivot, *targets), dtype):
             yield compiled.Compiled(pivot, targets)
     yield Portable(pivot, targets)
+
+
+def _measure(passes: Passes, tau: float) -> tuple[Selection | None, Tensor] | None:
+    """(selection, sum(d_j^2) [M] over it); None where numbers are not finite, or too large for these passes."""
+    selection = None
+    if tau < 1:
+        selection = select(passes, tau)
+        if selection is None:
+            return None
+    sums = passes.square_sums(selection.keep if selection else None)
+    largest = float(sums.max())  # NaN where any is
+    within = math.isfinite(largest) and largest <= passes.largest_mean_square * max(1, passes.numel)
+    return (selection, sums) if within else None
+
+
+def _shares(sums: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """w_j sums_j / sum_j w_j sums_j, float64 [M]; all zero where all sums are."""
+    weighted = sums if weights is None else sums * torch.tensor([float(w) for w in weights], dtype=sums.dtype)
+    total = weighted.sum()
+    return weighted / total if total > 0 else torch.zeros_like(sums)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -234,8 +249,9 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
     for index, tensor in enumerate((pivot, *targets)):
         name = f"target {index - 1}" if index else "the pivot"
         if tensor.dtype not in _STORAGE:
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"dtype for {name}: expected float32, float16, bfloat16 or float64, got {str(tensor.dtype)[6:]}. "
+                f"dtype for {name}: expected float32, float16, bfloat16 or float64, got {dtype}. "
                 "Convert the model first (8-bit weights need their scales for that)."
             )
         if tensor.shape != pivot.shape or tensor.device != pivot.device:
@@ -274,5 +290,5 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def _check_finite(pivot: Tensor, targets: Sequence[Tensor]) -> None:
     """Names the tensor that holds NaN or infinity; returns where all are finite (a square has left float32's range)."""
     for index, tensor in enumerate((pivot, *targets)):
-        if any(not bool(torch.isfinite(piece).all()) for piece in tensor.detach().reshape(-1).split(1 << 22)):
+        if any(not bool(torch.isfinite(chunk).all()) for chunk in tensor.detach().reshape(-1).split(1 << 22)):
             raise NonFiniteError(index - 1 if index else None)

@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from fusechat_merge import _autoload, kernel, report
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def _refuse(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
@@ -115,7 +115,8 @@ class PivotMerge(MergeMethod):
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name and group_name.endswith(".slices[0]"):  # once for a planned output
-            LOG.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, *_autoload.versions())
+            ours, theirs = _autoload.versions()
+            logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
             report.begin(self.spec.name, str(base_id), [str(key) for key in input_ids if key != base_id])
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
@@ -135,9 +136,10 @@ class PivotMerge(MergeMethod):
         for group in groups:
             for entry in group.entries:
                 if entry.tensor.is_floating_point() and entry.tensor.itemsize == 1:
+                    dtype = str(entry.tensor.dtype).removeprefix("torch.")
                     raise ValueError(
                         f"dtype for tensor {group.metadata.name} of {entry.id}: expected float32, float16 or bfloat16, "
-                        f"got {str(entry.tensor.dtype)[6:]}, whose scales a merge cannot see. Convert that model first."
+                        f"got {dtype}, whose scales a merge cannot see. Convert that model first."
                     )
         return super()._execute_resolved(groups, parameters, **options)
 

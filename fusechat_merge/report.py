@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from fusechat_merge import _autoload
-from fusechat_merge.chunks import spread
+from fusechat_merge.chunks import map_threads
 from fusechat_merge.kernel import Merge
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
 STRETCH, LONG_STRETCH = 1 << 14, 1 << 17  # elements; long ones where all are counted: fewer calls
 SAMPLED = 256  # of so many stretches one has its signs counted
@@ -69,7 +69,7 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
         return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2
 
     zeros = torch.zeros(len(targets), len(targets))
-    counts = spread(count, range(0, pivot.numel(), length * every), pivot.device) or [(zeros, zeros, zeros.sum(0))]
+    counts = map_threads(count, range(0, pivot.numel(), length * every), pivot.device) or [(zeros, zeros, zeros.sum(0))]
     return SignCounts(*(torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts)))
 
 
@@ -164,7 +164,11 @@ class Report:
             "selected_share": self._mean("selected"),
             "erased_share": self._mean("erased"),
             "erased_shares": {name: self._mean(f"erased {name}") for name in self.names},
-            "sign_agreement": {c[10:]: self._mean(c) for c in self.columns() if c.startswith("agreement ")},
+            "sign_agreement": {
+                column.removeprefix("agreement "): self._mean(column)
+                for column in self.columns()
+                if column.startswith("agreement ")
+            },
             "coefficients_by_kind": {
                 kind: {name: self._mean(f"coefficient {name}", kind) for name in self.names} for kind in kinds
             },
@@ -186,7 +190,7 @@ class Report:
         try:
             plots.draw(self.rows, self.names, self.directory)
         except plots.MissingMatplotlib as error:
-            LOG.warning("%s", error)
+            logger.warning("%s", error)
         return path
 
 
@@ -227,7 +231,7 @@ def begin(method: str, pivot: str, targets: Sequence[str]) -> None:
     taken = [int(entry.name[:3]) for entry in Path(root).iterdir() if re.match(r"\d{3}-", entry.name)]
     directory = Path(root) / f"{max(taken, default=0) + 1:03d}-{method}-{short_names([pivot])[0]}"
     use(Report(directory, method, pivot, targets))
-    LOG.info("merge report goes to %s", directory)
+    logger.info("merge report goes to %s", directory)
 
 
 def use(report: Report | None, pinned: bool = False) -> None:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import pieces, spread
-from fusechat_merge.portable import spread_of
+from fusechat_merge.chunks import map_threads, split
+from fusechat_merge.passes import Passes
+from fusechat_merge.portable import variance_and_square
 
 SAMPLE = 1 << 16  # at most so many elements, and at most one in 64, tell the band by their variances
 RANK_ALL = 1 << 14  # in a tensor of no more elements than that the band is everything
@@ -42,83 +43,91 @@ class Selection:
     differing: int
 
 
-def select(walk, tau: float) -> Selection:
+def select(passes: Passes, tau: float) -> Selection | None:
     """The floor(tau * n) elements of largest variance.
 
     Args:
-        walk: the tensors, a `compiled.Compiled` or `portable.Portable`.
+        passes: the pivot and the targets.
         tau: `select_topk`, in (0, 1).
 
-    Raises:
-        FloatingPointError: a number is not finite, or the square of a difference (not all such numbers are found here).
+    Returns:
+        The selection; None where a number, or the square of a difference, is not finite (not all such are found here).
     """
-    keep = torch.empty(walk.numel, dtype=torch.uint8, device=walk.device)
+    keep = torch.empty(passes.numel, dtype=torch.uint8, device=passes.device)
     for deviations in (4.0, 40.0, math.inf):
-        low, high = _band(walk, tau, deviations)
-        differing, above = walk.classify(low, high, keep)
+        low, high = _band(passes, tau, deviations)
+        counts = passes.classify(low, high, keep)
+        if counts is None:
+            return None
+        differing, above = counts
         kept = math.floor(tau * differing)
         if kept == 0:
             return Selection(keep.zero_(), 0, differing)
-        if _settle(walk, keep, kept - above, low, high):
+        if keep_largest_of_band(passes, keep, kept - above, low, high):
             return Selection(keep, kept, differing)
-    raise FloatingPointError
+    return None  # no threshold among all variances: one of them is NaN
 
 
-def _rounding(walk) -> float:
+def _rounding(passes: Passes) -> float:
     """Bound of the relative error of a variance in float64, whose second term is at most M times it, and of a rank."""
-    return 4 * (len(walk.targets) + 1) ** 2 * torch.finfo(torch.float64).eps + 2.0**-40
+    return 4 * (len(passes.targets) + 1) ** 2 * torch.finfo(torch.float64).eps + 2.0**-40
 
 
-def _band(walk, tau: float, deviations: float) -> tuple[float, float]:
+def _band(passes: Passes, tau: float, deviations: float) -> tuple[float, float]:
     """Variances (low, high) that the threshold lies between, but for an error of so many standard deviations."""
-    if walk.numel <= RANK_ALL or deviations == math.inf:
+    if passes.numel <= RANK_ALL or deviations == math.inf:
         return -math.inf, math.inf
-    count = min(SAMPLE, walk.numel // 64)
-    places = torch.randint(walk.numel, (count,), generator=torch.Generator().manual_seed(0)).to(walk.device)
-    first, *others = [target[places].double() for target in walk.targets]
+    count = min(SAMPLE, passes.numel // 64)
+    places = torch.randint(passes.numel, (count,), generator=torch.Generator().manual_seed(0)).to(passes.device)
+    first, *others = [target[places].double() for target in passes.targets]
     rows = torch.stack([other - first for other in others]) if others else first.new_zeros(1, count)
-    variance, square = (values.cpu().numpy() for values in spread_of(rows))
+    variance, square = (values.cpu().numpy() for values in variance_and_square(rows))
     differing = np.count_nonzero(square)
     variance[::-1].sort()  # descending
     rank = tau * differing
     error = math.sqrt(rank * (1 - rank / count)) + tau * math.sqrt(differing * (1 - differing / count))
     margin = math.ceil(deviations * (error + 1))
     first_place, last_place = math.floor(rank) - margin, math.ceil(rank) + margin
-    high = float(variance[first_place]) * (1 + 2 * _rounding(walk)) if first_place >= 0 else math.inf
-    low = float(variance[last_place]) * (1 - 2 * _rounding(walk)) if last_place < count else -math.inf
+    high = float(variance[first_place]) * (1 + 2 * _rounding(passes)) if first_place >= 0 else math.inf
+    low = float(variance[last_place]) * (1 - 2 * _rounding(passes)) if last_place < count else -math.inf
     return low, high
 
 
-def _ranks(walk, places: Tensor) -> Tensor:
+def _ranks(passes: Passes, places: Tensor) -> Tensor:
     """M sum_j e_j^2 - (sum_j e_j)^2 at these places, e_j = target_j - target_0: M^2 times the variance, on the CPU in
     float64, rounded to 41 bits so that equal variances are equal numbers."""
-    first = torch.index_select(walk.targets[0], 0, places).cpu().double()
+    first = torch.index_select(passes.targets[0], 0, places).cpu().double()
     total, square = torch.zeros_like(first), torch.zeros_like(first)
-    for target in walk.targets[1:]:
+    for target in passes.targets[1:]:
         difference = torch.index_select(target, 0, places).cpu().double().sub_(first)
         total += difference
         square += difference * difference
-    exact = len(walk.targets) * square - total * total
+    exact = len(passes.targets) * square - total * total
     large = exact * (2.0**12 + 1)
     return large - (large - exact)
 
 
-def _settle(walk, keep: Tensor, wanted: int, low: float, high: float) -> bool:
+def keep_largest_of_band(passes: Passes, keep: Tensor, wanted: int, low: float, high: float) -> bool:
     """Keep the `wanted` elements of largest rank among those in the band (2 in `keep`), ties by index. False where the
     threshold is not in the band, or so near an edge that rounding may have put an element on the wrong side of it."""
-    inside = lambda ends: ends[0] + np.flatnonzero(keep[slice(*ends)].cpu().numpy() == 2)  # noqa: E731
-    found = spread(inside, pieces(walk.numel, SEARCHED_AT_ONCE), walk.device)
+
+    def inside(chunk: slice) -> np.ndarray:
+        return chunk.start + np.flatnonzero(keep[chunk].cpu().numpy() == 2)
+
+    def ranks_of(part: Tensor) -> Tensor:
+        return _ranks(passes, part.to(passes.device))
+
+    found = map_threads(inside, split(passes.numel, SEARCHED_AT_ONCE), passes.device)
     places = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
     if not 1 <= wanted <= len(places):
         return False
-    step = lambda part: _ranks(walk, part.to(walk.device))  # noqa: E731
-    ranks = torch.cat(spread(step, places.split(RANKED_AT_ONCE), walk.device))
+    ranks = torch.cat(map_threads(ranks_of, places.split(RANKED_AT_ONCE), passes.device))
     last = torch.kthvalue(ranks, len(ranks) - wanted + 1).values
-    variance = float(last) / len(walk.targets)
-    if not low * (1 + _rounding(walk)) <= variance <= high * (1 - _rounding(walk)):
+    variance = float(last) / len(passes.targets)
+    if not low * (1 + _rounding(passes)) <= variance <= high * (1 - _rounding(passes)):
         return False
     chosen = ranks > last
     ties = torch.nonzero(ranks == last).flatten()
     chosen[ties[: wanted - int(torch.count_nonzero(chosen))]] = True
-    keep[places.to(walk.device)] = chosen.byte().to(walk.device)
+    keep[places.to(passes.device)] = chosen.byte().to(passes.device)
     return True

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -13,11 +14,22 @@ from tests.helpers import reference_merge
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 
-@pytest.fixture(params=["compiled", "portable"], autouse=True)
-def walk(request, monkeypatch):
-    """Everything twice: by the compiled passes, and by those that serve accelerators."""
+@pytest.fixture(params=["compiled", "portable"])
+def choose_passes(request, monkeypatch):
+    """A test that uses this runs twice: by the compiled passes, and by those that serve accelerators."""
     if request.param == "portable":
         monkeypatch.setattr(compiled, "serves", lambda tensors, dtype: False)
+
+
+by_both_passes = pytest.mark.usefixtures("choose_passes")
+
+
+@pytest.fixture
+def set_threads():
+    """PyTorch's number of threads for this test; the former one afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def family(shape, dtypes, scales=(1e-4, 3e-4, 1e-3), seed=0, magnitude=0.02):
@@ -66,6 +78,7 @@ def assert_promised(merged, exact, pivot, targets, tau=1.0):
     assert not wrong.any(), (merged[wrong][:4], exact[wrong][:4])
 
 
+@by_both_passes
 def test_worked_by_hand():
     pivot = torch.tensor([1.0, 1.0, 1.0, 1.0])
     targets = [torch.tensor([2.0, 0.0, 1.0, 3.0]), torch.tensor([4.0, 2.0, 1.0, 0.0])]
@@ -85,8 +98,9 @@ def test_worked_by_hand():
 MIXES = [(F32,) * 6, (F16,) * 4, (BF16,) * 6, (BF16, F32, F16, BF16), (F32, BF16, BF16), (F16, F32), (F64, F64, F32)]
 
 
+@by_both_passes
 @pytest.mark.parametrize("tau", [1.0, 0.999, 0.3, 0.02])
-@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d).removeprefix("torch.") for d in mix))
 def test_sce_is_the_oracle(dtypes, tau):
     for shape, seed in (((17, 9), 1), ((1,), 2), ((3, 5, 7), 3), ((700,), 4)):
         pivot, targets = family(shape, dtypes, seed=seed)
@@ -104,8 +118,9 @@ def test_many_targets(count):
     assert_promised(sce_merge(pivot, targets, select_topk=0.5), exact, pivot, targets, 0.5)
 
 
+@by_both_passes
 @pytest.mark.parametrize("granularity", kernel.GRANULARITIES)
-@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d)[6:] for d in mix))
+@pytest.mark.parametrize("dtypes", MIXES, ids=lambda mix: "-".join(str(d).removeprefix("torch.") for d in mix))
 def test_varm_is_the_oracle(dtypes, granularity):
     pivot, targets = family((17, 29), dtypes, seed=5)
     weights = [1.0 + index for index in range(len(targets))]
@@ -114,6 +129,7 @@ def test_varm_is_the_oracle(dtypes, granularity):
         assert_promised(varm_merge(pivot, targets, granularity=granularity, weights=given), exact, pivot, targets)
 
 
+@by_both_passes
 def test_coefficients_follow_task_vectors_however_small():
     for scale in (1e-7, 1e-5, 1e-3):
         pivot, targets = family((200, 50), (F32,) * 4, scales=(0.3 * scale, scale, 3 * scale), magnitude=0.0)
@@ -121,6 +137,7 @@ def test_coefficients_follow_task_vectors_however_small():
         assert eta.tolist() == pytest.approx([0.09 / 10.09, 1 / 10.09, 9 / 10.09], rel=0.05)
 
 
+@by_both_passes
 def test_weights_multiply_the_coefficients():
     pivot, targets = family((400,), (F32,) * 4, seed=6)
     weights = [2.0, 0.0, 0.5]
@@ -131,6 +148,7 @@ def test_weights_multiply_the_coefficients():
     assert torch.allclose(same, sce_merge(pivot, targets), rtol=0, atol=1e-9)
 
 
+@by_both_passes
 @pytest.mark.parametrize(("tau", "size"), [(0.7, 10), (0.1, 1000), (0.29, 100), (0.5, 3), (0.0005, 1000), (0.333, 999)])
 def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
     pivot = torch.zeros(2 * size)
@@ -148,9 +166,10 @@ def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
 
 
 def choose(pivot, targets, tau):
-    return selection.select(next(kernel._walks(pivot, targets, pivot.dtype)), tau)
+    return selection.select(next(kernel.available_passes(pivot, targets, pivot.dtype)), tau)
 
 
+@by_both_passes
 @pytest.mark.parametrize("arrangement", ["shuffled", "sorted", "ties", "mostly equal", "adversarial", "dead"])
 @pytest.mark.parametrize("tau", [0.9, 0.5, 0.1, 0.003])
 def test_the_band_finds_what_sorting_finds(monkeypatch, arrangement, tau):
@@ -178,9 +197,10 @@ def test_the_band_finds_what_sorting_finds(monkeypatch, arrangement, tau):
     assert chosen.differing == int(values.count_nonzero())
 
 
+@by_both_passes
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("tau", [1.0, 0.3])
-def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtype, tau):
+def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, set_threads, dtype, tau):
     pivot, targets = family((150_001,), (dtype,) * 6, seed=8)
     functions = [
         lambda: sce_merge(pivot, targets, select_topk=tau),
@@ -190,35 +210,31 @@ def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, dtyp
         lambda: varm_merge(pivot, targets, granularity="element"),
     ]
     expected = [function() for function in functions]
-    threads = torch.get_num_threads()
-    try:
-        for count, size in ((1, 1 << 16), (2, 1 << 14), (3, 3 * 1024), (2, 1 << 20), (5, 1 << 15)):
-            torch.set_num_threads(count)
-            monkeypatch.setattr(compiled, "CHUNK", size)
-            monkeypatch.setattr(portable, "CPU_CHUNK", size)
-            for function, first in zip(functions, expected):
-                assert torch.equal(function(), first)
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(threads)
+    for count, size in ((1, 1 << 16), (2, 1 << 14), (3, 3 * 1024), (2, 1 << 20), (5, 1 << 15)):
+        set_threads(count)
+        monkeypatch.setattr(compiled, "CHUNK", size)
+        monkeypatch.setattr(portable, "CPU_CHUNK", size)
+        for function, first in zip(functions, expected):
+            assert torch.equal(function(), first)
+        assert torch.get_num_threads() == count
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.3, 0.003])
 def test_operations_for_accelerators_give_the_same(tau):
     pivot, targets = family((150_001,), (BF16, F32, F16, F32), seed=22)
-    walks = compiled.Compiled(pivot, targets), portable.Portable(pivot, targets)
-    keep = selection.select(walks[0], tau).keep if tau < 1 else None
+    both = compiled.Compiled(pivot, targets), portable.Portable(pivot, targets)
+    keep = selection.select(both[0], tau).keep if tau < 1 else None
     if tau < 1:
-        assert torch.equal(selection.select(walks[1], tau).keep, keep)
-    eta = walks[1].square_sums(keep)
-    assert walks[0].square_sums(keep).tolist() == pytest.approx(eta.tolist(), rel=1e-6)
+        assert torch.equal(selection.select(both[1], tau).keep, keep)
+    eta = both[1].square_sums(keep)
+    assert both[0].square_sums(keep).tolist() == pytest.approx(eta.tolist(), rel=1e-6)
     for run in (
-        lambda walk, out: walk.erase(eta / eta.sum(), keep, out),
-        lambda walk, out: walk.weigh(eta / eta.sum(), out),
-        lambda walk, out: walk.weigh_elements([1.0, 2.0, 0.0], out),
+        lambda passes, out: passes.erase_and_merge(eta / eta.sum(), keep, out),
+        lambda passes, out: passes.varm_matrix(eta / eta.sum(), out),
+        lambda passes, out: passes.varm_element([1.0, 2.0, 0.0], out),
     ):
-        first, second = (walk.room(F32) for walk in walks)
-        run(walks[0], first), run(walks[1], second)
+        first, second = (passes.empty(F32) for passes in both)
+        run(both[0], first), run(both[1], second)
         torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
 
 
@@ -228,8 +244,8 @@ def test_every_16_bit_number_is_read_and_written_as_pytorch_does(dtype):
     every = every[torch.isfinite(every)]
 
     def through(values, out):  # d = 0: what is written is the pivot as it was read
-        walk = compiled.Compiled(values, [values, values])
-        walk.weigh(torch.tensor([0.5, 0.5], dtype=F64), written := walk.room(out))
+        passes = compiled.Compiled(values, [values, values])
+        passes.varm_matrix(torch.tensor([0.5, 0.5], dtype=F64), written := passes.empty(out))
         return written
 
     assert torch.equal(through(every, F32), every.float())
@@ -242,24 +258,20 @@ def test_every_16_bit_number_is_read_and_written_as_pytorch_does(dtype):
     assert torch.equal(through(values, dtype), values.to(dtype))
 
 
-def test_threads_of_the_caller_keep_their_setting():
+@by_both_passes
+def test_threads_of_the_caller_keep_their_setting(set_threads):
     pivot, targets = family((200_000,), (F32,) * 3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        sce_merge(pivot, targets)
-        assert torch.get_num_threads() == 3
-        import threading
-
-        seen = []
-        worker = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-        worker.start()
-        worker.join()
-        assert seen == [3]
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    sce_merge(pivot, targets)
+    assert torch.get_num_threads() == 3
+    seen = []
+    worker = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    worker.start()
+    worker.join()
+    assert seen == [3]
 
 
+@by_both_passes
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_order_of_the_targets_changes_nothing_but_rounding(tau):
     pivot, targets = family((3000,), (F32,) * 5, seed=9)
@@ -271,6 +283,7 @@ def test_order_of_the_targets_changes_nothing_but_rounding(tau):
         assert not (((again - first).abs().double() > limit) & decided).any()
 
 
+@by_both_passes
 def test_scaling_the_task_vectors_scales_the_update():
     _, deltas = family((1000,), (F32,) * 4, seed=10, magnitude=0.0)
     pivot = torch.zeros(1000)
@@ -279,6 +292,7 @@ def test_scaling_the_task_vectors_scales_the_update():
         assert torch.equal(sce_merge(pivot, [d * 2.0**-20 for d in deltas], select_topk=tau), update * 2.0**-20)
 
 
+@by_both_passes
 @pytest.mark.parametrize("magnitude", [2.0**-110, 2.0**-80, 2.0**70, 2.0**110])
 @pytest.mark.parametrize("tau", [1.0, 0.4])
 def test_magnitudes_whose_squares_leave_float32(magnitude, tau):
@@ -292,6 +306,7 @@ def test_magnitudes_whose_squares_leave_float32(magnitude, tau):
         assert_promised(varm_merge(pivot, targets, granularity=granularity), exact, pivot, targets)
 
 
+@by_both_passes
 @pytest.mark.parametrize("tau", [0.05, 0.5, 0.95])
 def test_dead_weights_beside_living_ones_count_as_elements(tau):
     pivot, targets = family((400,), (F32,) * 4, seed=13)
@@ -304,6 +319,7 @@ def test_dead_weights_beside_living_ones_count_as_elements(tau):
     assert_promised(sce_merge(pivot, targets, select_topk=tau), exact, pivot, targets, tau)
 
 
+@by_both_passes
 def test_coefficients_of_very_different_size():
     pivot, targets = family((500,), (F32,) * 3, scales=(1e-12, 1.0), seed=14, magnitude=0.0)
     targets[1][::2] = 0.0
@@ -312,6 +328,7 @@ def test_coefficients_of_very_different_size():
     assert_promised(sce_merge(pivot, targets), exact, pivot, targets)
 
 
+@by_both_passes
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_target(dtype):
     pivot, targets = family((2000,), (dtype,) * 2, seed=15)
@@ -323,6 +340,7 @@ def test_one_target(dtype):
     assert torch.equal(varm_merge(pivot, targets), targets[0])
 
 
+@by_both_passes
 def test_targets_equal_to_the_pivot_give_the_pivot():
     pivot, _ = family((3, 4), (BF16,))
     for targets in ([pivot], [pivot, pivot.clone(), pivot.float()]):
@@ -333,6 +351,7 @@ def test_targets_equal_to_the_pivot_give_the_pivot():
             assert torch.equal(varm_merge(pivot, targets, granularity=granularity), pivot)
 
 
+@by_both_passes
 def test_a_target_left_at_the_pivot_changes_the_majority_not_the_mean():
     pivot, targets = family((500,), (F32,) * 3, seed=16)
     targets.append(pivot.clone())
@@ -341,6 +360,7 @@ def test_a_target_left_at_the_pivot_changes_the_majority_not_the_mean():
     assert_promised(sce_merge(pivot, targets), exact, pivot, targets)
 
 
+@by_both_passes
 @pytest.mark.parametrize("shape", [(), (0,), (0, 4), (3, 0, 2)])
 def test_scalars_and_empty_tensors(shape):
     pivot, targets = family(shape, (F32,) * 3, seed=17)
@@ -353,6 +373,7 @@ def test_scalars_and_empty_tensors(shape):
         assert varm_merge(pivot, targets, granularity=granularity).shape == shape
 
 
+@by_both_passes
 def test_strided_inputs_are_read_and_left_alone():
     pivot, targets = family((40, 30), (F32,) * 4, seed=18)
     expected = sce_merge(pivot.T.contiguous(), [t.T.contiguous() for t in targets], select_topk=0.5)
@@ -367,6 +388,7 @@ def test_strided_inputs_are_read_and_left_alone():
     assert not sce_merge(pivot, targets).requires_grad
 
 
+@by_both_passes
 @pytest.mark.parametrize("tau", [1.0, 0.1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [None, 0, 2])
@@ -380,6 +402,7 @@ def test_nan_and_infinity_are_named(dtype, place, value, tau):
         assert caught.value.index == place
 
 
+@by_both_passes
 def test_numbers_whose_sum_leaves_the_storage_dtype_are_finite():
     pivot, targets = family((70_000,), (F16,) * 4, seed=23)  # 70,000 times 2 is beyond float16
     pivot, targets = pivot + 2, [target + 2 for target in targets]
@@ -395,6 +418,7 @@ def test_squares_beyond_float64_are_an_error_not_the_pivot():
             sce_merge(torch.zeros(3, dtype=F64), targets, select_topk=tau)
 
 
+@by_both_passes
 def test_the_precision_of_matrix_products_is_not_ours():
     pivot, targets = family((5000,), (F32,) * 4, seed=24)
     functions = [lambda: sce_merge(pivot, targets), lambda: varm_merge(pivot, targets)]
@@ -413,9 +437,10 @@ def test_compiles_where_nothing_can_be_kept_on_disk(monkeypatch):
         return lambda function: (function, options["nogil"])
 
     monkeypatch.setattr(compiled, "njit", refuse)
-    assert compiled._compile(abs) == (abs, True)
+    assert compiled.compile_loop(abs) == (abs, True)
 
 
+@by_both_passes
 def test_one_target_with_nan_is_named():
     with pytest.raises(NonFiniteError):
         sce_merge(torch.zeros(3), [torch.tensor([0.0, float("nan"), 1.0])])
@@ -453,7 +478,7 @@ def test_unknown_granularity():
 
 def test_a_threshold_at_the_edge_of_the_band_is_not_trusted():
     pivot, targets = family((2000,), (F32,) * 4, seed=21)
-    walk = portable.Portable(pivot, targets)
+    passes = portable.Portable(pivot, targets)
     variances = torch.stack(targets).double().var(0, unbiased=False).sort(descending=True).values * len(targets)
     last, near, far = float(variances[99]), 1 + 1e-13, 1.5
     keep = torch.full((2000,), 2, dtype=torch.uint8)
@@ -463,7 +488,7 @@ def test_a_threshold_at_the_edge_of_the_band_is_not_trusted():
         (last * near, last * far),
         (0.0, last / far),
     ):
-        assert not selection._settle(walk, keep, 100, low, high)
+        assert not selection.keep_largest_of_band(passes, keep, 100, low, high)
     assert (keep == 2).all()
-    assert selection._settle(walk, keep, 100, last / far, last * far)
+    assert selection.keep_largest_of_band(passes, keep, 100, last / far, last * far)
     assert int(keep.sum()) == 100

@@ -110,11 +110,11 @@ def measure(millions: int, dtype_name: str, tau: float, threads: int, repeats: i
                 errors[name] = float((update - exact).norm() / exact.norm())
             del merged
     copies = []
-    room = torch.empty_like(tensors[0])
+    copied = torch.empty_like(tensors[0])
     for _ in range(max(3, repeats)):
         start = time.perf_counter()
         for tensor in tensors:
-            room.copy_(tensor)
+            copied.copy_(tensor)
         copies.append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     busy = {name: statistics.median(values) for name, values in processor.items()}

@@ -37,7 +37,7 @@ def write_llama(directory: Path, tensors: dict[str, torch.Tensor], layers: int =
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
-        "torch_dtype": str(next(iter(tensors.values())).dtype)[6:],
+        "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     }
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

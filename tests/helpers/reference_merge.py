@@ -38,7 +38,7 @@ def coefficients(deltas, keep, weights):
 
 
 def sce(pivot, targets, tau=1.0, scope="all", weights=None):
-    """(merged float64, eta) by method steps 1 to 4."""
+    """(merged float64, eta) by steps 1 to 4 of SCE."""
     flat, deltas = task_vectors(pivot, targets)
     weights = weights or [1.0] * len(targets)
     keep = selected(deltas, tau)
