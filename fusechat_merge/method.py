@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -19,6 +20,7 @@ from mergekit.merge_methods.base import (
     OptionalTensorPolicy,
     ParameterScope,
     ParameterSpec,
+    TensorEntry,
     TensorGroup,
 )
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
@@ -117,7 +119,6 @@ class PivotMerge(MergeMethod):
         if group_name and group_name.endswith(".slices[0]"):  # once for a planned output
             ours, theirs = _autoload.versions()
             logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
-            report.begin(self.spec.name, str(base_id), [str(key) for key in input_ids if key != base_id])
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
         # from Python a weight may be given for the targets only
@@ -151,31 +152,38 @@ class PivotMerge(MergeMethod):
             results.append(self._merge(group, dict(values), out_dtype or dtype))
         return tuple(results)
 
-    def _merge(self, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
-        weights = self._target_weights(group, values.pop("weight"))
-        if group.base is None:
-            raise ValueError(f"base_model for {self.spec.name}: expected the pivot, got none. Pass base_index or base.")
-        names = [str(entry.id) for entry in group.non_base]
-        running = report.running_for(names)
-        targets = [entry.tensor for entry in group.non_base]
+    def _merge(self, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype | None) -> torch.Tensor:
+        pivot, targets = group.base, group.non_base
+        assert pivot is not None  # `validate_inputs` refuses the group otherwise
+        weights = self._target_weights(group.metadata.name, pivot, targets, values.pop("weight"))
+        tensors = [entry.tensor for entry in targets]
         try:
-            merge = self._compute(group.base.tensor, targets, weights=weights, dtype=dtype, **values)
+            merge = self._compute(pivot.tensor, tensors, weights=weights, dtype=dtype, **values)
         except kernel.NonFiniteError as error:
-            entry = group.base if error.index is None else group.non_base[error.index]
+            entry = pivot if error.index is None else targets[error.index]
             raise ValueError(
                 f"weights for tensor {group.metadata.name} of {entry.id}: expected finite numbers, got NaN or inf. "
                 "Repair or leave out that model."
             ) from None
-        if running:
-            running.add(group.metadata.name, group.base.tensor, targets, names, merge)
+        if isinstance(pivot.id, ModelReference):  # a run of mergekit, not a call of its Python functions
+            name, names = str(group.metadata.name), [str(entry.id) for entry in targets]
+            running = report.running_for(self.spec.name, str(pivot.id), names, name)
+            if running is not None:
+                running.add(name, pivot.tensor, tensors, names, merge)
         return merge.merged
 
-    def _target_weights(self, group: TensorGroup, given: Mapping[Hashable, float | None]) -> list[float] | None:
-        values = [given[entry.id] for entry in group.non_base]
-        pivots = given[group.base.id] if group.base else None
+    def _target_weights(
+        self,
+        tensor: str | None,
+        pivot: TensorEntry,
+        targets: Sequence[TensorEntry],
+        given: Mapping[Hashable, float | None],
+    ) -> list[float] | None:
+        values = [given[entry.id] for entry in targets]
+        pivots = given[pivot.id]
         if pivots is not None and any(value != pivots for value in values):  # all the same: one global setting
             raise ValueError(
-                f"weight for the pivot {group.base.id}: expected none, got {pivots}. Give weights to the targets only."
+                f"weight for the pivot {pivot.id}: expected none, got {pivots}. Give weights to the targets only."
             )
         if all(value is None for value in values):
             return None
@@ -183,7 +191,7 @@ class PivotMerge(MergeMethod):
         try:
             kernel.check_weights(weights, len(values))
         except ValueError as error:
-            raise ValueError(f"tensor {group.metadata.name}: {error}") from None
+            raise ValueError(f"tensor {tensor}: {error}") from None
         return weights
 
 

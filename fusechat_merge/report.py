@@ -74,7 +74,7 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
 
 
 class Report:
-    """The report on one output, in one directory.
+    """The report on one output, in one directory that appears with the first row.
 
     Args:
         directory: a new or empty directory.
@@ -89,9 +89,9 @@ class Report:
         self.targets = list(targets)
         self.names = short_names(self.targets)
         self.rows: list[dict] = []
+        self.begun: set[str] = set()  # tensors that belong to it, with a row or about to have one
         self._lock = threading.Lock()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if any(self.directory.iterdir()):
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise ValueError(
                 f"report directory {self.directory}: expected a new or empty one, got one with files. Name another."
             )
@@ -129,6 +129,7 @@ class Report:
             row[f"agreement {names[a]} | {names[b]}"] = _share((both + signs.agreement[a, b]) / 2, both)
         with self._lock:
             self.rows.append(row)
+            self.directory.mkdir(parents=True, exist_ok=True)
             path = self.directory / "coefficients.csv"
             new = not path.exists()
             with path.open("a", newline="", encoding="utf-8") as stream:
@@ -136,6 +137,11 @@ class Report:
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
+
+    def continued_by(self, method: str, pivot: str, targets: Sequence[str], tensor: str) -> bool:
+        """Whether this tensor may be of the same output as those before it."""
+        same = (method, pivot) == (self.method, self.pivot) and set(targets) <= set(self.targets)
+        return same and tensor not in self.begun
 
     def columns(self) -> list[str]:
         """Columns of coefficients.csv."""
@@ -219,30 +225,46 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 
 _running: Report | None = None
 _pinned = False
+_lock = threading.Lock()
 
 
-def begin(method: str, pivot: str, targets: Sequence[str]) -> None:
-    """A new output is planned: where FUSECHAT_MERGE_REPORT names a directory, open the next subfolder in it."""
-    root = os.environ.get(SWITCH)
-    if not root or _pinned:
-        return
-    end()
-    Path(root).mkdir(parents=True, exist_ok=True)
-    taken = [int(entry.name[:3]) for entry in Path(root).iterdir() if re.match(r"\d{3}-", entry.name)]
-    directory = Path(root) / f"{max(taken, default=0) + 1:03d}-{method}-{short_names([pivot])[0]}"
-    use(Report(directory, method, pivot, targets))
+def running_for(method: str, pivot: str, targets: Sequence[str], tensor: str) -> Report | None:
+    """The report that a merged tensor is added to, None where there is none.
+
+    A pinned report takes what its targets are in. Else, where FUSECHAT_MERGE_REPORT names a directory, a report is
+    opened in its next subfolder when a tensor begins a new output. mergekit does not say so: the tensor does when it
+    has been merged before, or when the running report is about another method, pivot or target.
+    """
+    with _lock:
+        if _pinned:
+            return _running if _running is not None and set(targets) <= set(_running.targets) else None
+        root = os.environ.get(SWITCH)
+        if not root:
+            return None
+        report = _running
+        if report is None or not report.continued_by(method, pivot, targets, tensor):
+            end()
+            report = _open(Path(root), method, pivot, targets)
+            use(report)
+        report.begun.add(tensor)
+        return report
+
+
+def _open(root: Path, method: str, pivot: str, targets: Sequence[str]) -> Report:
+    root.mkdir(parents=True, exist_ok=True)
+    numbers = [re.match(r"(\d{3})-", entry.name) for entry in root.iterdir()]
+    number = 1 + max((int(found.group(1)) for found in numbers if found), default=0)
+    directory = root / f"{number:03d}-{method}-{short_names([pivot])[0]}"
+    report = Report(directory, method, pivot, targets)
+    directory.mkdir()  # its number is taken
     logger.info("merge report goes to %s", directory)
+    return report
 
 
 def use(report: Report | None, pinned: bool = False) -> None:
-    """Make this the report that finished tensors are added to; a pinned one is not replaced by what is planned next."""
+    """Make this the report that finished tensors are added to; a pinned one is not replaced by another output's."""
     global _running, _pinned
     _running, _pinned = report, pinned
-
-
-def running_for(targets: Sequence[str]) -> Report | None:
-    """The running report, where it is about these targets."""
-    return _running if _running is not None and set(targets) <= set(_running.targets) else None
 
 
 @atexit.register

@@ -289,6 +289,48 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
     assert torch.equal(read(tmp_path / "c")[name], read(tmp_path / "a")[name])
 
 
+@pytest.mark.parametrize("failure", ["plan", "first tensor"])
+def test_a_merge_that_fails_at_its_start_leaves_no_report(failure, models, tmp_path, monkeypatch):
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    pivot, targets = models
+    if failure == "plan":  # the structure is fine, a value for the second layer is not
+        document, message = make_recipe(pivot, targets, select_topk=[0.5, 2]), r"expected a number in \(0, 1\], got 2"
+    else:
+        broken = {name: tensor / 0 for name, tensor in read(targets[0]).items()}
+        document = make_recipe(pivot, [write_llama(tmp_path / "damaged", broken), *targets[1:]])
+        message = "expected finite numbers"
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    with pytest.raises(ValueError, match=message):
+        run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
+    assert not (tmp_path / "reports").exists()
+
+
+def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys):
+    document = yaml.safe_load(config.read_text()) | {"parameters": {"select_topk": [0.5, 2]}}
+    config.write_text(yaml.safe_dump(document))
+    assert "expected a number in (0, 1], got 2" in fails(capsys, ["inspect", config, "--output", tmp_path / "r"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_method_pivot_or_target_begins_another_report(models, tmp_path, monkeypatch):
+    monkeypatch.setenv(report.SWITCH, str(tmp_path))
+    pivot, targets = (str(models[0]), [str(target) for target in models[1]])
+    reports = [
+        report.running_for(*begun)
+        for begun in (
+            ("sce", pivot, targets, "a"),
+            ("sce", pivot, targets[:2], "b"),
+            ("varm", pivot, targets, "c"),
+            ("varm", targets[0], targets[1:], "d"),
+            ("varm", targets[0], [pivot], "e"),
+            ("varm", targets[0], [pivot], "e"),
+        )
+    ]
+    report.use(None)
+    assert reports[0] is reports[1]
+    assert len({one.directory for one in reports}) == 5
+
+
 def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     monkeypatch.setattr(report, "STRETCH", 1024)
     monkeypatch.setattr(report, "LONG_STRETCH", 4096)
