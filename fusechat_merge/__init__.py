@@ -8,6 +8,10 @@ start-up hook is switched off. Nothing heavy is imported until one of these name
 
 __all__ = ["register", "sce", "varm"]
 
+TYPE_CHECKING = False  # typing's, without importing it: this runs in every Python process
+if TYPE_CHECKING:
+    from fusechat_merge.method import sce, varm
+
 
 def register() -> None:
     """Serve `sce` and `varm` from mergekit's registry, replacing mergekit's own `sce`; calling it again is harmless."""

@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    if hasattr(error, "errors"):  # pydantic
-        return error.errors()[0]["msg"]
-    if hasattr(error, "format_message"):  # click
-        return error.format_message()
+    errors, format_message = (getattr(error, name, None) for name in ("errors", "format_message"))
+    if errors is not None:  # pydantic
+        return errors()[0]["msg"]
+    if format_message is not None:  # click
+        return format_message()
     return str(error) or repr(error)
 
 

@@ -23,6 +23,7 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     Raises:
         ValueError: see `recipe.load`; another merge method; a directory with files.
     """
+    import torch
     from mergekit.architecture import get_architecture_info
     from mergekit.graph import Executor
     from mergekit.io.tasks import LoaderCache, SaveTensor
@@ -50,8 +51,9 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
         planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
         saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only the merged tensors are run
         planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
-        storage = options.device if options.low_cpu_memory else "cpu"
-        executor = Executor(targets=planned, math_device=options.device, storage_device=storage)
+        device = torch.device(options.device or "cpu")
+        storage = device if options.low_cpu_memory else torch.device("cpu")
+        executor = Executor(targets=planned, math_device=device, storage_device=storage)
         for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
             pass
     finally:

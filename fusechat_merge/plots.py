@@ -57,19 +57,20 @@ def _coefficients(figure_class, rows: Sequence[dict], names: Sequence[str]):
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     while len(grid) > len(names):
         grid.pop().remove()
+    images = []  # all on one scale
     for axes, name in zip(grid, names):
         values = [[float("nan")] * len(layers) for _ in kinds]
         for row in rows:
             place = layers.index(OUTSIDE if row["layer"] is None else row["layer"])
             value = row.get(f"coefficient {name}")
             values[kinds.index(row["kind"])][place] = float("nan") if value is None else value
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        images.append(axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"))
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("layer", fontsize=8)
         shown = [i for i in range(len(layers)) if layers[i] == OUTSIDE or len(layers) <= 12 or layers[i] % 4 == 0]
         axes.set_xticks(shown, [str(layers[i]) for i in shown], fontsize=7, rotation=90)
         axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
-    figure.colorbar(image, ax=grid, label="coefficient", shrink=0.9)
+    figure.colorbar(images[0], ax=grid, label="coefficient", shrink=0.9)
     return figure
 
 

@@ -90,7 +90,7 @@ def _parameters(config: MergeConfiguration):
             yield prefix.strip(), holder.parameters, None
         for model in holder.models or ():
             yield f"{prefix}model {model.model}", model.parameters, model.model
-        for index, output in enumerate(holder.slices or ()):
+        for index, output in enumerate(holder.slices or []):
             yield f"{prefix}slice {index}", output.parameters, None
             for source in output.sources:
                 yield f"{prefix}slice {index}, {source.model}", source.parameters, source.model

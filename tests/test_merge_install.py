@@ -82,11 +82,12 @@ def merge(python, config, out, **environment):
 
 
 def test_start_up_files_are_installed_and_recorded(environment):
-    _, _, site = environment
+    kind, _, site = environment
     recorded = next(site.glob("fusechat-*.dist-info/RECORD")).read_text()
     for name in ("fusechat_merge.pth", "fusechat_merge.start"):
         assert (site / name).read_text() == (ROOT / name).read_text()
         assert f"{name}," in recorded  # pip uninstall takes them away
+    assert ("fusechat_merge/py.typed," in recorded) == (kind == "wheel")  # an editable install has it in the sources
 
 
 def test_mergekit_runs_our_sce(environment, merge_inputs, tmp_path):
