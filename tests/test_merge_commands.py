@@ -163,23 +163,40 @@ def test_what_mergekit_passes_over_is_an_error(config, tmp_path, capsys, change,
     assert not (tmp_path / "r").exists()
 
 
-def test_parameters_of_a_model_that_have_no_effect_are_errors(config, models, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("of", "parameters", "message"),
+    [
+        ("target", {"select_topk": 0.2}, "expected select_topk under the top-level parameters, got it for one model"),
+        ("pivot", {"weight": 1.0}, "expected no weight for the pivot"),
+    ],
+)
+def test_parameters_of_a_model_that_have_no_effect_are_errors(
+    config, models, tmp_path, capsys, of, parameters, message
+):
+    pivot, targets = models
     document = yaml.safe_load(config.read_text())
-    document["models"][0]["parameters"] = {"select_topk": 0.2}
+    model = str(pivot if of == "pivot" else targets[0])
+    document["models"][0] = {"model": model, "parameters": parameters}
     config.write_text(yaml.safe_dump(document))
-    sentence = fails(capsys, ["yaml", config, tmp_path / "out"])
-    assert "expected select_topk under the top-level parameters, got it for one model" in sentence
-    document["models"][0] = {"model": str(models[0]), "parameters": {"weight": 1.0}}
-    config.write_text(yaml.safe_dump(document))
-    assert "expected no weight for the pivot" in fails(capsys, ["yaml", config, tmp_path / "out"])
+    assert message in fails(capsys, ["yaml", config, tmp_path / "out"])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["just words", "- 1\n- 2", "a: [1\nb: 2"])
-def test_what_is_no_configuration_is_named(tmp_path, capsys, text):
-    (tmp_path / "x.yml").write_text(text)
-    assert "configuration" in fails(capsys, ["inspect", tmp_path / "x.yml", "--output", tmp_path / "r"])
-    assert "No such file" in fails(capsys, ["inspect", tmp_path / "none.yml", "--output", tmp_path / "r"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("just words", "expected a mapping with merge_method and models, got str"),
+        ("- 1\n- 2", "expected a mapping with merge_method and models, got list"),
+        ("a: [1\nb: 2", "expected YAML, got while parsing a flow sequence"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_configuration_is_named(tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "x.yml").write_text(text)
+    sentence = fails(capsys, ["inspect", tmp_path / "x.yml", "--output", tmp_path / "r"])
+    assert message in sentence
+    assert str(tmp_path / "x.yml") in sentence
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("fuse*.yml")), ids=lambda path: path.stem)
@@ -395,13 +412,25 @@ def test_card_names_models_of_the_hub(config, tmp_path):
     assert "Words." in text
 
 
-def test_help_and_bad_arguments(capsys):
-    for arguments in (["--help"], ["inspect", "--help"], ["yaml", "--help"], ["card", "--help"], ["doctor", "--help"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 0
-    for arguments in ([], ["merge"], ["inspect", "x.yml"], ["doctor", "--unknown"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 2
-    capsys.readouterr()
+@pytest.mark.parametrize("command", [[], ["inspect"], ["yaml"], ["card"], ["doctor"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: fusechat-merge", *command]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["merge"], "invalid choice: 'merge'"),
+        (["inspect", "x.yml"], "required: --output"),
+        (["doctor", "--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

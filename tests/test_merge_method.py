@@ -134,11 +134,16 @@ def test_refused_parameters_are_named(method, parameters, message):
         assert "errors.pydantic.dev" not in str(caught.value)
 
 
-def test_missing_pivot_and_missing_targets_are_named():
-    with pytest.raises(ValueError, match="base_model for sce: expected the pivot, got none"):
-        merge_tensors(tensors(), sce)
-    with pytest.raises(ValueError, match="expected at least one target beside the pivot 0, got none"):
-        merge_tensors(tensors(count=0), sce, base_index=0)
+@pytest.mark.parametrize(
+    ("count", "base_index", "message"),
+    [
+        (3, None, "base_model for sce: expected the pivot, got none"),
+        (0, 0, "expected at least one target beside the pivot 0, got none"),
+    ],
+)
+def test_missing_pivot_and_missing_targets_are_named(count, base_index, message):
+    with pytest.raises(ValueError, match=message):
+        merge_tensors(tensors(count=count), sce, base_index=base_index)
 
 
 def test_float8_is_refused_with_the_tensor_and_the_model():
