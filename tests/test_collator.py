@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.rows import pack_row
+from fusechat_fuse.store.rows import encode_row
 from fusechat_fuse.training.choice import conversation_ce, row_targets
 from fusechat_fuse.training.collator import STATS, FusionCollator
 from tests.helpers.fusion_rows import aligned_row, aligned_rows
@@ -135,7 +135,7 @@ def test_packed_batch_is_the_padded_one_without_padding():
 
 def test_stored_rows_are_decoded():
     rows = aligned_rows(3, seed=5)
-    stored = [pack_row(row) for row in rows]
+    stored = [encode_row(row) for row in rows]
     collate = FusionCollator(vocab_size=50, fusion_function="source")
     got, expected = collate(stored), collate(rows)
     assert torch.equal(got["shift_labels"], expected["shift_labels"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.rows import decode_row, pack_ids, unpack_ids
+from fusechat_fuse.store.rows import decode_ids, decode_row, encode_ids
 from fusechat_fuse.store.shards import ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
@@ -93,11 +93,11 @@ def files(path):
 
 def test_ids_take_three_bytes_and_come_back():
     ids = np.array([0, -1, 5, 2**24 - 2, 151935, 256, 65536], np.int32)
-    assert len(pack_ids(ids)) == 21
-    np.testing.assert_array_equal(unpack_ids(pack_ids(ids)), ids)
-    assert unpack_ids(b"").shape == (0,)
+    assert len(encode_ids(ids)) == 21
+    np.testing.assert_array_equal(decode_ids(encode_ids(ids)), ids)
+    assert decode_ids(b"").shape == (0,)
     with pytest.raises(ValueError, match="three bytes"):
-        pack_ids(np.array([2**24 - 1]))
+        encode_ids(np.array([2**24 - 1]))
 
 
 @pytest.mark.parametrize("aligned", [False, True])

@@ -145,7 +145,7 @@ def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:
     """For each conversation, in the order of first sight: its (directory, row) places."""
     places, seen = defaultdict(list), defaultdict(Counter)
     for n, part in enumerate(parts):
-        for i, key in enumerate(zip(part.ids, part._column("content_hash"))):
+        for i, key in enumerate(zip(part.ids, part.column("content_hash"))):
             occurrence = seen[n][key]
             seen[n][key] += 1
             places[(*key, occurrence)].append((n, i))

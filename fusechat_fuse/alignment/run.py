@@ -158,13 +158,13 @@ def join_conversations(pivot: Representation, source: Representation) -> tuple[l
         only the source has, or whose content differs.
     """
     theirs = defaultdict(list)
-    keys = list(zip(source.ids, source._column("content_hash")))
+    keys = list(zip(source.ids, source.column("content_hash")))
     for row, key in enumerate(keys):
         theirs[key].append(row)
     for rows in theirs.values():
         rows.reverse()
     pairs, alone = [], []
-    for row, key in enumerate(zip(pivot.ids, pivot._column("content_hash"))):
+    for row, key in enumerate(zip(pivot.ids, pivot.column("content_hash"))):
         if theirs.get(key):
             pairs.append((row, theirs[key].pop()))
         else:

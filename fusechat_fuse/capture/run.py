@@ -329,12 +329,12 @@ def _compute(model, encoder, shards, mine, writer: ShardWriter, top_k: int, toke
                 "padded_tokens": runner.padded - padded,
                 "run_tokens": sum(len(one.input_ids) for one in encoded),
             }
-            packed = _rows(kept, encoded, results, skipped)
+            rows_found = _rows(kept, encoded, results, skipped)
             progress.update(len(shards[number]) - len(kept))
             if written is not None:
                 written.result()
-            written = background.submit(writer.write, number, packed, info)
-            non_finite += len(kept) - len(packed)
+            written = background.submit(writer.write, number, rows_found, info)
+            non_finite += len(kept) - len(rows_found)
             _check_finite(non_finite, total)
         written.result()
 

@@ -22,7 +22,7 @@ _NO_ID = 0xFFFFFF
 _LEVELS = 512  # steps of the compact grid per nat below |lp| = 2 and per octave above
 
 
-def pack_ids(ids: np.ndarray) -> bytes:
+def encode_ids(ids: np.ndarray) -> bytes:
     """Integers from -1 to 2**24 - 2 in three little-endian bytes each; -1 is all ones."""
     ids = np.ascontiguousarray(ids, dtype="<i4").reshape(-1)
     if ids.size and (ids.min() < -1 or ids.max() >= _NO_ID):
@@ -30,8 +30,8 @@ def pack_ids(ids: np.ndarray) -> bytes:
     return ids.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
 
 
-def unpack_ids(data) -> np.ndarray:
-    """Inverse of `pack_ids`: int32 [n]."""
+def decode_ids(data) -> np.ndarray:
+    """Inverse of `encode_ids`: int32 [n]."""
     n = len(data) // 3
     if n == 0:
         return np.zeros(0, np.int32)
@@ -45,7 +45,7 @@ def unpack_ids(data) -> np.ndarray:
     return ids
 
 
-def _pack_small(values: np.ndarray) -> bytes:
+def _encode_small(values: np.ndarray) -> bytes:
     """Non-negative or signed integers in the narrowest of 0, 1, 2, 4 bytes; the width follows from the length."""
     values = np.asarray(values)
     if not values.size or not values.any():
@@ -56,7 +56,7 @@ def _pack_small(values: np.ndarray) -> bytes:
     return values.astype("<i4").tobytes()
 
 
-def _unpack_small(data, n: int) -> np.ndarray:
+def _decode_small(data, n: int) -> np.ndarray:
     if len(data) == 0:
         return np.zeros(n, np.int32)
     return np.frombuffer(data, {1: "<u1", 2: "<u2", 4: "<i4"}[len(data) // n]).astype(np.int32)
@@ -68,7 +68,7 @@ def _run_heads(predicted: np.ndarray, message: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(jump) + 1]) if len(predicted) else np.zeros(0, np.int64)
 
 
-def _pack_positions(row: dict) -> dict[str, bytes]:
+def _encode_positions(row: dict) -> dict[str, bytes]:
     predicted, message, start, end = (
         np.asarray(row[key], np.int64) for key in ("predicted", "message", "start", "end")
     )
@@ -79,16 +79,16 @@ def _pack_positions(row: dict) -> dict[str, bytes]:
     before[heads] = 0
     return {
         "runs": runs.astype("<i4").tobytes(),
-        "gaps": _pack_small(start - before),
-        "widths": _pack_small(end - start),
+        "gaps": _encode_small(start - before),
+        "widths": _encode_small(end - start),
     }
 
 
-def _unpack_positions(row: dict, P: int) -> dict[str, np.ndarray]:
+def _decode_positions(row: dict, P: int) -> dict[str, np.ndarray]:
     first, length, message = np.frombuffer(row["runs"], "<i4").reshape(-1, 3).T
     heads = np.cumsum(length) - length
     predicted = np.arange(P, dtype=np.int32) + np.repeat(first - heads.astype(np.int32), length)
-    gaps, widths = _unpack_small(row["gaps"], P), _unpack_small(row["widths"], P)
+    gaps, widths = _decode_small(row["gaps"], P), _decode_small(row["widths"], P)
     ends = np.cumsum(gaps + widths, dtype=np.int32)
     if len(heads):
         before = np.where(heads > 0, ends[heads - 1], 0).astype(np.int32)
@@ -139,13 +139,13 @@ def _inflate(data) -> bytes:
     return pa.decompress(bytes(data[4:]), decompressed_size=size, codec="zstd", asbytes=True) if size else b""
 
 
-def _pack_table(row: dict, encoding: str) -> dict[str, bytes]:
+def _encode_table(row: dict, encoding: str) -> dict[str, bytes]:
     ids, ce = row["topk_ids"], np.maximum(row["ce"], 0)
     logprobs = np.clip(row["topk_logprobs"], -65504.0, 0)  # float16's smallest number
     if encoding == "plain":
         return {
-            "input_ids": pack_ids(row["input_ids"]),
-            "topk_ids": pack_ids(ids),
+            "input_ids": encode_ids(row["input_ids"]),
+            "topk_ids": encode_ids(ids),
             "topk_logprobs": np.asarray(logprobs, "<f2").tobytes(),
             "ce": np.asarray(ce, "<f4").tobytes(),
         }
@@ -161,11 +161,11 @@ def _pack_table(row: dict, encoding: str) -> dict[str, bytes]:
     }
 
 
-def _unpack_table(row: dict, P: int) -> dict[str, np.ndarray]:
+def _decode_table(row: dict, P: int) -> dict[str, np.ndarray]:
     if "topk_ids" in row:
         return {
-            "input_ids": unpack_ids(row["input_ids"]),
-            "topk_ids": unpack_ids(row["topk_ids"]).reshape(P, -1),
+            "input_ids": decode_ids(row["input_ids"]),
+            "topk_ids": decode_ids(row["topk_ids"]).reshape(P, -1),
             "topk_logprobs": np.frombuffer(row["topk_logprobs"], "<f2").reshape(P, -1).copy(),
             "ce": np.frombuffer(row["ce"], "<f4").copy(),
         }
@@ -179,38 +179,38 @@ def _unpack_table(row: dict, P: int) -> dict[str, np.ndarray]:
     }
 
 
-def _pack_source(row: dict, P: int) -> dict:
+def _encode_source(row: dict, P: int) -> dict:
     ids, probs = np.asarray(row["source_ids"]), np.asarray(row["source_probs"])
     if ids.shape != probs.shape or ids.ndim != 2 or len(ids) != P:
         raise ValueError(f"source_ids and source_probs must both be [{P}, K'], got {ids.shape} and {probs.shape}")
     kept = ids >= 0
     with np.errstate(divide="ignore"):
         logs = np.log(probs[kept].astype(np.float64))
-    packed = {
+    fields = {
         "source_width": ids.shape[1],
-        "source_counts": _pack_small(kept.sum(1)),
-        "source_ids": pack_ids(ids[kept]),
+        "source_counts": _encode_small(kept.sum(1)),
+        "source_ids": encode_ids(ids[kept]),
         "source_logprobs": logs.astype("<f2").tobytes(),
     }
     if row.get("source_index") is not None:
-        packed["source_index"] = pack_ids(row["source_index"])
-    return packed
+        fields["source_index"] = encode_ids(row["source_index"])
+    return fields
 
 
-def _unpack_source(row: dict, P: int) -> dict:
-    counts, width = _unpack_small(row["source_counts"], P), int(row["source_width"])
+def _decode_source(row: dict, P: int) -> dict:
+    counts, width = _decode_small(row["source_counts"], P), int(row["source_width"])
     ids = np.full((P, width), -1, np.int32)
     probs = np.zeros((P, width), np.float32)
     kept = np.arange(width) < counts[:, None]
-    ids[kept] = unpack_ids(row["source_ids"])
+    ids[kept] = decode_ids(row["source_ids"])
     probs[kept] = np.exp(np.frombuffer(row["source_logprobs"], "<f2").astype(np.float32))
     arrays = {"source_ids": ids, "source_probs": probs}
     if row.get("source_index") is not None:
-        arrays["source_index"] = unpack_ids(row["source_index"])
+        arrays["source_index"] = decode_ids(row["source_index"])
     return arrays
 
 
-def pack_row(row: dict, encoding: str = "plain") -> dict:
+def encode_row(row: dict, encoding: str = "plain") -> dict:
     """A row in documented names and shapes, as the fields that go to disk.
 
     Args:
@@ -227,26 +227,26 @@ def pack_row(row: dict, encoding: str = "plain") -> dict:
             raise ValueError(f"{key} of {row['id']!r}: expected {P} predicted tokens, got {len(row[key])}")
     if np.asarray(row["topk_logprobs"]).shape != (P, K):
         raise ValueError(f"topk_logprobs of {row['id']!r}: expected {(P, K)}, got {np.shape(row['topk_logprobs'])}")
-    packed = {"id": row["id"], "num_tokens": len(row["input_ids"]), "num_predicted": P}
-    packed |= _pack_table(row, encoding) | _pack_positions(row)
+    fields = {"id": row["id"], "num_tokens": len(row["input_ids"]), "num_predicted": P}
+    fields |= _encode_table(row, encoding) | _encode_positions(row)
     done = {"input_ids", "predicted", "message", "start", "end", "ce", "topk_ids", "topk_logprobs"}
     if "source_ids" in row:
-        packed |= _pack_source(row, P)
+        fields |= _encode_source(row, P)
         done |= {"source_ids", "source_probs", "source_index"}
     for key, dtype in SOURCE_ARRAYS.items():
         if key in row:
-            packed[key] = np.asarray(row[key], np.dtype(dtype).newbyteorder("<")).tobytes()
+            fields[key] = np.asarray(row[key], np.dtype(dtype).newbyteorder("<")).tobytes()
             done.add(key)
     for key, value in row.items():
         if key in done or value is None:
             continue
         if isinstance(value, str):
-            packed[key] = value
+            fields[key] = value
         elif np.ndim(value) == 0:
-            packed[key] = value.item() if hasattr(value, "item") else value
+            fields[key] = value.item() if hasattr(value, "item") else value
         else:
             raise ValueError(f"{key} of {row['id']!r}: an array of this name has no place in the format")
-    return packed
+    return fields
 
 
 _FIELDS = {"num_tokens", "num_predicted", "runs", "gaps", "widths", "topk_ids", "topk_logprobs", "ce", "input_ids"}
@@ -258,7 +258,7 @@ def decode_row(row: dict) -> dict:
     """The documented row from a stored one, e.g. `datasets.load_from_disk(path)[i]`.
 
     Args:
-        row: fields as `pack_row` made them; binary ones may be bytes or any buffer.
+        row: fields as `encode_row` made them; binary ones may be bytes or any buffer.
     Returns: `id` (and `content_hash`, `slice` where stored), `input_ids` int32 [T], `predicted`, `start`, `end` int32
         [P], `message` int16 [P], `topk_ids` int32 [P, K], `topk_logprobs` float16 [P, K], `ce` float32 [P]; of aligned
         rows also `source_ids` int32 [P, K'] (-1 padded), `source_probs` float32 [P, K'], `source_token_ce` float32 [P],
@@ -266,9 +266,9 @@ def decode_row(row: dict) -> dict:
     """
     P = int(row["num_predicted"])
     arrays = {key: value for key, value in row.items() if key not in _FIELDS and value is not None}
-    arrays |= _unpack_table(row, P) | _unpack_positions(row, P)
+    arrays |= _decode_table(row, P) | _decode_positions(row, P)
     if row.get("source_ids") is not None:
-        arrays |= _unpack_source(row, P)
+        arrays |= _decode_source(row, P)
     for key, dtype in SOURCE_ARRAYS.items():
         if row.get(key) is not None:
             arrays[key] = np.frombuffer(row[key], np.dtype(dtype).newbyteorder("<")).astype(dtype)

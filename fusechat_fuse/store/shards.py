@@ -1,6 +1,6 @@
 """The store behind representations, aligned and combined data: checksummed Arrow shards that land one by one.
 
-A directory holds `shard-00000.arrow` (one record batch of packed rows) with `shard-00000.json` (rows, bytes, SHA-256)
+A directory holds `shard-00000.arrow` (one record batch of encoded rows) with `shard-00000.json` (rows, bytes, SHA-256)
 beside each, `identity.json` (what makes this run this run: a directory is never shared by two), and, once all shards
 are there, `state.json` and `dataset_info.json`, with which `datasets.load_from_disk` opens it, and last
 `manifest.json`. Every file is written under a temporary name, flushed to disk and renamed, so what carries a final name
@@ -22,10 +22,10 @@ import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import file_sha256, flatten, json_bytes, write_atomic
-from fusechat_fuse.store.rows import ENCODINGS, decode_row, pack_row
+from fusechat_fuse.store.rows import ENCODINGS, decode_row, encode_row
 
 SCHEMA_VERSION = 1
-KINDS = ("representation", "aligned", "combined")
+STORE_KINDS = ("representation", "aligned", "combined")
 logger = logging.getLogger(__name__)
 
 
@@ -36,14 +36,14 @@ class ShardWriter:
         output_dir: made if missing; must be empty or hold an earlier start of the same run.
         identity: JSON-able; what decides the content (options, fingerprints, number of conversations).
         kind: representation, aligned or combined.
-        encoding: plain or compact (`packing.py`).
+        encoding: plain or compact (see `store.rows`).
     Raises: InputError naming the first key that differs where the directory holds another run's data.
     """
 
     def __init__(self, output_dir, identity: dict, *, kind: str, encoding: str = "plain"):
-        if kind not in KINDS or encoding not in ENCODINGS:
+        if kind not in STORE_KINDS or encoding not in ENCODINGS:
             raise InputError(
-                f"store for {output_dir}: expected kind in {KINDS} and encoding in {ENCODINGS}, got {kind!r} and "
+                f"store for {output_dir}: expected kind in {STORE_KINDS} and encoding in {ENCODINGS}, got {kind!r} and "
                 f"{encoding!r}. Choose one of each."
             )
         self.path, self.kind, self.encoding = Path(output_dir), kind, encoding
@@ -103,15 +103,15 @@ class ShardWriter:
 
         Args:
             shard: its number from 0.
-            rows: documented rows (interfaces: representation or aligned), at least zero.
+            rows: documented rows (`encode_row` says which names), at least zero.
             info: JSON-able, kept beside the shard (e.g. what was skipped) and found again by `.info(shard)`.
         """
-        packed = [pack_row(row, self.encoding) for row in rows]
+        encoded = [encode_row(row, self.encoding) for row in rows]
         record = {"rows": len(rows), "bytes": 0, "sha256": None, "info": info or {}}
-        record["tokens"] = sum(row["num_tokens"] for row in packed)
-        record["predicted_tokens"] = sum(row["num_predicted"] for row in packed)
-        if packed:
-            data = _arrow_stream(packed)
+        record["tokens"] = sum(row["num_tokens"] for row in encoded)
+        record["predicted_tokens"] = sum(row["num_predicted"] for row in encoded)
+        if encoded:
+            data = _arrow_stream(encoded)
             record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             write_atomic(self._file(shard, "arrow"), data)
         write_atomic(self._file(shard, "json"), json_bytes(record))
@@ -158,16 +158,16 @@ class ShardWriter:
         write_atomic(self.path / "manifest.json", json_bytes(manifest))
 
 
-def _arrow_stream(packed: list[dict]) -> bytes:
+def _arrow_stream(encoded: list[dict]) -> bytes:
     """One record batch as an Arrow IPC stream; `content_hash` and `slice` are always columns, perhaps of nulls."""
     import pyarrow as pa
 
     types = {bytes: pa.binary(), str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     kinds = {"id": pa.string(), "content_hash": pa.string(), "slice": pa.string()}
-    for row in packed:
+    for row in encoded:
         kinds |= {key: types[type(value)] for key, value in row.items()}
     schema = pa.schema([(key, kinds[key]) for key in ["id", *sorted(set(kinds) - {"id"})]])
-    batch = pa.RecordBatch.from_pylist(packed, schema=schema)
+    batch = pa.RecordBatch.from_pylist(encoded, schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)
@@ -184,8 +184,8 @@ def _schema(file: Path):
 class Representation:
     """A finished store, memory-mapped: `len`, `[i]`, iteration, `.ids`; a map-style dataset that pickles and forks.
 
-    `[i]` is the documented row as numpy arrays (`packing.decode_row`). A truncated file is found on opening, any other
-    damage by `verify()`.
+    `[i]` is the documented row as numpy arrays (`store.rows.decode_row`). A truncated file is found on opening, any
+    other damage by `verify()`.
     """
 
     def __init__(self, path):
@@ -235,7 +235,7 @@ class Representation:
         return int(self._ends[-1])
 
     def stored_row(self, index: int) -> dict:
-        """The packed fields of row `index`; binary ones as buffers into the mapped file."""
+        """The stored fields of row `index`; binary ones as buffers into the mapped file."""
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -253,23 +253,24 @@ class Representation:
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
-    def _column(self, name: str) -> list:
+    def column(self, name: str) -> list:
+        """A stored field of every row, in order, as Python values (bytes for a binary one), without decoding rows."""
         return [v for n in range(len(self._ends)) for v in self._shard(n)[0].column(name).to_pylist()]
 
     @cached_property
     def ids(self) -> list[str]:
         """The id of every row, in order."""
-        return self._column("id")
+        return self.column("id")
 
     @cached_property
     def num_tokens(self) -> np.ndarray:
         """T of every row (int64 [rows]), without decoding: for batches of like length."""
-        return np.asarray(self._column("num_tokens"))
+        return np.asarray(self.column("num_tokens"))
 
     @cached_property
     def num_predicted(self) -> np.ndarray:
         """P of every row (int64 [rows])."""
-        return np.asarray(self._column("num_predicted"))
+        return np.asarray(self.column("num_predicted"))
 
     def verify(self) -> list[str]:
         """Names of the shard files whose SHA-256 is not the manifest's."""
