@@ -15,51 +15,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusechat_fuse.store.fields import (
+    decode_ids,
+    decode_small,
+    deflate,
+    encode_ids,
+    encode_small,
+    from_levels,
+    from_planes,
+    inflate,
+    to_levels,
+    to_planes,
+)
+
 TEXTS = ("id", "content_hash", "slice")
 SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16}
 ENCODINGS = ("plain", "compact")
-_NO_ID = 0xFFFFFF
-_LEVELS = 512  # steps of the compact grid per nat below |lp| = 2 and per octave above
-
-
-def encode_ids(ids: np.ndarray) -> bytes:
-    """Integers from -1 to 2**24 - 2 in three little-endian bytes each; -1 is all ones."""
-    ids = np.ascontiguousarray(ids, dtype="<i4").reshape(-1)
-    if ids.size and (ids.min() < -1 or ids.max() >= _NO_ID):
-        raise ValueError(f"ids from -1 to {_NO_ID - 1} fit three bytes, got {ids.min()} to {ids.max()}")
-    return ids.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
-
-
-def decode_ids(data) -> np.ndarray:
-    """Inverse of `encode_ids`: int32 [n]."""
-    n = len(data) // 3
-    if n == 0:
-        return np.zeros(0, np.int32)
-    padded = np.empty(3 * n + 1, np.uint8)
-    padded[:-1] = np.frombuffer(data, np.uint8)
-    padded[-1] = 0
-    ids = np.ndarray((n,), "<u4", padded, strides=(3,)) & np.uint32(_NO_ID)
-    ids = ids.view(np.int32)
-    if (none := ids == _NO_ID).any():
-        ids[none] = -1
-    return ids
-
-
-def _encode_small(values: np.ndarray) -> bytes:
-    """Non-negative or signed integers in the narrowest of 0, 1, 2, 4 bytes; the width follows from the length."""
-    values = np.asarray(values)
-    if not values.size or not values.any():
-        return b""
-    for dtype in ("<u1", "<u2"):
-        if values.min() >= 0 and values.max() <= np.iinfo(dtype).max:
-            return values.astype(dtype).tobytes()
-    return values.astype("<i4").tobytes()
-
-
-def _decode_small(data, n: int) -> np.ndarray:
-    if len(data) == 0:
-        return np.zeros(n, np.int32)
-    return np.frombuffer(data, {1: "<u1", 2: "<u2", 4: "<i4"}[len(data) // n]).astype(np.int32)
 
 
 def _run_heads(predicted: np.ndarray, message: np.ndarray) -> np.ndarray:
@@ -79,8 +50,8 @@ def _encode_positions(row: dict) -> dict[str, bytes]:
     before[heads] = 0
     return {
         "runs": runs.astype("<i4").tobytes(),
-        "gaps": _encode_small(start - before),
-        "widths": _encode_small(end - start),
+        "gaps": encode_small(start - before),
+        "widths": encode_small(end - start),
     }
 
 
@@ -88,7 +59,7 @@ def _decode_positions(row: dict, P: int) -> dict[str, np.ndarray]:
     first, length, message = np.frombuffer(row["runs"], "<i4").reshape(-1, 3).T
     heads = np.cumsum(length) - length
     predicted = np.arange(P, dtype=np.int32) + np.repeat(first - heads.astype(np.int32), length)
-    gaps, widths = _decode_small(row["gaps"], P), _decode_small(row["widths"], P)
+    gaps, widths = decode_small(row["gaps"], P), decode_small(row["widths"], P)
     ends = np.cumsum(gaps + widths, dtype=np.int32)
     if len(heads):
         before = np.where(heads > 0, ends[heads - 1], 0).astype(np.int32)
@@ -101,44 +72,6 @@ def _decode_positions(row: dict, P: int) -> dict[str, np.ndarray]:
     }
 
 
-def _planes(values: np.ndarray, width: int) -> bytes:
-    """Byte planes: all lowest bytes, then all second bytes, ...; what repeats stands together for the compressor."""
-    return np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)[:, :width].T.tobytes()
-
-
-def _from_planes(data, width: int) -> np.ndarray:
-    planes = np.frombuffer(data, np.uint8).reshape(width, -1)
-    values = np.zeros((planes.shape[1], 4), np.uint8)
-    values[:, :width] = planes.T
-    return values.view("<u4").reshape(-1)
-
-
-def _to_levels(logprobs: np.ndarray) -> np.ndarray:
-    """|lp| on a grid, ascending with it: steps of 2**-9 below 2, then 512 steps per octave (all float16 numbers)."""
-    x = np.minimum(-np.asarray(logprobs, np.float64), 60000.0)
-    octave = np.where(x < 2.0, 0.0, np.floor(np.log2(np.maximum(x, 2.0))))
-    return np.rint((x / 2.0**octave + octave) * _LEVELS).astype(np.int64)
-
-
-def _from_levels(levels: np.ndarray) -> np.ndarray:
-    octave = np.maximum(levels // _LEVELS - 1, 0)
-    return -(levels / _LEVELS - octave) * 2.0**octave
-
-
-def _deflate(data: bytes) -> bytes:
-    import pyarrow as pa
-
-    size = len(data).to_bytes(4, "little")
-    return size + pa.compress(data, codec="zstd", asbytes=True) if data else size
-
-
-def _inflate(data) -> bytes:
-    import pyarrow as pa
-
-    size = int.from_bytes(bytes(data[:4]), "little")
-    return pa.decompress(bytes(data[4:]), decompressed_size=size, codec="zstd", asbytes=True) if size else b""
-
-
 def _encode_table(row: dict, encoding: str) -> dict[str, bytes]:
     ids, ce = row["topk_ids"], np.maximum(row["ce"], 0)
     logprobs = np.clip(row["topk_logprobs"], -65504.0, 0)  # float16's smallest number
@@ -149,15 +82,15 @@ def _encode_table(row: dict, encoding: str) -> dict[str, bytes]:
             "topk_logprobs": np.asarray(logprobs, "<f2").tobytes(),
             "ce": np.asarray(ce, "<f4").tobytes(),
         }
-    levels = np.diff(_to_levels(logprobs), axis=1, prepend=0)
+    levels = np.diff(to_levels(logprobs), axis=1, prepend=0)
     if levels.size and levels.min() < 0:
         raise ValueError(f"topk_logprobs of {row['id']!r}: expected each row descending")
     fine = np.minimum(np.rint(np.asarray(ce, np.float64) * 2**13), 2**32 - 1)
     return {
-        "c_input_ids": _deflate(_planes(row["input_ids"], 3)),
-        "c_topk_ids": _deflate(_planes(np.asarray(ids).T.reshape(-1), 3)),
-        "c_topk_levels": _deflate(_planes(levels.T.reshape(-1), 2)),
-        "c_ce": _deflate(_planes(fine.astype(np.uint32), 4)),
+        "c_input_ids": deflate(to_planes(row["input_ids"], 3)),
+        "c_topk_ids": deflate(to_planes(np.asarray(ids).T.reshape(-1), 3)),
+        "c_topk_levels": deflate(to_planes(levels.T.reshape(-1), 2)),
+        "c_ce": deflate(to_planes(fine.astype(np.uint32), 4)),
     }
 
 
@@ -169,13 +102,13 @@ def _decode_table(row: dict, P: int) -> dict[str, np.ndarray]:
             "topk_logprobs": np.frombuffer(row["topk_logprobs"], "<f2").reshape(P, -1).copy(),
             "ce": np.frombuffer(row["ce"], "<f4").copy(),
         }
-    levels = _from_planes(_inflate(row["c_topk_levels"]), 2).reshape(-1, P).T.astype(np.int64)
-    ids = _from_planes(_inflate(row["c_topk_ids"]), 3).reshape(-1, P).T
+    levels = from_planes(inflate(row["c_topk_levels"]), 2).reshape(-1, P).T.astype(np.int64)
+    ids = from_planes(inflate(row["c_topk_ids"]), 3).reshape(-1, P).T
     return {
-        "input_ids": _from_planes(_inflate(row["c_input_ids"]), 3).astype(np.int32),
+        "input_ids": from_planes(inflate(row["c_input_ids"]), 3).astype(np.int32),
         "topk_ids": np.ascontiguousarray(ids, np.int32),
-        "topk_logprobs": np.ascontiguousarray(_from_levels(np.cumsum(levels, axis=1)), np.float16),
-        "ce": (_from_planes(_inflate(row["c_ce"]), 4) / 2**13).astype(np.float32),
+        "topk_logprobs": np.ascontiguousarray(from_levels(np.cumsum(levels, axis=1)), np.float16),
+        "ce": (from_planes(inflate(row["c_ce"]), 4) / 2**13).astype(np.float32),
     }
 
 
@@ -188,7 +121,7 @@ def _encode_source(row: dict, P: int) -> dict:
         logs = np.log(probs[kept].astype(np.float64))
     fields = {
         "source_width": ids.shape[1],
-        "source_counts": _encode_small(kept.sum(1)),
+        "source_counts": encode_small(kept.sum(1)),
         "source_ids": encode_ids(ids[kept]),
         "source_logprobs": logs.astype("<f2").tobytes(),
     }
@@ -198,7 +131,7 @@ def _encode_source(row: dict, P: int) -> dict:
 
 
 def _decode_source(row: dict, P: int) -> dict:
-    counts, width = _decode_small(row["source_counts"], P), int(row["source_width"])
+    counts, width = decode_small(row["source_counts"], P), int(row["source_width"])
     ids = np.full((P, width), -1, np.int32)
     probs = np.zeros((P, width), np.float32)
     kept = np.arange(width) < counts[:, None]
