@@ -378,7 +378,7 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, o
         ((tmp_path / "bare", data, out), {}, r"expected a directory with config.json"),
         ((make_model(), data, out), {}, "expected one beside a loaded model, got none"),
         ((model, data, tmp_path / "file"), {}, "expected a directory, got a file"),
-        ((model, data, folder / "m"), {}, "expected an empty one or an earlier start of the same run"),
+        ((model, data, folder / "m"), {}, "expected an empty one, got other files"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             represent(*arguments, **options)

@@ -3,12 +3,15 @@
 import json
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.rows import decode_ids, decode_row, encode_ids
+from fusechat_fuse.store.claim import check_claim
+from fusechat_fuse.store.fields import decode_ids, encode_ids
+from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.store.shards import ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
@@ -251,15 +254,21 @@ def test_damaged_shard_is_named_and_written_again(tmp_path, caplog, damage):
     assert files(tmp_path) == good
 
 
-def test_another_run_is_refused_with_the_difference_and_nothing_changes(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"identity": {"options": {"top_k": 20}}}, "options.top_k = 10 there and 20 here"),
+        ({"identity": {"options": {"top_k": 10}, "model": "m"}}, "model = None there and 'm' here"),
+        ({"identity": {"options": {}}}, "options.top_k = 10 there and None here"),
+        ({"kind": "aligned"}, "kind = 'representation' there and 'aligned' here"),
+        ({"encoding": "compact"}, "encoding = 'plain' there and 'compact' here"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference_and_nothing_changes(tmp_path, changes, difference):
     write(tmp_path, make_rows())
     good = files(tmp_path)
-    with pytest.raises(InputError, match=r"options.top_k = 10 there and 20 here"):
-        write(tmp_path, make_rows(), identity={"options": {"top_k": 20}})
-    with pytest.raises(InputError, match=r"model = None there and 'm' here"):
-        write(tmp_path, make_rows(), identity={"options": {"top_k": 10}, "model": "m"})
-    with pytest.raises(InputError, match=r"kind = 'representation' there and 'aligned' here"):
-        write(tmp_path, make_rows(), kind="aligned")
+    with pytest.raises(InputError, match=re.escape(f"got another run's ({difference}). Choose another directory or")):
+        write(tmp_path, make_rows(), **changes)
     assert files(tmp_path) == good
 
 
@@ -270,6 +279,26 @@ def test_directory_with_other_files_or_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="got a file"):
         write(tmp_path / "model.safetensors", make_rows())
     assert files(tmp_path) == {"model.safetensors": b"precious"}
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_other_file(tmp_path):
+    (tmp_path / ".identity.json.99.tmp").write_bytes(b"{")
+    write(tmp_path, make_rows())
+    assert load_representation(tmp_path).ids
+
+
+def test_process_that_claims_between_two_looks_is_no_stranger(tmp_path):
+    def found():
+        (tmp_path / "identity.json").write_text("{}")
+
+    check_claim(tmp_path, {}, found)
+
+
+def test_identity_that_is_no_json_is_said(tmp_path):
+    write(tmp_path, make_rows())
+    (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(InputError, match=r"identity for .*identity.json: expected JSON, got"):
+        write(tmp_path, make_rows())
 
 
 def test_what_is_no_representation_is_said(tmp_path):

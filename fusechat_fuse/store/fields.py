@@ -46,6 +46,7 @@ def encode_small(values: np.ndarray) -> bytes:
 
 
 def decode_small(data, n: int) -> np.ndarray:
+    """Inverse of `encode_small` for n integers: int32 [n]."""
     if len(data) == 0:
         return np.zeros(n, np.int32)
     return np.frombuffer(data, {1: "<u1", 2: "<u2", 4: "<i4"}[len(data) // n]).astype(np.int32)
@@ -57,6 +58,7 @@ def to_planes(values: np.ndarray, width: int) -> bytes:
 
 
 def from_planes(data, width: int) -> np.ndarray:
+    """Inverse of `to_planes`: uint32 [n]."""
     planes = np.frombuffer(data, np.uint8).reshape(width, -1)
     values = np.zeros((planes.shape[1], 4), np.uint8)
     values[:, :width] = planes.T
@@ -71,11 +73,13 @@ def to_levels(logprobs: np.ndarray) -> np.ndarray:
 
 
 def from_levels(levels: np.ndarray) -> np.ndarray:
+    """Inverse of `to_levels`: log-probabilities <= 0, float64."""
     octave = np.maximum(levels // _LEVELS - 1, 0)
     return -(levels / _LEVELS - octave) * 2.0**octave
 
 
 def deflate(data: bytes) -> bytes:
+    """The length in four little-endian bytes, then, unless it is 0, the bytes as one zstd frame."""
     import pyarrow as pa
 
     size = len(data).to_bytes(4, "little")
@@ -83,6 +87,7 @@ def deflate(data: bytes) -> bytes:
 
 
 def inflate(data) -> bytes:
+    """Inverse of `deflate`."""
     import pyarrow as pa
 
     size = int.from_bytes(bytes(data[:4]), "little")

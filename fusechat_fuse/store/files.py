@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusechat_fuse.errors import InputError
+
 
 def _fsync_directory(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
@@ -31,6 +33,19 @@ def write_atomic(path: Path, data: bytes) -> None:
 def json_bytes(value: Any) -> bytes:
     """A value as JSON for a file: sorted keys, two blanks of indent, UTF-8, a line end."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file says, None where there is no file.
+
+    Raises: InputError where it is no JSON; `what` is its name there.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{what} for {path}: expected JSON, got {error}. Make the directory anew.") from error
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

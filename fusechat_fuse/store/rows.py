@@ -1,8 +1,7 @@
-"""One conversation's arrays as a few small binary fields, and back.
+"""One conversation's arrays as a few small binary fields, and back; `docs/format.md` says the same byte by byte.
 
-Arrow's nested lists of numbers decode at fifty thousand tokens a second; a binary field is one memory view. So every
-per-token array of a row is stored as one binary field: ids in three bytes, log-probabilities as float16, cross-entropy
-as float32, byte spans as token lengths, predicted positions and messages as runs. What a reader gets back from
+Every per-token array of a row is one binary field: ids in three bytes, log-probabilities as float16, cross-entropy as
+float32, byte spans as token lengths, predicted positions and messages as runs. What a reader gets back from
 `decode_row` are the names, shapes and dtypes of the documented row, whichever way they were stored.
 
 Two encodings: `plain` (views and shifts only) and `compact` (below 40 bytes per predicted token at k = 10). The compact
@@ -28,7 +27,6 @@ from fusechat_fuse.store.fields import (
     to_planes,
 )
 
-TEXTS = ("id", "content_hash", "slice")
 SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16}
 ENCODINGS = ("plain", "compact")
 

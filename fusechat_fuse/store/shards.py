@@ -10,6 +10,7 @@ random name, no host.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.files import file_sha256, flatten, json_bytes, write_atomic
+from fusechat_fuse.store.claim import check_claim
+from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
 from fusechat_fuse.store.rows import ENCODINGS, decode_row, encode_row
 
 SCHEMA_VERSION = 1
@@ -52,30 +54,13 @@ class ShardWriter:
         self._claim()
 
     def _claim(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output for {self.path}: expected a directory, got a file. Choose another path.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        foreign = [entry.name for entry in sorted(self.path.iterdir()) if not entry.name.endswith(".tmp")]
         file = self.path / "identity.json"
-        if not file.exists() and foreign:
-            raise InputError(
-                f"output directory for {self.path}: expected an empty one or an earlier start of the same run, got "
-                f"other files ({foreign[0]!r}). Choose another directory."
-            )
-        if not file.exists():
+        for _ in range(2):  # checked again once it is written: another run may have been as fast
+            check_claim(self.path, self.identity, lambda: read_json(file, "identity"), remedy=" or the same options")
+            if file.exists():
+                return
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json_bytes(self.identity))
-        try:
-            there = flatten(json.loads(file.read_bytes()))
-        except ValueError as error:
-            raise InputError(f"identity of {file}: expected JSON, got {error}. Remove the directory.") from error
-        mine = flatten(self.identity)
-        for key in [*mine, *there]:
-            if there.get(key) != mine.get(key):
-                raise InputError(
-                    f"output directory for {self.path}: expected data of the same run, got "
-                    f"{key} = {there.get(key)!r} there and {mine.get(key)!r} here. "
-                    "Choose another directory or the same options."
-                )
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self.path / f"shard-{shard:05d}.{suffix}"
@@ -131,7 +116,7 @@ class ShardWriter:
                 f"data for {self.path}: expected at least one usable conversation, got none. See skipped.jsonl."
             )
         totals = {key: sum(info[key] for info in infos) for key in ("rows", "tokens", "predicted_tokens", "bytes")}
-        counts = {"conversations": totals.pop("rows"), **totals}
+        counts: dict[str, int | float] = {"conversations": totals.pop("rows"), **totals}
         counts["bytes_per_predicted_token"] = round(counts["bytes"] / max(counts["predicted_tokens"], 1), 3)
         shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
@@ -193,16 +178,11 @@ class Representation:
         file = self.path / "manifest.json"
         if not file.is_file():
             got = "no such directory" if not self.path.is_dir() else "no manifest.json in it"
-            remedy = (
-                "Run the command that makes it once more to finish it"
-                if (self.path / "identity.json").exists()
-                else ("Give a directory that represent, align or combine wrote")
-            )
+            remedy = "Give a directory that represent, align or combine wrote"
+            if (self.path / "identity.json").exists():
+                remedy = "Run the command that makes it once more to finish it"
             raise InputError(f"representation for {self.path}: expected a finished directory, got {got}. {remedy}.")
-        try:
-            self.manifest: dict = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise InputError(f"manifest for {file}: expected JSON, got {error}. Make the directory again.") from error
+        self.manifest: dict = read_json(file, "manifest")
         version = self.manifest.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -216,13 +196,11 @@ class Representation:
         if number not in self._batches:
             import pyarrow as pa
 
-            file = self.path / self.manifest["shards"][number]["file"]
-            try:
+            shard = self.manifest["shards"][number]
+            file, batch = self.path / shard["file"], None
+            with contextlib.suppress(OSError, pa.ArrowInvalid, StopIteration):
                 batch = pa.ipc.open_stream(pa.memory_map(str(file))).read_next_batch()
-                whole = batch.num_rows == self.manifest["shards"][number]["rows"]
-            except (OSError, pa.ArrowInvalid, StopIteration):
-                whole = False
-            if not whole:
+            if batch is None or batch.num_rows != shard["rows"]:
                 raise InputError(
                     f"shard for {file}: expected the file the manifest lists, got a missing or damaged one. "
                     "Run the command that makes it once more to compute it again."

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.claim import check_claim, check_is_directory
+from fusechat_fuse.store.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "fusion_run.json"
@@ -75,23 +76,14 @@ class RunDirectory:
         Returns: the metrics of a finished run, or None.
         Raises: InputError naming the difference where the directory holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output for {self.path}: expected a directory, got a file. Choose another path.")
-        there = self._read()
-        if self.arguments.overwrite and write:
-            self._clear()
-            there = None
-        if there is not None and (difference := self._difference(there["identity"])):
-            raise InputError(
-                f"output directory for {self.path}: expected this run's data, got another run's ({difference}). "
-                "Choose another directory, or --overwrite to start anew."
-            )
-        if there is None and not self.arguments.overwrite and self.path.exists() and any(self.path.iterdir()):
-            first = min(entry.name for entry in self.path.iterdir())
-            raise InputError(
-                f"output directory for {self.path}: expected an empty one, got other files ({first!r}). "
-                "Choose another directory, or --overwrite to write into this one."
-            )
+        there = None
+        if self.arguments.overwrite:
+            check_is_directory(self.path)
+            if write:
+                self._clear()
+        else:
+            check_claim(self.path, _names(self.identity), self._names_there, remedy=", or --overwrite to start anew")
+            there = self._read()
         if there is None and write:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write({"identity": self.identity, "finished": False})
@@ -113,7 +105,7 @@ class RunDirectory:
                 steps[int(match[1])] = folder
         for step in sorted(steps, reverse=True):
             if _whole(steps[step], step):
-                logger.warning("Continuing from %s.", steps[step])
+                logger.info("Continuing from %s.", steps[step])
                 return str(steps[step])
             logger.warning("%s is not whole (the run was stopped while writing it); it is left out.", steps[step])
         return None
@@ -123,23 +115,14 @@ class RunDirectory:
         self._write({"identity": self.identity, "finished": True, "metrics": metrics})
 
     def _read(self) -> dict | None:
-        try:
-            return json.loads(self.file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise InputError(f"run file for {self.file}: expected JSON, got {error}. Remove the directory.") from error
+        return read_json(self.file, "run file")
+
+    def _names_there(self) -> dict | None:
+        there = self._read()
+        return None if there is None else _names(there["identity"])
 
     def _write(self, content: dict) -> None:
         write_atomic(self.file, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
-
-    def _difference(self, there: dict) -> str | None:
-        mine = {"model": self.identity["model"], "data": self.identity["data"], **self.identity["options"]}
-        theirs = {"model": there.get("model"), "data": there.get("data"), **there.get("options", {})}
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                return f"{name} = {theirs.get(name)!r} there and {value!r} here"
-        return None
 
     def _clear(self) -> None:
         """Remove what an earlier run of ours left; other files stay."""
@@ -150,6 +133,11 @@ class RunDirectory:
                 shutil.rmtree(entry)
             elif entry.suffix == ".safetensors" or entry.name in (RUN_FILE, "model.safetensors.index.json"):
                 entry.unlink()
+
+
+def _names(identity: dict) -> dict:
+    """An identity with its options by the names a user gave them."""
+    return {"model": identity.get("model"), "data": identity.get("data"), **identity.get("options", {})}
 
 
 def _plain(value):

@@ -1,0 +1,51 @@
+"""Which run a directory belongs to: nobody's, this very one's, or another's, which is refused with the difference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import flatten
+
+
+def check_is_directory(path: Path) -> None:
+    """Raise InputError where an output directory cannot be made because a file has its name."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output for {path}: expected a directory, got a file. Choose another path.")
+
+
+def check_claim(path: Path, identity: dict, found: Callable[[], dict | None], *, remedy: str = "") -> None:
+    """Raise InputError unless a run may write into a directory; nothing is made or changed.
+
+    Args:
+        path: the directory; may be missing.
+        identity: what makes this run this run, JSON-able; the error joins nested names by dots.
+        found: reads the identity that the directory holds, None where it holds none. Then it must be empty, but for
+            what a kill left of a file in the making (`*.tmp`).
+        remedy: what may be done besides choosing another directory, e.g. " or the same options".
+    """
+    check_is_directory(path)
+    # listed before the identity is read: a process beside this one may write it in between
+    entries = sorted(entry.name for entry in path.iterdir() if entry.suffix != ".tmp") if path.exists() else []
+    there = found()
+    if there is None and entries:
+        raise InputError(
+            f"output directory for {path}: expected an empty one, got other files ({entries[0]!r}). "
+            f"Choose another directory{remedy}."
+        )
+    if there is not None and (difference := first_difference(there, identity)):
+        raise InputError(
+            f"output directory for {path}: expected this run's data, got another run's ({difference}). "
+            f"Choose another directory{remedy}."
+        )
+
+
+def first_difference(there: dict, here: dict) -> str | None:
+    """`name = one value there and another here`, of the first name in which two identities differ; None: of none."""
+    theirs, mine = flatten(there), flatten(json.loads(json.dumps(here)))
+    for name in [*mine, *theirs]:
+        if theirs.get(name) != mine.get(name):
+            return f"{name} = {theirs.get(name)!r} there and {mine.get(name)!r} here"
+    return None
