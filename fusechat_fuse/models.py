@@ -1,4 +1,7 @@
-"""Opening models and tokenizers as they are on disk, and telling one from another."""
+"""Opening configurations, tokenizers and weights as they are on disk, and telling one model from another.
+
+A model is named by a directory or a Hub name; most functions also take one that is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,21 @@ import hashlib
 import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
 from fusechat_fuse.errors import InputError
 
 logger = logging.getLogger(__name__)
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # what transformers raises for a model that cannot be read
+
+
+class Identity(TypedDict):
+    """A model's name, and 16 hexadecimal digits that change with it."""
+
+    name: str
+    fingerprint: str
 
 
 def first_line(error: Exception) -> str:
@@ -19,7 +31,68 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
-def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
+def is_named(model) -> bool:
+    """Whether a model is given by a directory or a Hub name, not as a loaded object."""
+    return isinstance(model, str | Path)
+
+
+def _check_place(what: str, name_or_path) -> None:
+    """Raise InputError where a name can only be a path and no directory is there."""
+    path = Path(name_or_path)
+    if path.is_file() or (not path.is_dir() and (path.is_absolute() or str(name_or_path).startswith("."))):
+        raise InputError(
+            f"{what} for {name_or_path}: expected a model directory or a Hub name, got neither. Check the path."
+        )
+
+
+def model_file(name_or_path, file: str) -> Path | None:
+    """A file of a model by its name, from the directory or the Hub's cache; None where the model has none."""
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(str(name_or_path), file)
+    except OSError:
+        return None
+    return Path(found) if found else None
+
+
+def load_config(model, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration (transformers' PretrainedConfig).
+
+    Args:
+        model: directory, Hub name or loaded model.
+        trust_remote_code: run the repository's own code.
+    Raises: InputError where there is no model, or none that transformers knows.
+    """
+    if not is_named(model):
+        return model.config
+    from transformers import AutoConfig
+
+    _check_place("model", model)
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise InputError(
+            f"model for {model}: expected a model directory, got one without config.json. Give the directory that "
+            "save_pretrained wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except _UNREADABLE as error:
+        raise InputError(
+            f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
+            f"knows, got: {first_line(error)}. Check the name."
+        ) from error
+
+
+def positions_of(config) -> int | None:
+    """How many positions a model of this configuration was made for; None where it does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
     """A tokenizer whose ids are those of its own tokenizer.json.
 
     transformers 5 rebuilds some classes' pipelines (a LlamaTokenizer gets a Metaspace pre-tokenizer, which changes the
@@ -33,17 +106,16 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if not isinstance(name_or_path, (str, Path)):
+    if not is_named(name_or_path):
         return _must_be_fast(name_or_path, type(name_or_path).__name__)
+    _check_place("tokenizer", name_or_path)
     folder = Path(name_or_path)
-    if folder.is_file() or (folder.is_absolute() and not folder.is_dir()):
-        raise InputError(f"tokenizer for {folder}: expected a model directory, got none there. Check the path.")
     if folder.is_dir() and not [*folder.glob("*tokenizer*"), *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]:
         raise InputError(f"tokenizer for {folder}: expected tokenizer.json in it, got no tokenizer. Copy one there.")
-    if _has_file(folder, "tokenizer.json"):
+    if model_file(name_or_path, "tokenizer.json"):
         try:
             return _must_be_fast(PreTrainedTokenizerFast.from_pretrained(str(name_or_path)), name_or_path)
-        except Exception as error:
+        except Exception as error:  # the tokenizers library raises Exception itself
             raise InputError(
                 f"tokenizer for {name_or_path}: expected a readable tokenizer.json, got {first_line(error)}."
             ) from error
@@ -51,7 +123,7 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(
-            f"tokenizer for {name_or_path}: expected a model directory or Hub name with a tokenizer, got "
+            f"tokenizer for {name_or_path}: expected a model directory or a Hub name with a tokenizer, got "
             f"{first_line(error)}. Check the name."
         ) from error
     tokenizer = _must_be_fast(tokenizer, name_or_path)
@@ -63,18 +135,6 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False):
     return tokenizer
 
 
-def _has_file(folder: Path, file: str) -> bool:
-    """Whether a directory or Hub repository holds a file."""
-    if folder.is_dir():
-        return (folder / file).exists()
-    from transformers.utils import cached_file
-
-    try:
-        return cached_file(str(folder), file) is not None
-    except OSError:
-        return False
-
-
 def _must_be_fast(tokenizer, name):
     if not hasattr(getattr(tokenizer, "backend_tokenizer", None), "encode"):
         raise InputError(
@@ -82,6 +142,59 @@ def _must_be_fast(tokenizer, name):
             "a tokenizers backend. Save one with tokenizer.json and give that directory."
         )
     return tokenizer
+
+
+def load_model(
+    name_or_path,
+    *,
+    dtype,
+    device_map: str | dict | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model with its weights, in evaluation mode, on the CPU unless `device_map` says otherwise.
+
+    Args:
+        name_or_path: directory or Hub name.
+        dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
+    Raises: InputError where there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options |= {"device_map": device_map} if device_map else {}
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(name_or_path), **options).eval()
+    except _UNREADABLE as error:
+        raise InputError(
+            f"weights for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the model."
+        ) from error
+
+
+def identify(model) -> Identity:
+    """Which model this is, whoever asks and whenever: representations and training runs record it.
+
+    A Hub name is known by the commit that is cached for it, a directory by what is in its files, a loaded model by its
+    weights.
+
+    Args:
+        model: directory, Hub name or loaded model.
+    Returns: name (a directory's own name, without its parents) and fingerprint.
+    Raises: InputError where there is no such model.
+    """
+    if not is_named(model):
+        return {
+            "name": getattr(model, "name_or_path", "") or type(model).__name__,
+            "fingerprint": weight_fingerprint(model),
+        }
+    folder = Path(model)
+    if folder.is_dir():
+        return {"name": folder.resolve().name, "fingerprint": file_fingerprint(folder)}
+    file = model_file(model, "config.json")
+    if file is None:
+        raise InputError(f"model for {model}: expected a model directory or a Hub name, got neither. Check the name.")
+    return {"name": str(model), "fingerprint": file.parent.name[:16]}  # .../snapshots/COMMIT/config.json
 
 
 def file_fingerprint(folder: Path) -> str:
@@ -112,90 +225,6 @@ def weight_fingerprint(model) -> str:
             at = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
             digest.update(flat[at].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def check_model(model, tokenizer) -> None:
-    """Raise InputError unless `model` is a model directory, a possible Hub name, or loaded and with a tokenizer."""
-    if not isinstance(model, (str, Path)):
-        if tokenizer is None:
-            raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
-        return
-    folder = Path(model)
-    if folder.is_file() or (not folder.is_dir() and (folder.is_absolute() or str(model).startswith("."))):
-        raise InputError(f"model for {model}: expected a model directory, got none there. Check the path.")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise InputError(f"model for {model}: expected a directory with config.json, got one without. Check the path.")
-
-
-def positions_of(model, trust_remote_code: bool = False) -> int | None:
-    """How many positions a model was made for (None where its configuration does not say).
-
-    Args:
-        model: directory, Hub name or loaded model. trust_remote_code: as transformers takes it.
-    Raises: InputError where its configuration cannot be read.
-    """
-    if isinstance(model, (str, Path)):
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"model for {model}: expected a configuration transformers knows, got: {first_line(error)}."
-            ) from error
-    else:
-        config = model.config
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def load_model(name_or_path, *, device, dtype, device_map, attn_implementation, trust_remote_code):
-    """The causal language model in evaluation mode.
-
-    Args:
-        name_or_path: directory or Hub name; a loaded model is returned as it is.
-        device: where to put it; None: the GPU if there is one. Left to `device_map` where that is given.
-        dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
-    Raises: InputError where there is no such model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if not isinstance(name_or_path, (str, Path)):
-        return name_or_path.eval()
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    options |= {"device_map": device_map} if device_map else {}
-    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"model for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the directory."
-        ) from error
-    if not device_map:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval()
-
-
-def model_identity(model) -> dict:
-    """Name and fingerprint of a model directory, Hub name or loaded model."""
-    if not isinstance(model, (str, Path)):
-        return {
-            "name": getattr(model, "name_or_path", "") or type(model).__name__,
-            "fingerprint": weight_fingerprint(model),
-        }
-    folder = Path(model)
-    if folder.is_dir():
-        return {"name": folder.resolve().name, "fingerprint": file_fingerprint(folder)}
-    from transformers.utils import cached_file
-
-    try:
-        file = Path(cached_file(str(model), "config.json"))
-    except OSError as error:
-        raise InputError(
-            f"model for {model}: expected a directory or a Hub name, got neither ({str(error).splitlines()[0]})."
-        ) from error
-    return {"name": str(model), "fingerprint": file.parent.name[:16]}
 
 
 def library_versions() -> dict[str, str]:

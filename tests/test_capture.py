@@ -373,9 +373,9 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, o
         ((model, data, out), {"template": "nonsense"}, "chat template for 'nonsense'"),
         ((model, data, out), {"encoding": "zip"}, "encoding in"),
         ((model, tmp_path / "no.json", out), {}, "got nothing there"),
-        ((tmp_path / "no", data, out), {}, "expected a model directory, got none there"),
-        ((tmp_path / "file", data, out), {}, "expected a model directory, got none there"),
-        ((tmp_path / "bare", data, out), {}, r"expected a directory with config.json"),
+        ((tmp_path / "no", data, out), {}, "expected a model directory or a Hub name, got neither"),
+        ((tmp_path / "file", data, out), {}, "expected a model directory or a Hub name, got neither"),
+        ((tmp_path / "bare", data, out), {}, "expected a model directory, got one without config.json"),
         ((make_model(), data, out), {}, "expected one beside a loaded model, got none"),
         ((model, data, tmp_path / "file"), {}, "expected a directory, got a file"),
         ((model, data, folder / "m"), {}, "expected an empty one, got other files"),
@@ -408,7 +408,7 @@ def test_longer_conversations_are_cut_at_the_models_positions(tmp_path, tiny_bpe
 def test_directory_of_no_known_model_is_said_before_any_work(tmp_path, folder, tiny_bpe):
     tiny_bpe.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "abacus"}))
-    with pytest.raises(InputError, match=r"expected a configuration transformers knows, got: .*abacus"):
+    with pytest.raises(InputError, match=r"with a configuration that transformers knows, got: .*abacus"):
         represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
     (tmp_path / "m" / "config.json").write_text(make_model().config.to_json_string())
     with pytest.raises(InputError, match="expected a causal language model, got "):

@@ -1,17 +1,13 @@
 """Messages to ids: the published formats, contents found by construction, nothing that becomes a special token."""
 
-import importlib.resources
 import json
-import logging
-import shutil
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_fast_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
 from fusechat_fuse.text.conversations import Unusable
 from fusechat_fuse.text.templates import BUILT_IN, end_of_turn_of, native_template, resolve_template
@@ -439,52 +435,3 @@ def test_special_tokens_that_swallow_blanks_leave_a_hole(openchat):
     encoded = encode_conversation(tokenizer, [SINGLE[0], {"role": "assistant", "content": "  indented"}], "native")
     assert encoded.start[0] == 2
     assert encoded.end[-2] == 10
-
-
-# --- loading tokenizers
-
-
-def copy_of(tokenizer, folder, **config):
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    return folder
-
-
-def test_llama_class_directory_keeps_the_ids_of_its_tokenizer_json(tmp_path, openchat, caplog):
-    folder = copy_of(openchat, tmp_path / "m", tokenizer_class="LlamaTokenizer", legacy=True)
-    text = "def f():\n        return 1 <s> x"
-    with caplog.at_level(logging.WARNING):
-        loaded = load_fast_tokenizer(folder)
-    assert not caplog.records
-    assert loaded(text).input_ids == openchat(text).input_ids
-    assert loaded.chat_template == openchat.chat_template
-    # the class named in the directory would change them: this is why it is not used
-    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != openchat(text).input_ids
-
-
-def test_directory_with_a_vocabulary_file_alone_gives_a_warning(tmp_path, caplog):
-    folder = tmp_path / "m"
-    folder.mkdir()
-    with importlib.resources.as_file(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1") as f:
-        shutil.copy(f, folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
-    with caplog.at_level(logging.WARNING):
-        loaded = load_fast_tokenizer(folder)
-    assert "has no tokenizer.json" in caplog.text
-    assert loaded("Hello").input_ids[-1] == 22557
-
-
-def test_what_is_no_tokenizer_is_said(tmp_path, openchat):
-    with pytest.raises(InputError, match="expected a model directory, got none there"):
-        load_fast_tokenizer(tmp_path / "nothing")
-    with pytest.raises(InputError, match="got no tokenizer"):
-        load_fast_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match=r"expected a readable tokenizer.json"):
-        load_fast_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="expected a fast tokenizer"):
-        load_fast_tokenizer(object())
-    with pytest.raises(InputError, match="expected a model directory or Hub name"):
-        load_fast_tokenizer("nobody/nothing-of-this-name")
-    assert load_fast_tokenizer(openchat) is openchat

@@ -23,11 +23,12 @@ import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import (
-    check_model,
+    identify,
+    is_named,
     library_versions,
+    load_config,
     load_fast_tokenizer,
     load_model,
-    model_identity,
     positions_of,
 )
 from fusechat_fuse.store.files import write_atomic
@@ -234,16 +235,18 @@ def represent(
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
     process = _Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
-    check_model(model, tokenizer)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if tokenizer is None and not is_named(model):
+        raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
     encoder = _encoder(model if tokenizer is None else tokenizer, pivot, template, options, trust_remote_code)
-    if (positions := positions_of(model, trust_remote_code) or max_length) < max_length:
+    if (positions := positions_of(config) or max_length) < max_length:
         logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, positions)
         encoder.max_length = positions
     found, report = read_conversations(conversations, split=split, strict=strict)
     if strict:
         _refuse_unusable(encoder, found, report)
     shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
-    made_from = model_identity(model)
+    made_from = identify(model)
     identity = {
         "model": {"fingerprint": made_from["fingerprint"]},
         "options": options,
@@ -255,7 +258,7 @@ def represent(
     mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
     if mine:
         loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        loaded = load_model(model, device=process.device, trust_remote_code=trust_remote_code, **loading)
+        loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
         _compute(loaded, encoder, shards, mine, writer, top_k, tokens_per_batch, show=process.first)
     process.wait()
     if process.first:
@@ -282,6 +285,16 @@ def _encoder(tokenizer, pivot, template: str, options: dict, trust_remote_code: 
         raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
     return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), options["max_length"])
+
+
+def _loaded(model, device: str | None, *, device_map, **loading):
+    """The model in evaluation mode, on this process's device; one that was given loaded stays where it is."""
+    import torch
+
+    if not is_named(model):
+        return model.eval()
+    loaded = load_model(model, device_map=device_map, **loading)
+    return loaded if device_map else loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:

@@ -63,7 +63,7 @@ class RunDirectory:
         for name in ("dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             options[name] = getattr(arguments, name)
         self.identity = {
-            "model": pivot.fingerprint(),
+            "model": pivot.fingerprint,
             "data": hashlib.sha256(shards.encode()).hexdigest()[:16],
             "options": options,
         }

@@ -1,0 +1,162 @@
+"""Opening models as they are on disk, and one identity for each: a directory, a Hub name, loaded weights."""
+
+import importlib.resources
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fusechat_fuse.capture.run import represent
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import identify, load_config, load_fast_tokenizer, load_model, model_file
+from fusechat_fuse.store.shards import load_representation
+from fusechat_fuse.training.pivot import PivotFiles
+from fusechat_fuse.training.run import train
+from tests.helpers.hub import COMMIT, cache_model
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
+
+NAME = "org/pivot"
+CHATS = [{"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "the value"}]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model directory."""
+    return pivot_directory(tmp_path_factory.mktemp("models") / "pivot")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub cache in place of the user's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_directory_is_known_by_its_files_wherever_it_lies(folder, tmp_path):
+    known = identify(folder)
+    assert known["name"] == "pivot"
+    assert identify(str(folder)) == known
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert identify(moved) == {"name": "moved", "fingerprint": known["fingerprint"]}
+    (moved / "README.md").write_text("no part of the model")
+    assert identify(moved)["fingerprint"] == known["fingerprint"]
+    tiny_model("Llama", seed=1, vocab_size=640).save_pretrained(moved)
+    assert identify(moved)["fingerprint"] != known["fingerprint"]
+
+
+def test_hub_name_is_known_by_its_commit_whatever_is_downloaded(folder, hub):
+    cache_model(hub, NAME, folder, leave_out=("model.safetensors",))
+    known = identify(NAME)
+    assert known == {"name": NAME, "fingerprint": COMMIT[:16]}
+    cache_model(hub, NAME, folder)
+    assert identify(NAME) == known
+    cache_model(hub, NAME, folder, commit=COMMIT[::-1])
+    assert identify(NAME)["fingerprint"] == COMMIT[::-1][:16]
+
+
+def test_loaded_model_is_known_by_its_weights():
+    model = tiny_model("Llama")
+    known = identify(model)
+    assert known["name"] == "LlamaForCausalLM"
+    assert identify(tiny_model("Llama")) == known
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert identify(model)["fingerprint"] != known["fingerprint"]
+
+
+@pytest.mark.parametrize("read", [identify, load_config])
+@pytest.mark.parametrize("name", ["nobody/nothing", "./nothing", "/nowhere/at/all"])
+def test_name_of_no_model_is_said(hub, read, name):
+    with pytest.raises(InputError, match=f"^model for {name}: expected a model directory or a Hub name") as caught:
+        read(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_are_found_in_a_directory_and_in_the_hubs_cache(folder, hub):
+    snapshot = cache_model(hub, NAME, folder)
+    assert model_file(NAME, "config.json") == snapshot / "config.json"
+    assert model_file(folder, "config.json") == folder / "config.json"
+    assert model_file(NAME, "no.json") is model_file(folder, "no.json") is None
+
+
+def test_weights_that_are_missing_are_said(folder, hub):
+    cache_model(hub, NAME, folder, leave_out=("model.safetensors",))
+    with pytest.raises(InputError, match=f"weights for {NAME}: expected a causal language model, got"):
+        load_model(NAME, dtype="auto")
+
+
+def test_represent_and_train_know_a_hub_name_by_the_same_identity(folder, hub, tmp_path, caplog):
+    cache_model(hub, NAME, folder)
+    stored = represent(NAME, CHATS, tmp_path / "r")
+    data = aligned_directory(tmp_path / "aligned", model=stored.manifest["model"])
+    with caplog.at_level(logging.WARNING):
+        PivotFiles(NAME).check_data(load_representation(data))
+    assert "another pivot" not in caplog.text
+    cache_model(hub, NAME, folder, commit=COMMIT[::-1])
+    with caplog.at_level(logging.WARNING):
+        PivotFiles(NAME).check_data(load_representation(data))
+    assert f"another pivot ({COMMIT[:16]} there, {COMMIT[::-1][:16]} here)" in caplog.text
+
+
+def test_first_train_on_a_hub_name_that_ended_before_the_weights_came_goes_on(folder, hub, tmp_path):
+    cache_model(hub, NAME, folder, leave_out=("model.safetensors",))
+    data = aligned_directory(tmp_path / "aligned")
+    with pytest.raises(InputError, match="weights for"):
+        train(NAME, data, config(tmp_path / "target", max_steps=1))
+    assert (tmp_path / "target" / "fusion_run.json").exists()
+    cache_model(hub, NAME, folder)
+    train(NAME, data, config(tmp_path / "target", max_steps=1))
+    run = json.loads((tmp_path / "target" / "fusion_run.json").read_bytes())
+    assert run["finished"]
+    assert run["identity"]["model"] == COMMIT[:16]
+
+
+def copy_of(tokenizer, folder, **config):
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def test_llama_class_directory_keeps_the_ids_of_its_tokenizer_json(tmp_path, openchat, caplog):
+    folder = copy_of(openchat, tmp_path / "m", tokenizer_class="LlamaTokenizer", legacy=True)
+    text = "def f():\n        return 1 <s> x"
+    with caplog.at_level(logging.WARNING):
+        loaded = load_fast_tokenizer(folder)
+    assert not caplog.records
+    assert loaded(text).input_ids == openchat(text).input_ids
+    assert loaded.chat_template == openchat.chat_template
+    # the class named in the directory would change them: this is why it is not used
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != openchat(text).input_ids
+
+
+def test_directory_with_a_vocabulary_file_alone_gives_a_warning(tmp_path, caplog):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    with importlib.resources.as_file(importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1") as f:
+        shutil.copy(f, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
+    with caplog.at_level(logging.WARNING):
+        loaded = load_fast_tokenizer(folder)
+    assert "has no tokenizer.json" in caplog.text
+    assert loaded("Hello").input_ids[-1] == 22557
+
+
+def test_what_is_no_tokenizer_is_said(tmp_path, openchat):
+    with pytest.raises(InputError, match="expected a model directory or a Hub name, got neither"):
+        load_fast_tokenizer(tmp_path / "nothing")
+    with pytest.raises(InputError, match="got no tokenizer"):
+        load_fast_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"expected a readable tokenizer.json"):
+        load_fast_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="expected a fast tokenizer"):
+        load_fast_tokenizer(object())
+    with pytest.raises(InputError, match="expected a model directory or a Hub name with a tokenizer"):
+        load_fast_tokenizer("nobody/nothing-of-this-name")
+    assert load_fast_tokenizer(openchat) is openchat
