@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.processes import end_process_group, speaks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -215,21 +216,8 @@ COMMANDS = {
 
 def _say(result) -> None:
     """A command's result, on standard output, by the main process."""
-    import os
-
-    if int(os.environ.get("RANK", "0")) == 0:
+    if speaks():
         print(result if isinstance(result, str) else json.dumps(result, indent=1, default=str), flush=True)
-
-
-def end_process_group() -> None:
-    """Ends what connects the processes of one launch. Left to the interpreter's end, gloo's threads can abort it."""
-    import gc
-
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # a wrapped model in a cycle of references would keep the group alive
-        distributed.destroy_process_group()
 
 
 def _help() -> str:

@@ -25,10 +25,12 @@ from transformers import (
 )
 
 from fusechat_fuse.capture import distributions as forward
+from fusechat_fuse.capture.batches import plan_batches
 from fusechat_fuse.capture.distributions import PredictionHead
-from fusechat_fuse.capture.run import _Process, plan_batches, represent
+from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.processes import Process
 from fusechat_fuse.store.tokenizers import load_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import load_conversations
@@ -389,7 +391,7 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, o
 
 
 def test_one_model_over_several_devices_is_not_for_several_processes(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(_Process, "current", classmethod(lambda cls: cls(0, 2)))
+    monkeypatch.setattr(Process, "current", classmethod(lambda cls: cls(0, 2)))
     with pytest.raises(InputError, match="device_map for 2 processes: expected none, got 'auto'"):
         represent(folder / "m", folder / "data.json", tmp_path / "r", device_map="auto")
 

@@ -13,171 +13,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
 
-import numpy as np
-
+from fusechat_fuse.capture.computation import compute
+from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import (
     identify,
     is_named,
-    library_versions,
     load_config,
     load_fast_tokenizer,
     load_model,
     positions_of,
 )
-from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
-from fusechat_fuse.store.tokenizers import save_tokenizer
-from fusechat_fuse.text.chat import ConversationEncoder, Encoded
+from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, Unusable, read_conversations
 from fusechat_fuse.text.templates import resolve_template
 from fusechat_fuse.text.tokens import tokenizer_hash
 
 logger = logging.getLogger(__name__)
-MAX_NON_FINITE_SHARE = 0.01
-
-
-@dataclass
-class _Process:
-    """This process among those of an `accelerate launch`; alone without one."""
-
-    index: int = 0
-    count: int = 1
-    device: str | None = None
-    wait = staticmethod(lambda: None)
-
-    @classmethod
-    def current(cls) -> _Process:
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        from accelerate import PartialState
-
-        # a process that is done waits for the slowest: days, not the usual ten minutes
-        state = PartialState(timeout=timedelta(days=30))
-        process = cls(state.process_index, state.num_processes, str(state.device))
-        process.wait = state.wait_for_everyone
-        return process
-
-    @property
-    def first(self) -> bool:
-        return self.index == 0
-
-
-def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Indices in batches of rows x longest row <= tokens_per_batch, longest first; a longer row stands alone.
-
-    A batch of an eighth of the budget or more is also closed where one more row would make padding over 4 % of it.
-
-    Args:
-        lengths: tokens per conversation [n]. tokens_per_batch: the budget, padding included.
-    Returns: arrays of indices, each a batch.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches, begin, tokens = [], 0, 0
-    for place, index in enumerate(order):
-        rows, longest = place - begin + 1, int(lengths[order[begin]])
-        full = rows * longest > tokens_per_batch
-        sparse = tokens * 8 >= tokens_per_batch and tokens + lengths[index] < 0.96 * rows * longest
-        if rows > 1 and (full or sparse):
-            batches.append(order[begin:place])
-            begin, tokens = place, 0
-        tokens += int(lengths[index])
-    return [*batches, order[begin:]] if len(order) else []
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
-
-
-class _Runner:
-    """Runs encoded conversations through the model; remembers a token budget that had to shrink."""
-
-    def __init__(self, head, top_k: int, tokens_per_batch: int):
-        self.head, self.top_k, self.budget = head, top_k, tokens_per_batch
-        self.padded = 0  # tokens run, padding included
-
-    def __call__(self, encoded: list[Encoded], progress) -> list:
-        """A TopK for each conversation, in order."""
-        lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int64)
-        results: list = [None] * len(encoded)
-        queue = plan_batches(lengths, self.budget)
-        while queue:
-            batch = queue.pop(0)
-            size = len(batch) * int(lengths[batch].max())
-            found = self._try([encoded[i] for i in batch], size)
-            if found is None:  # out of memory; what the failed pass held is released by now
-                self._shrink(size)
-                left = np.concatenate([batch, *queue])
-                queue = [left[part] for part in plan_batches(lengths[left], self.budget)]
-                continue
-            for i, one in zip(batch, found):
-                results[i] = one
-            self.padded += size
-            progress.update(len(batch))
-        return results
-
-    def _try(self, batch: list[Encoded], size: int) -> list | None:
-        """One forward pass; None where memory does not suffice."""
-        try:
-            return self.head([one.input_ids for one in batch], [one.predicted for one in batch], self.top_k)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise InputError(
-                    f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a "
-                    "smaller max_length, a smaller dtype, or a device_map over more devices."
-                ) from error
-            return None
-
-    def _shrink(self, size: int) -> None:
-        import torch
-
-        self.budget = size // 2
-        logger.warning("Out of memory at %d tokens per batch; going on with %d.", size, self.budget)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _entry(conversation: Conversation, reason: str, detail: str) -> dict:
-    return {"row": conversation.row, "id": conversation.id, "reason": reason, "detail": detail}
-
-
-def _encode_shard(encoder: ConversationEncoder, shard: list[Conversation]):
-    """(conversations, encoded, skipped entries) of one shard."""
-    kept, encoded, skipped = [], [], []
-    for conversation in shard:
-        try:
-            encoded.append(encoder.encode(conversation.messages))
-            kept.append(conversation)
-        except Unusable as problem:
-            skipped.append(_entry(conversation, problem.reason, str(problem)))
-    return kept, encoded, skipped
-
-
-def _rows(kept: list[Conversation], encoded: list[Encoded], results: list, skipped: list[dict]) -> list[dict]:
-    rows = []
-    for conversation, one, found in zip(kept, encoded, results):
-        if not found.finite.all():
-            where = int(one.predicted[int(np.argmin(found.finite))])
-            detail = f"logits for token {where} of {len(one.input_ids)} are not finite"
-            skipped.append(_entry(conversation, "non_finite", detail))
-            continue
-        row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
-        row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}
-        rows.append({**row, "topk_ids": found.ids, "topk_logprobs": found.logprobs, "ce": found.ce})
-    return rows
 
 
 def represent(
@@ -233,7 +88,7 @@ def represent(
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
-    process = _Process.current()
+    process = Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
     config = load_config(model, trust_remote_code=trust_remote_code)
     if tokenizer is None and not is_named(model):
@@ -259,15 +114,15 @@ def represent(
     if mine:
         loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
-        _compute(loaded, encoder, shards, mine, writer, top_k, tokens_per_batch, show=process.first)
+        compute(loaded, encoder, shards, mine, writer, top_k, tokens_per_batch, show=process.first)
     process.wait()
     if process.first:
-        _finish(writer, len(shards), report, encoder, identity | {"model": made_from})
+        finish(writer, len(shards), report, encoder, identity | {"model": made_from})
     process.wait()
     return load_representation(output_dir)
 
 
-def _check_options(options: dict, tokens_per_batch: int, device_map, process: _Process) -> None:
+def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
     numbers = {**options, "tokens_per_batch": tokens_per_batch}
     dtype = numbers.pop("dtype")
     for name, value in numbers.items():
@@ -313,101 +168,3 @@ def _data_hash(found: list[Conversation]) -> str:
     for conversation in found:
         digest.update(json.dumps([conversation.id, conversation.content_hash, conversation.slice]).encode())
     return digest.hexdigest()[:16]
-
-
-def _compute(model, encoder, shards, mine, writer: ShardWriter, top_k: int, tokens_per_batch: int, show: bool) -> None:
-    """Compute and write the shards `mine`; a second thread tokenizes the next one and writes the last one meanwhile."""
-    from tqdm.auto import tqdm
-
-    from fusechat_fuse.capture.distributions import PredictionHead
-
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    runner = _Runner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch)
-    total, non_finite = sum(map(len, shards)), 0
-    progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
-    with progress, ThreadPoolExecutor(1) as background:
-        upcoming = background.submit(_encode_shard, encoder, shards[mine[0]])
-        written = None
-        for number, following in zip(mine, [*mine[1:], None]):
-            kept, encoded, skipped = upcoming.result()
-            if following is not None:
-                upcoming = background.submit(_encode_shard, encoder, shards[following])
-            _check_ids(encoded, rows)
-            padded = runner.padded
-            results = runner(encoded, progress)
-            info = {
-                "vocab_size": rows,
-                "skipped": skipped,
-                "truncated": sum(one.truncated for one in encoded),
-                "padded_tokens": runner.padded - padded,
-                "run_tokens": sum(len(one.input_ids) for one in encoded),
-            }
-            rows_found = _rows(kept, encoded, results, skipped)
-            progress.update(len(shards[number]) - len(kept))
-            if written is not None:
-                written.result()
-            written = background.submit(writer.write, number, rows_found, info)
-            non_finite += len(kept) - len(rows_found)
-            _check_finite(non_finite, total)
-        written.result()
-
-
-def _check_ids(encoded: list[Encoded], rows: int) -> None:
-    if (highest := max((int(one.input_ids.max()) for one in encoded), default=0)) >= rows:
-        raise InputError(
-            f"tokenizer for the model: expected ids below its {rows} embedding rows, got {highest}. "
-            "Give the tokenizer that belongs to the model."
-        )
-
-
-def _check_finite(non_finite: int, total: int) -> None:
-    if non_finite > MAX_NON_FINITE_SHARE * total:
-        raise RuntimeError(
-            f"{non_finite} of {total} conversations have logits that are not finite ({non_finite / total:.1%}; at most "
-            f"{MAX_NON_FINITE_SHARE:.0%} are left out). Run the model in bfloat16 or float32, or check its weights."
-        )
-
-
-def _finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made: dict) -> None:
-    """Put the shards' accounts together: skipped.jsonl, tokenizer, manifest."""
-    infos = [writer.info(n)["info"] for n in range(num_shards)]
-    skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
-    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in report.repaired]
-    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
-    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
-    by_reason = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
-    _check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
-    waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
-    counts = {
-        "rows_read": report.rows,
-        "skipped": by_reason,
-        "repaired": report.counts()["repaired"],
-        "truncated": sum(info["truncated"] for info in infos),
-        "padding_share": waste,
-    }
-    save_tokenizer(tokenizer := encoder.tokenizer, writer.path)
-    manifest = {
-        "options": {**made["options"], "template": made["template"]["name"]},
-        "model": {**made["model"], "vocab_size": infos[0]["vocab_size"]},
-        "tokenizer": {
-            "sha256": made["tokenizer"],
-            "class": type(tokenizer).__name__,
-            "bos_id": tokenizer.bos_token_id,
-            "eos_id": tokenizer.eos_token_id,
-            "end_of_turn_id": encoder.end_of_turn_id,
-        },
-        "template": {**made["template"], "source": encoder.template.source},
-        "data": made["data"],
-        "versions": library_versions(),
-        "counts": counts,
-    }
-    writer.finish(num_shards, manifest)
-    if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
-        logger.warning(
-            "%.2f %% of the conversations have logits that are not finite and are left out here; no later pass that "
-            "filters NaN is needed.",
-            100 * share,
-        )
-    if skipped:
-        logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
-    logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)

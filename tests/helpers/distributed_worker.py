@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fusechat_fuse.cli import end_process_group
+from fusechat_fuse.processes import end_process_group
 from fusechat_fuse.training.lean_head import install_lean_head
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows

@@ -1,0 +1,93 @@
+"""Encoded conversations through the model, in batches under a token budget that shrinks where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.text.chat import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Indices in batches of rows x longest row <= tokens_per_batch, longest first; a longer row stands alone.
+
+    A batch of an eighth of the budget or more is also closed where one more row would make padding over 4 % of it.
+
+    Args:
+        lengths: tokens per conversation [n]. tokens_per_batch: the budget, padding included.
+    Returns: arrays of indices, each a batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, begin, tokens = [], 0, 0
+    for place, index in enumerate(order):
+        rows, longest = place - begin + 1, int(lengths[order[begin]])
+        full = rows * longest > tokens_per_batch
+        sparse = tokens * 8 >= tokens_per_batch and tokens + lengths[index] < 0.96 * rows * longest
+        if rows > 1 and (full or sparse):
+            batches.append(order[begin:place])
+            begin, tokens = place, 0
+        tokens += int(lengths[index])
+    return [*batches, order[begin:]] if len(order) else []
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+class BatchRunner:
+    """Runs encoded conversations through the model; remembers a token budget that had to shrink."""
+
+    def __init__(self, head, top_k: int, tokens_per_batch: int):
+        self.head, self.top_k, self.budget = head, top_k, tokens_per_batch
+        self.padded = 0  # tokens run, padding included
+
+    def __call__(self, encoded: list[Encoded], progress) -> list:
+        """A TopK for each conversation, in order."""
+        lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int64)
+        results: list = [None] * len(encoded)
+        queue = plan_batches(lengths, self.budget)
+        while queue:
+            batch = queue.pop(0)
+            size = len(batch) * int(lengths[batch].max())
+            found = self._try([encoded[i] for i in batch], size)
+            if found is None:  # out of memory; what the failed pass held is released by now
+                self._shrink(size)
+                left = np.concatenate([batch, *queue])
+                queue = [left[part] for part in plan_batches(lengths[left], self.budget)]
+                continue
+            for i, one in zip(batch, found):
+                results[i] = one
+            self.padded += size
+            progress.update(len(batch))
+        return results
+
+    def _try(self, batch: list[Encoded], size: int) -> list | None:
+        """One forward pass; None where memory does not suffice."""
+        try:
+            return self.head([one.input_ids for one in batch], [one.predicted for one in batch], self.top_k)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise InputError(
+                    f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a "
+                    "smaller max_length, a smaller dtype, or a device_map over more devices."
+                ) from error
+            return None
+
+    def _shrink(self, size: int) -> None:
+        import torch
+
+        self.budget = size // 2
+        logger.warning("Out of memory at %d tokens per batch; going on with %d.", size, self.budget)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

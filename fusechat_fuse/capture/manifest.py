@@ -1,0 +1,70 @@
+"""What a finished capture says of itself: `skipped.jsonl`, the tokenizer, `manifest.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+
+from fusechat_fuse.models import library_versions
+from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.tokenizers import save_tokenizer
+from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.conversations import ReadReport
+
+logger = logging.getLogger(__name__)
+MAX_NON_FINITE_SHARE = 0.01
+
+
+def check_finite(non_finite: int, total: int) -> None:
+    if non_finite > MAX_NON_FINITE_SHARE * total:
+        raise RuntimeError(
+            f"{non_finite} of {total} conversations have logits that are not finite ({non_finite / total:.1%}; at most "
+            f"{MAX_NON_FINITE_SHARE:.0%} are left out). Run the model in bfloat16 or float32, or check its weights."
+        )
+
+
+def finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made: dict) -> None:
+    """Put the shards' accounts together: skipped.jsonl, tokenizer, manifest."""
+    infos = [writer.info(n)["info"] for n in range(num_shards)]
+    skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
+    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in report.repaired]
+    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
+    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
+    by_reason = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
+    check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
+    waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
+    counts = {
+        "rows_read": report.rows,
+        "skipped": by_reason,
+        "repaired": report.counts()["repaired"],
+        "truncated": sum(info["truncated"] for info in infos),
+        "padding_share": waste,
+    }
+    save_tokenizer(tokenizer := encoder.tokenizer, writer.path)
+    manifest = {
+        "options": {**made["options"], "template": made["template"]["name"]},
+        "model": {**made["model"], "vocab_size": infos[0]["vocab_size"]},
+        "tokenizer": {
+            "sha256": made["tokenizer"],
+            "class": type(tokenizer).__name__,
+            "bos_id": tokenizer.bos_token_id,
+            "eos_id": tokenizer.eos_token_id,
+            "end_of_turn_id": encoder.end_of_turn_id,
+        },
+        "template": {**made["template"], "source": encoder.template.source},
+        "data": made["data"],
+        "versions": library_versions(),
+        "counts": counts,
+    }
+    writer.finish(num_shards, manifest)
+    if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
+        logger.warning(
+            "%.2f %% of the conversations have logits that are not finite and are left out here; no later pass that "
+            "filters NaN is needed.",
+            100 * share,
+        )
+    if skipped:
+        logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
+    logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)

@@ -1,0 +1,50 @@
+"""This process among those of one launch (`accelerate launch`, `torchrun`); alone without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+@dataclass
+class Process:
+    """Which one this process is, of how many; its device (None: not assigned), and how it waits for the others."""
+
+    index: int = 0
+    count: int = 1
+    device: str | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def current(cls) -> Process:
+        """This process; connects it to the others of its launch."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        from accelerate import PartialState
+
+        # a process that is done waits for the slowest: days, not the usual ten minutes
+        state = PartialState(timeout=timedelta(days=30))
+        return cls(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes what is written once."""
+        return self.index == 0
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its launch that prints results; connects nothing."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def end_process_group() -> None:
+    """Ends what connects the processes of one launch. Left to the interpreter's end, gloo's threads can abort it."""
+    import gc
+
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a wrapped model in a cycle of references would keep the group alive
+        distributed.destroy_process_group()
