@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.chat import Encoded
+
+if TYPE_CHECKING:
+    from fusechat_fuse.capture.distributions import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +43,24 @@ def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+    said = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 class BatchRunner:
-    """Runs encoded conversations through the model; remembers a token budget that had to shrink."""
+    """Runs encoded conversations through the model; remembers a token budget that had to shrink.
 
-    def __init__(self, head, top_k: int, tokens_per_batch: int):
+    Args:
+        head: `PredictionHead`: (sequences, predicted positions, top_k) -> a TopK for each sequence.
+        top_k: entries per predicted token. tokens_per_batch: rows x longest row of a forward pass.
+    """
+
+    def __init__(self, head: Callable[..., list[TopK]], top_k: int, tokens_per_batch: int):
         self.head, self.top_k, self.budget = head, top_k, tokens_per_batch
         self.padded = 0  # tokens run, padding included
 
-    def __call__(self, encoded: list[Encoded], progress) -> list:
-        """A TopK for each conversation, in order."""
+    def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
+        """A TopK for each conversation, in order; `progress` is told of each batch (tqdm's `update`)."""
         lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int64)
         results: list = [None] * len(encoded)
         queue = plan_batches(lengths, self.budget)
@@ -70,7 +79,7 @@ class BatchRunner:
             progress.update(len(batch))
         return results
 
-    def _try(self, batch: list[Encoded], size: int) -> list | None:
+    def _try(self, batch: list[Encoded], size: int) -> list[TopK] | None:
         """One forward pass; None where memory does not suffice."""
         try:
             return self.head([one.input_ids for one in batch], [one.predicted for one in batch], self.top_k)

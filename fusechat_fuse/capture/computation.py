@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,75 +15,105 @@ from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, Unusable
 
+if TYPE_CHECKING:
+    from fusechat_fuse.capture.distributions import TopK
 
-def compute(model, encoder, shards, mine, writer: ShardWriter, top_k: int, tokens_per_batch: int, show: bool) -> None:
-    """Compute and write the shards `mine`; a second thread tokenizes the next one and writes the last one meanwhile."""
+
+@dataclass
+class _Shard:
+    """What of a shard goes through the model, conversation beside ids, and what was skipped and why."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    encoded: list[Encoded] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+
+    def skip(self, conversation: Conversation, reason: str, detail: str) -> None:
+        entry = {"row": conversation.row, "id": conversation.id, "reason": reason, "detail": detail}
+        self.skipped.append(entry)
+
+
+def compute(
+    model,
+    encoder: ConversationEncoder,
+    shards: list[list[Conversation]],
+    mine: list[int],
+    writer: ShardWriter,
+    *,
+    top_k: int,
+    tokens_per_batch: int,
+    show: bool,
+) -> None:
+    """Compute and write shards; a second thread tokenizes the next one and writes the last one meanwhile.
+
+    Args:
+        model: causal language model in evaluation mode; borrowed.
+        shards: the conversations of the whole run. mine: numbers of the shards to be computed, at least one.
+        show: whether to show progress.
+    Raises: InputError where the tokenizer is not the model's or a conversation does not fit into memory; RuntimeError
+        where too many conversations have logits that are not finite.
+    """
     from tqdm.auto import tqdm
 
     from fusechat_fuse.capture.distributions import PredictionHead
 
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    runner = BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    runner = BatchRunner(PredictionHead(model, np.arange(16) % vocab_size), top_k, tokens_per_batch)
     total, non_finite = sum(map(len, shards)), 0
     progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
     with progress, ThreadPoolExecutor(1) as background:
-        upcoming = background.submit(_encode_shard, encoder, shards[mine[0]])
-        written = None
+        upcoming = background.submit(_encode, encoder, shards[mine[0]])
+        written: Future | None = None
         for number, following in zip(mine, [*mine[1:], None]):
-            kept, encoded, skipped = upcoming.result()
+            shard = upcoming.result()
             if following is not None:
-                upcoming = background.submit(_encode_shard, encoder, shards[following])
-            _check_ids(encoded, rows)
+                upcoming = background.submit(_encode, encoder, shards[following])
+            _check_ids(shard.encoded, vocab_size)
             padded = runner.padded
-            results = runner(encoded, progress)
+            rows = _rows(shard, runner(shard.encoded, progress))
+            progress.update(len(shards[number]) - len(shard.encoded))
             info = {
-                "vocab_size": rows,
-                "skipped": skipped,
-                "truncated": sum(one.truncated for one in encoded),
+                "vocab_size": vocab_size,
+                "skipped": shard.skipped,
+                "truncated": sum(one.truncated for one in shard.encoded),
                 "padded_tokens": runner.padded - padded,
-                "run_tokens": sum(len(one.input_ids) for one in encoded),
+                "run_tokens": sum(len(one.input_ids) for one in shard.encoded),
             }
-            rows_found = _rows(kept, encoded, results, skipped)
-            progress.update(len(shards[number]) - len(kept))
             if written is not None:
                 written.result()
-            written = background.submit(writer.write, number, rows_found, info)
-            non_finite += len(kept) - len(rows_found)
+            written = background.submit(writer.write, number, rows, info)
+            non_finite += len(shard.encoded) - len(rows)
             check_finite(non_finite, total)
-        written.result()
+        if written is not None:
+            written.result()
 
 
-def _check_ids(encoded: list[Encoded], rows: int) -> None:
-    if (highest := max((int(one.input_ids.max()) for one in encoded), default=0)) >= rows:
+def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> _Shard:
+    shard = _Shard()
+    for conversation in conversations:
+        try:
+            shard.encoded.append(encoder.encode(conversation.messages))
+            shard.conversations.append(conversation)
+        except Unusable as problem:
+            shard.skip(conversation, problem.reason, str(problem))
+    return shard
+
+
+def _check_ids(encoded: list[Encoded], vocab_size: int) -> None:
+    if (highest := max((int(one.input_ids.max()) for one in encoded), default=0)) >= vocab_size:
         raise InputError(
-            f"tokenizer for the model: expected ids below its {rows} embedding rows, got {highest}. "
+            f"tokenizer for the model: expected ids below its {vocab_size} embedding rows, got {highest}. "
             "Give the tokenizer that belongs to the model."
         )
 
 
-def _entry(conversation: Conversation, reason: str, detail: str) -> dict:
-    return {"row": conversation.row, "id": conversation.id, "reason": reason, "detail": detail}
-
-
-def _encode_shard(encoder: ConversationEncoder, shard: list[Conversation]):
-    """(conversations, encoded, skipped entries) of one shard."""
-    kept, encoded, skipped = [], [], []
-    for conversation in shard:
-        try:
-            encoded.append(encoder.encode(conversation.messages))
-            kept.append(conversation)
-        except Unusable as problem:
-            skipped.append(_entry(conversation, problem.reason, str(problem)))
-    return kept, encoded, skipped
-
-
-def _rows(kept: list[Conversation], encoded: list[Encoded], results: list, skipped: list[dict]) -> list[dict]:
+def _rows(shard: _Shard, results: list[TopK]) -> list[dict]:
+    """The documented rows of a shard; conversations whose logits are not finite are skipped."""
     rows = []
-    for conversation, one, found in zip(kept, encoded, results):
+    for conversation, one, found in zip(shard.conversations, shard.encoded, results):
         if not found.finite.all():
             where = int(one.predicted[int(np.argmin(found.finite))])
             detail = f"logits for token {where} of {len(one.input_ids)} are not finite"
-            skipped.append(_entry(conversation, "non_finite", detail))
+            shard.skip(conversation, "non_finite", detail)
             continue
         row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
         row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 
-from fusechat_fuse.models import library_versions
+from fusechat_fuse.models import Identity, library_versions
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.text.conversations import ReadReport
+from fusechat_fuse.text.conversations import ReadReport, count_reasons
 
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
@@ -25,40 +24,30 @@ def check_finite(non_finite: int, total: int) -> None:
         )
 
 
-def finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made: dict) -> None:
-    """Put the shards' accounts together: skipped.jsonl, tokenizer, manifest."""
+def finish(
+    writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made_from: Identity
+) -> None:
+    """Put the shards' accounts together, once all are there; `manifest.json` is the last file.
+
+    Args:
+        report: what became of the rows that were read. encoder: what turned them into ids. made_from: the model.
+    """
     infos = [writer.info(n)["info"] for n in range(num_shards)]
     skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
-    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in report.repaired]
-    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
-    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
-    by_reason = dict(sorted(Counter(entry["reason"] for entry in skipped).items()))
+    _write_skipped(writer, skipped, report.repaired)
+    by_reason = count_reasons(skipped)
     check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
     waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
     counts = {
         "rows_read": report.rows,
         "skipped": by_reason,
-        "repaired": report.counts()["repaired"],
+        "repaired": count_reasons(report.repaired),
         "truncated": sum(info["truncated"] for info in infos),
         "padding_share": waste,
     }
-    save_tokenizer(tokenizer := encoder.tokenizer, writer.path)
-    manifest = {
-        "options": {**made["options"], "template": made["template"]["name"]},
-        "model": {**made["model"], "vocab_size": infos[0]["vocab_size"]},
-        "tokenizer": {
-            "sha256": made["tokenizer"],
-            "class": type(tokenizer).__name__,
-            "bos_id": tokenizer.bos_token_id,
-            "eos_id": tokenizer.eos_token_id,
-            "end_of_turn_id": encoder.end_of_turn_id,
-        },
-        "template": {**made["template"], "source": encoder.template.source},
-        "data": made["data"],
-        "versions": library_versions(),
-        "counts": counts,
-    }
-    writer.finish(num_shards, manifest)
+    save_tokenizer(encoder.tokenizer, writer.path)
+    made = _made(writer.identity, encoder, made_from, infos[0]["vocab_size"])
+    writer.finish(num_shards, {**made, "versions": library_versions(), "counts": counts})
     if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
         logger.warning(
             "%.2f %% of the conversations have logits that are not finite and are left out here; no later pass that "
@@ -68,3 +57,27 @@ def finish(writer: ShardWriter, num_shards: int, report: ReadReport, encoder: Co
     if skipped:
         logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)
+
+
+def _write_skipped(writer: ShardWriter, skipped: list[dict], repaired: list[dict]) -> None:
+    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in repaired]
+    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
+    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
+
+
+def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, vocab_size: int) -> dict:
+    """What made the representation, as the manifest says it."""
+    tokenizer = encoder.tokenizer
+    return {
+        "options": {**identity["options"], "template": identity["template"]["name"]},
+        "model": {**made_from, "vocab_size": vocab_size},
+        "tokenizer": {
+            "sha256": identity["tokenizer"],
+            "class": type(tokenizer).__name__,
+            "bos_id": tokenizer.bos_token_id,
+            "eos_id": tokenizer.eos_token_id,
+            "end_of_turn_id": encoder.end_of_turn_id,
+        },
+        "template": {**identity["template"], "source": encoder.template.source},
+        "data": identity["data"],
+    }

@@ -18,6 +18,7 @@ from fusechat_fuse.capture.computation import compute
 from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import (
+    Identity,
     identify,
     is_named,
     load_config,
@@ -90,34 +91,23 @@ def represent(
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
     process = Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    if tokenizer is None and not is_named(model):
-        raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
-    encoder = _encoder(model if tokenizer is None else tokenizer, pivot, template, options, trust_remote_code)
-    if (positions := positions_of(config) or max_length) < max_length:
-        logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, positions)
-        encoder.max_length = positions
+    encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     found, report = read_conversations(conversations, split=split, strict=strict)
     if strict:
         _refuse_unusable(encoder, found, report)
-    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
     made_from = identify(model)
-    identity = {
-        "model": {"fingerprint": made_from["fingerprint"]},
-        "options": options,
-        "tokenizer": tokenizer_hash(encoder.tokenizer),
-        "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
-        "data": _data_hash(found),
-    }
+    identity = _identity(made_from, options, encoder, found)
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
+    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
     mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
     if mine:
         loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
-        compute(loaded, encoder, shards, mine, writer, top_k, tokens_per_batch, show=process.first)
+        running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
+        compute(loaded, encoder, shards, mine, writer, **running)
     process.wait()
     if process.first:
-        finish(writer, len(shards), report, encoder, identity | {"model": made_from})
+        finish(writer, len(shards), report, encoder, made_from)
     process.wait()
     return load_representation(output_dir)
 
@@ -134,12 +124,34 @@ def _check_options(options: dict, tokens_per_batch: int, device_map, process: Pr
         raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
 
 
-def _encoder(tokenizer, pivot, template: str, options: dict, trust_remote_code: bool) -> ConversationEncoder:
-    tokenizer = load_fast_tokenizer(tokenizer, trust_remote_code)
+def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote_code: bool) -> ConversationEncoder:
+    """The encoder that fits the options to the model: its tokenizer, its number of positions."""
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if tokenizer is None and not is_named(model):
+        raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
+    tokenizer = load_fast_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
     if (top_k := options["top_k"]) > len(tokenizer):
         raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
-    return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), options["max_length"])
+    chosen, max_length = resolve_template(template, tokenizer, pivot), options["max_length"]
+    if (positions := positions_of(config) or max_length) < max_length:
+        logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, positions)
+        max_length = positions
+    return ConversationEncoder(tokenizer, chosen, max_length)
+
+
+def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, found: list[Conversation]) -> dict:
+    """What decides the content of the directory."""
+    digest = hashlib.sha256()
+    for conversation in found:
+        digest.update(json.dumps([conversation.id, conversation.content_hash, conversation.slice]).encode())
+    return {
+        "model": {"fingerprint": made_from["fingerprint"]},
+        "options": options,
+        "tokenizer": tokenizer_hash(encoder.tokenizer),
+        "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
+        "data": digest.hexdigest()[:16],
+    }
 
 
 def _loaded(model, device: str | None, *, device_map, **loading):
@@ -161,10 +173,3 @@ def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], re
                 f"conversation for {report.name}, row {conversation.row}: {problem} ({problem.reason}). "
                 "Mend the row, or leave strict off to skip it."
             ) from problem
-
-
-def _data_hash(found: list[Conversation]) -> str:
-    digest = hashlib.sha256()
-    for conversation in found:
-        digest.update(json.dumps([conversation.id, conversation.content_hash, conversation.slice]).encode())
-    return digest.hexdigest()[:16]

@@ -73,11 +73,16 @@ class ReadReport:
 
     def counts(self) -> dict[str, Any]:
         """Rows read, and skipped and repaired ones by reason."""
-        by_reason = {
-            key: dict(sorted(Counter(e["reason"] for e in getattr(self, key)).items()))
-            for key in ("skipped", "repaired")
+        return {
+            "rows": self.rows,
+            "skipped": count_reasons(self.skipped),
+            "repaired": count_reasons(self.repaired),
         }
-        return {"rows": self.rows, **by_reason}
+
+
+def count_reasons(entries: list[dict]) -> dict[str, int]:
+    """How often each `reason` is among the entries, by name."""
+    return dict(sorted(Counter(entry["reason"] for entry in entries).items()))
 
 
 def content_hash(messages: list[dict[str, str]]) -> str:
