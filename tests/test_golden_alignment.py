@@ -37,7 +37,8 @@ from fusechat_fuse.alignment.correspondence import EXACT, correspond, line_up
 from fusechat_fuse.alignment.prefix import Stream, Vocabularies, single_id_rows
 from fusechat_fuse.alignment.vocabulary_maps import PathTable, Speller, exact_map, min_edit_map, preferred_ids
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.text.tokens import token_spans, token_table
+from fusechat_fuse.text.spans import token_spans
+from fusechat_fuse.text.tokens import token_table
 
 FOLDER = Path(__file__).parent / "golden"
 END_OF_TURN = {"openchat": "<|end_of_turn|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>"}

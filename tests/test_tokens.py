@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.text.tokens import same_vocabulary, token_bytes, token_spans, tokenizer_hash
+from fusechat_fuse.text.spans import token_spans
+from fusechat_fuse.text.tokens import same_vocabulary, token_bytes, tokenizer_hash
 
 REAL = ("openchat", "qwen", "llama3")
 ALL = (*REAL, "tiny_bpe", "tiny_unigram")

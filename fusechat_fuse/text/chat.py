@@ -23,6 +23,7 @@ import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import (
     ChatTemplate,
     added_texts,
@@ -33,7 +34,6 @@ from fusechat_fuse.text.templates import (
     own_variables,
     resolve_template,
 )
-from fusechat_fuse.text.tokens import token_spans
 
 
 @dataclass(frozen=True)

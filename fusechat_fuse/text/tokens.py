@@ -1,11 +1,8 @@
-"""What a token is in bytes, and where in a text it lies.
+"""What the tokens of a vocabulary are in bytes, and whether two tokenizers have the same.
 
 A tokenizer shows its tokens in a spelling of its own: 'Ġthe', '▁the' and ' the' are one thing. Everything in
-alignment rests on bytes instead: `token_bytes` reads a whole vocabulary, `token_spans` adds the bytes of a tokenized
-text up and checks that they give the text back. The offsets that tokenizers report are not used: they overlap where a
-character is split over several tokens and have holes where a normalizer changed the text.
-
-Not done here: WordPiece-like tokenizers, which lose blanks, are refused by `token_spans` on the first text with one.
+alignment rests on bytes instead: `token_bytes` reads a whole vocabulary, `token_spans` (`spans.py`) adds the bytes of a
+tokenized text up.
 """
 
 from __future__ import annotations
@@ -13,12 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import pairwise
-
-import numpy as np
 
 from fusechat_fuse.errors import InputError
 
@@ -135,7 +128,12 @@ class Pipeline:
 
 
 class TokenTable:
-    """Bytes and roles of every id of one tokenizer; built once, see `token_bytes` and `token_spans`."""
+    """Bytes and roles of every id of one tokenizer; `token_table` builds it once.
+
+    `pieces` and `bytes` are lists by id (None: no token of the id; for bytes also special and unknown ones), `own` like
+    bytes with the content of special tokens; `special` the special ids; `added` id -> whether it swallows the blanks
+    left and right of it.
+    """
 
     def __init__(self, tokenizer):
         backend = backend_of(tokenizer)
@@ -158,108 +156,6 @@ class TokenTable:
                 self.bytes[i] = self.own[i]
         self.special = frozenset(special)
         self.added = {i: (token.lstrip, token.rstrip) for i, token in added.items()}
-
-    def spans(self, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
-        """See `token_spans`."""
-        ids = [int(i) for i in ids]
-        raw = text.encode()
-        lengths, gaps = np.zeros(len(ids), np.int64), np.zeros(len(ids) + 1, np.int64)
-        cuts = [k for k, i in enumerate(ids) if i in self.added]
-        position = 0
-        for before, cut in pairwise([-1, *cuts, len(ids)]):
-            if before >= 0 and self.added[ids[before]][1] and lengths[before]:  # it swallows the blanks after it
-                gaps[before + 1] = _blanks(raw, position)
-                position += int(gaps[before + 1])
-            if before + 1 < cut:
-                stretch = self._stretch(raw, position, ids[before + 1 : cut])
-                if stretch is None:
-                    raise InputError(self._why_not(text, raw, position, ids[before + 1 : cut]))
-                lengths[before + 1 : cut] = stretch
-                position += sum(stretch)
-            if cut < len(ids):
-                blanks, lengths[cut] = self._added_token(raw, position, ids[cut], text)
-                gaps[cut] += blanks
-                position += int(blanks + lengths[cut])
-        if position < len(raw):
-            raise InputError(self._why_not(text, raw, position, []))
-        ends = np.cumsum(lengths + gaps[:-1])
-        return (ends - lengths).astype(np.int32), ends.astype(np.int32)
-
-    def _added_token(self, raw: bytes, position: int, i: int, text: str) -> tuple[int, int]:
-        """(blanks it swallows before it, its length) for the added token i; (0, 0) if it is not in the text."""
-        blanks = _blanks(raw, position) if self.added[i][0] else 0
-        if raw.startswith(self.own[i], position + blanks):
-            return blanks, len(self.own[i])
-        if i in self.special and i != self.unk_id:
-            return 0, 0
-        reading = self._stretch(raw, position, [i])
-        if reading is None:
-            raise InputError(self._why_not(text, raw, position, [i]))
-        return 0, reading[0]
-
-    def _stretch(self, raw: bytes, position: int, ids: list[int]) -> list[int] | None:
-        """Byte lengths of a run of ordinary tokens that must spell raw[position:...], or None."""
-        own = [self.own[i] for i in ids]
-        readings = [own]
-        if self.pipeline.insert and own[0].startswith(b" "):
-            dropped = [own[0][1:], *own[1:]]
-            blank = raw.startswith((b" ", MARK.encode()), position)
-            preferred = self.pipeline.insert == "always" or not blank
-            readings = [dropped, own] if preferred else [own, dropped]
-        for reading in readings:
-            if raw.startswith(b"".join(reading), position):
-                return [len(piece) for piece in reading]
-        if self.pipeline.family == "metaspace" and MARK.encode() in raw:
-            for reading in readings:
-                if (lengths := _literal_marks(raw, position, reading)) is not None:
-                    return lengths
-        return None
-
-    def _why_not(self, text: str, raw: bytes, position: int, ids: list[int]) -> str:
-        """One sentence: which bytes of the text the tokens do not give back, and the likeliest reason."""
-        for i in ids:  # walk to the token that fails
-            if (lengths := self._stretch(raw, position, [i])) is None:
-                break
-            position += lengths[0]
-        shown = raw[position : position + 16].decode(errors="replace")
-        got = self.own[i].decode(errors="replace") if ids else "nothing"
-        if self.unk_id is not None and self.unk_id in ids:
-            reason = "the tokenizer has no token for a character of it"
-        elif self.normalizer is not None and (normal := self.normalizer.normalize_str(text)) != text:
-            reason = "the tokenizer's normalizer changes it"
-            if unicodedata.normalize("NFC", text) == normal:
-                reason = "it is not in Unicode's NFC form, to which the tokenizer normalizes"
-            elif normal.lower() == normal and text.lower() != text:
-                reason = "the tokenizer lower-cases it"
-        else:
-            reason = "the tokenizer does not keep every byte"
-        return (
-            f"token bytes for the text at byte {position}: expected {shown!r}, got {got!r} ({reason}). "
-            "Normalize or leave out this text, or use a tokenizer that gives every byte back."
-        )
-
-
-def _blanks(raw: bytes, position: int) -> int:
-    """How many bytes of white space begin at a position."""
-    rest = raw[position:].decode(errors="replace")
-    return len(rest[: len(rest) - len(rest.lstrip())].encode())
-
-
-def _literal_marks(raw: bytes, position: int, pieces: list[bytes]) -> list[int] | None:
-    """Lengths where a piece's blank may also stand for a literal '▁' (three bytes) in the text."""
-    mark, lengths = MARK.encode(), []
-    for piece in pieces:
-        at = position
-        for k in range(len(piece)):
-            if raw[at : at + 1] == piece[k : k + 1]:
-                at += 1
-            elif piece[k : k + 1] == b" " and raw.startswith(mark, at):
-                at += len(mark)
-            else:
-                return None
-        lengths.append(at - position)
-        position = at
-    return lengths
 
 
 _tables: OrderedDict[tuple[int, int], tuple[object, TokenTable]] = OrderedDict()
@@ -290,28 +186,6 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         InputError: the tokenizer has no fast backend.
     """
     return list(token_table(tokenizer).bytes)
-
-
-def token_spans(tokenizer, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token lies in the text, found by adding up token bytes: text[start_i:end_i] is token i.
-
-    A '▁' that the tokenizer inserts before a stretch of text has no byte; a literal '▁' in the text has three although
-    its token reads as a blank. Special tokens span their own content; one that is not in the text (a BOS put there by
-    the tokenizer) has an empty span. Blanks that an added token swallows lie in no span.
-
-    Args:
-        tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
-        text: the text that was tokenized.
-        ids: [n] token ids of the whole text.
-
-    Returns:
-        start, end: int32 [n], in UTF-8 bytes of the text, both non-decreasing.
-
-    Raises:
-        InputError: the bytes of the tokens do not give the text back; says where and why (lower-casing, NFKC, text
-            that is not NFC, unknown characters).
-    """
-    return token_table(tokenizer).spans(text, ids)
 
 
 def _what_decides_ids(tokenizer) -> dict:
@@ -358,7 +232,7 @@ def same_vocabulary(a, b) -> bool:
     Returns:
         True if every id that is an ordinary token of both has the same bytes, and none is ordinary in only one.
 
-    Source: method section 2c.
+    Source: `docs/method.md`, "Same vocabulary".
     """
     ta, tb = token_table(a), token_table(b)
     if ta.pipeline.family != tb.pipeline.family:

@@ -15,7 +15,8 @@ import numpy as np
 
 from fusechat_fuse.store.shards import ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import save_tokenizer
-from fusechat_fuse.text.tokens import token_bytes, token_spans, tokenizer_hash
+from fusechat_fuse.text.spans import token_spans
+from fusechat_fuse.text.tokens import token_bytes, tokenizer_hash
 
 HEADERS = {"gpt4": "GPT4 Correct Assistant: ", "plain": "", "line": "assistant\n"}
 _vocabularies: dict = {}
