@@ -169,7 +169,4 @@ def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], re
         try:
             encoder.encode(conversation.messages)
         except Unusable as problem:
-            raise InputError(
-                f"conversation for {report.name}, row {conversation.row}: {problem} ({problem.reason}). "
-                "Mend the row, or leave strict off to skip it."
-            ) from problem
+            report.note("skip", conversation.row, conversation.id, problem.reason, str(problem))

@@ -19,12 +19,12 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.text.data_files import data_rows
 
 ROLES = {
     "user": "user",
@@ -37,7 +37,6 @@ ROLES = {
     "system": "system",
 }
 SLICE_COLUMNS = ("slice", "dataset", "source", "category")
-SUFFIXES = (".json", ".jsonl", ".parquet")
 logger = logging.getLogger(__name__)
 
 
@@ -64,12 +63,27 @@ class Conversation:
 
 @dataclass
 class ReadReport:
-    """What happened to the rows: `skipped` and `repaired` hold {row, id, reason, detail} each."""
+    """What happened to the rows of one data set: `skipped` and `repaired` hold {row, id, reason, detail} each; with
+    `strict` nothing may happen to them."""
 
     name: str
+    strict: bool = False
     rows: int = 0
     skipped: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
+
+    def note(self, action: str, row: int, name: str | None, reason: str, detail: str) -> None:
+        """Count a row as one to `skip` or `repair`.
+
+        Raises: InputError that names it, where the reading is strict.
+        """
+        if self.strict:
+            raise InputError(
+                f"conversation for {self.name}, row {row}: {detail} ({reason}). "
+                f"Mend the row, or leave strict off to {action} it."
+            )
+        entries = {"skip": self.skipped, "repair": self.repaired}[action]
+        entries.append({"row": row, "id": name, "reason": reason, "detail": detail})
 
     def counts(self) -> dict[str, Any]:
         """Rows read, and skipped and repaired ones by reason."""
@@ -168,84 +182,14 @@ def clean_messages(row: Any) -> tuple[list[dict[str, str]], list[tuple[str, str]
     return head + body, repairs
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data for {path}: expected UTF-8 text, got byte {error.start} that is none. Convert it."
-        ) from error
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            if "Extra data" not in str(error):
-                raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
-        else:
-            rows = rows.get("data", rows) if isinstance(rows, dict) else rows
-            if not isinstance(rows, list):
-                kind = "a single object" if isinstance(rows, dict) else type(rows).__name__
-                raise InputError(f"data for {path}: expected a list of conversations, got {kind}. Put it into a list.")
-            yield from rows
-            return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise InputError(
-                    f"data for {path}, line {number}: expected JSON, got {error}. Mend the line."
-                ) from error
-
-
-def _file_rows(path: Path) -> Iterable[Any]:
-    if path.suffix in (".json", ".jsonl"):
-        return _json_rows(path)
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
-
-
-def _rows(path_or_name: str, split: str) -> Iterable[Any]:
-    path = Path(path_or_name)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            kinds = ", ".join(SUFFIXES)
-            raise InputError(f"data for {path}: expected a file ending in {kinds}, got {path.suffix!r}. Convert it.")
-        return _file_rows(path)
-    import datasets
-
-    if path.is_dir():
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
-        if (path / "dataset_dict.json").exists():
-            splits = datasets.load_from_disk(str(path))
-            if split not in splits:
-                there = ", ".join(splits)
-                raise InputError(f"split for {path}: expected one of {there}, got {split!r}. Give one of them.")
-            return splits[split]
-        inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not inside:
-            raise InputError(
-                f"data for {path}: expected .json, .jsonl, .parquet files or a saved dataset, got none of them."
-            )
-        return (row for file in inside for row in _file_rows(file))
-    if path.suffix in SUFFIXES or path.is_absolute() or path_or_name.startswith("."):
-        raise InputError(f"data for {path}: expected a file or directory, got nothing there. Check the path.")
-    try:
-        return datasets.load_dataset(path_or_name, split=split)
-    except Exception as error:  # the hub's client raises many kinds; all mean the name cannot be loaded
-        first = str(error).strip().split("\n")[0]
-        raise InputError(f"data for {path_or_name}: expected a file, directory or Hub dataset, got {first}") from error
-
-
 def _row_name(row: Any) -> str | None:
     given = row.get("id") if isinstance(row, dict) else None
-    return str(given) if isinstance(given, (str, int)) and str(given).strip() else None
+    return str(given) if isinstance(given, str | int) and str(given).strip() else None
+
+
+def _slice_of(row: dict) -> str | None:
+    named = (row.get(column) for column in SLICE_COLUMNS)
+    return next((name for name in named if isinstance(name, str) and name), None)
 
 
 def read_conversations(data, *, split: str = "train", strict: bool = False) -> tuple[list[Conversation], ReadReport]:
@@ -254,21 +198,16 @@ def read_conversations(data, *, split: str = "train", strict: bool = False) -> t
     Args:
         data: path, Hub name, `datasets.Dataset`, or an iterable of rows.
     """
-    named = isinstance(data, (str, Path))
-    report = ReadReport(str(data) if named else "the given rows")
+    named = isinstance(data, str | Path)
+    report = ReadReport(str(data) if named else "the given rows", strict)
     found, seen = [], Counter()
-    for number, row in enumerate(_rows(str(data), split) if named else data):
+    for number, row in enumerate(data_rows(str(data), split) if named else data):
         report.rows += 1
         name = _row_name(row)
         try:
             messages, repairs = clean_messages(row)
         except Unusable as problem:
-            if strict:
-                raise InputError(
-                    f"conversation for {report.name}, row {number}: {problem} ({problem.reason}). "
-                    "Mend the row, or leave strict off to skip it."
-                ) from problem
-            report.skipped.append({"row": number, "id": name, "reason": problem.reason, "detail": str(problem)})
+            report.note("skip", number, name, problem.reason, str(problem))
             continue
         digest = content_hash(messages)
         name = name or digest
@@ -277,15 +216,8 @@ def read_conversations(data, *, split: str = "train", strict: bool = False) -> t
             repairs.append(("duplicate_id", f"{name!r} appears again"))
             name = f"{name}#{seen[name]}"
         for rule, detail in repairs:
-            if strict:
-                raise InputError(
-                    f"conversation for {report.name}, row {number}: {detail} ({rule}). "
-                    "Mend the row, or leave strict off to repair it."
-                )
-            report.repaired.append({"row": number, "id": name, "reason": rule, "detail": detail})
-        slices = (row.get(column) for column in SLICE_COLUMNS)
-        label = next((s for s in slices if isinstance(s, str) and s), None)
-        found.append(Conversation(name, messages, digest, label, number))
+            report.note("repair", number, name, rule, detail)
+        found.append(Conversation(name, messages, digest, _slice_of(row), number))
     if not found:
         first = report.skipped[0] if report.skipped else None
         got = f"none (row {first['row']}: {first['detail']})" if first else "no rows"
