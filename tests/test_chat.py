@@ -8,9 +8,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.text.built_in_templates import BUILT_IN
 from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
 from fusechat_fuse.text.conversations import Unusable
-from fusechat_fuse.text.templates import BUILT_IN, end_of_turn_of, native_template, resolve_template
+from fusechat_fuse.text.templates import end_of_turn_of, native_template, resolve_template
 from tests.helpers.real_tokenizers import tiny_bpe
 from tests.helpers.reference_represent import spans_by_offsets
 
