@@ -7,117 +7,35 @@ names as flags would; flags on the command line win, unknown names are errors wi
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import logging
 import sys
 import traceback
-from pathlib import Path
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.flags import add_flag, command_parser, unknown, with_config
 from fusechat_fuse.processes import end_process_group, speaks
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad arguments as InputError: one sentence, and for an unknown flag the nearest known one."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise InputError(f"{message}. See {self.prog} --help.")
-
-    def parse_args(self, args=None, namespace=None):
-        for arg in args:
-            if arg.startswith("--") and (flag := arg.split("=")[0]) not in self._option_string_actions:
-                raise InputError(_unknown("flag", flag, list(self._option_string_actions)))
-        return super().parse_args(args, namespace)
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}" + (f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}.")
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def _flag(parser, name: str, default=None, help: str = "", **kwargs) -> None:
-    """One `--name`; a bool default makes it a switch that also takes true or false, as transformers' flags do."""
-    if isinstance(default, bool):
-        kwargs |= {"type": _switch, "nargs": "?", "const": True}
-    elif default is not None and not kwargs.get("type") and not kwargs.get("nargs"):
-        kwargs["type"] = type(default)
-    if default not in (None, False):
-        help = f"{help} (default: {default})"
-    parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
-
-
-def _config_as_flags(path: str, known: list[str]) -> list[str]:
-    """The YAML file's entries as the flags they stand for."""
-    import yaml
-
-    try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"--config {path}: expected a readable YAML file, got: {' '.join(str(error).split())}."
-        ) from error
-    if not isinstance(entries, dict):
-        raise InputError(f"--config {path}: expected flag: value pairs, got {type(entries).__name__}.")
-    flags = []
-    for name, value in entries.items():
-        if name not in known:
-            raise InputError(f"--config {path}: {_unknown('key', str(name), known)}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
-    return flags
-
-
-def _with_config(parser: _Parser, argv: list[str]) -> list[str]:
-    first = _Parser(prog=parser.prog, add_help=False)
-    first.add_argument("--config")
-    config, rest = first.parse_known_args(argv)
-    if config.config is None:
-        return argv
-    names = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-    return [*_config_as_flags(config.config, [n for n in names if n not in ("config", "debug", "help")]), *rest]
-
-
-def _parser(name: str, description: str, add_flags) -> _Parser:
-    parser = _Parser(prog=f"fusechat-fuse {name}", description=description)
-    parser.add_argument("--config", metavar="FILE.yml", help="flags from a YAML file; flags given here win")
-    add_flags(parser)
-    if "--debug" not in parser._option_string_actions:
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
 def _represent_flags(parser) -> None:
-    _flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
-    _flag(
+    add_flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
+    add_flag(
         parser, "data_path", required=True, help="chat data: JSON, JSONL, Parquet, a datasets directory or a Hub name"
     )
-    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    _flag(parser, "pivot_name_or_path", help="the pivot, whose chat template --template pivot takes")
-    _flag(parser, "template", "pivot", help="pivot, native, a built-in template's name, or a .jinja file")
-    _flag(parser, "top_k", 10, help="tokens kept per predicted token")
-    _flag(parser, "max_length", 2048, help="tokens kept of a conversation")
-    _flag(parser, "tokens_per_batch", 8192, help="padded tokens of one forward pass; halved on out of memory")
-    _flag(parser, "shard_size", 256, help="conversations per shard, what a kill costs at most")
-    _flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
-    _flag(parser, "device_map", help="auto: one model over several GPUs")
-    _flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
-    _flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
-    _flag(parser, "split", "train", help="of a data set with several")
-    _flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
-    _flag(parser, "trust_remote_code", False, help="run code that comes with the model")
+    add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    add_flag(parser, "pivot_name_or_path", help="the pivot, whose chat template --template pivot takes")
+    add_flag(parser, "template", "pivot", help="pivot, native, a built-in template's name, or a .jinja file")
+    add_flag(parser, "top_k", 10, help="tokens kept per predicted token")
+    add_flag(parser, "max_length", 2048, help="tokens kept of a conversation")
+    add_flag(parser, "tokens_per_batch", 8192, help="padded tokens of one forward pass; halved on out of memory")
+    add_flag(parser, "shard_size", 256, help="conversations per shard, what a kill costs at most")
+    add_flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_flag(parser, "device_map", help="auto: one model over several GPUs")
+    add_flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
+    add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
+    add_flag(parser, "split", "train", help="of a data set with several")
+    add_flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
+    add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
 
 
 def _represent(options: dict) -> None:
@@ -130,17 +48,17 @@ def _represent(options: dict) -> None:
 
 
 def _align_flags(parser) -> None:
-    _flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
-    _flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
-    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    _flag(
+    add_flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
+    add_flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
+    add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    add_flag(
         parser, "mapping", "prefix", help="prefix (exact), statistics (MS, the paper's), exact (EM) or min_edit (MinED)"
     )
-    _flag(parser, "num_proc", type=int, help="processes (default: one)")
-    _flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
-    _flag(parser, "counts", help="counts of an earlier corpus, for statistics")
-    _flag(parser, "fail_under_coverage", type=float, help="least share of predicted tokens that must have an answer")
-    _flag(parser, "cache_dir", help="where vocabulary maps are kept (default: FUSECHAT_CACHE or ~/.cache/fusechat)")
+    add_flag(parser, "num_proc", type=int, help="processes (default: one)")
+    add_flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
+    add_flag(parser, "counts", help="counts of an earlier corpus, for statistics")
+    add_flag(parser, "fail_under_coverage", type=float, help="least share of predicted tokens that must have an answer")
+    add_flag(parser, "cache_dir", help="where vocabulary maps are kept (default: FUSECHAT_CACHE or ~/.cache/fusechat)")
 
 
 def _align(options: dict) -> None:
@@ -151,10 +69,10 @@ def _align(options: dict) -> None:
 
 
 def _combine_flags(parser) -> None:
-    _flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
-    _flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    _flag(parser, "function", "min_ce", help="min_ce or avg_ce")
-    _flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
+    add_flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
+    add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    add_flag(parser, "function", "min_ce", help="min_ce or avg_ce")
+    add_flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
 
 
 def _combine(options: dict) -> None:
@@ -193,10 +111,10 @@ def _train(options: dict) -> None:
 
 def _inspect_flags(parser) -> None:
     parser.add_argument("path", metavar="PATH", help="directory that represent, align or combine wrote")
-    _flag(parser, "row", "0", help="which conversation: its number or its id")
-    _flag(parser, "html", metavar="FILE", help="write one self-contained page of this conversation (aligned data)")
-    _flag(parser, "tokens", 40, help="predicted tokens shown of the conversation")
-    _flag(parser, "source_representation", help="where the source's representation is now, if it was moved")
+    add_flag(parser, "row", "0", help="which conversation: its number or its id")
+    add_flag(parser, "html", metavar="FILE", help="write one self-contained page of this conversation (aligned data)")
+    add_flag(parser, "tokens", 40, help="predicted tokens shown of the conversation")
+    add_flag(parser, "source_representation", help="where the source's representation is now, if it was moved")
 
 
 def _inspect(options: dict) -> None:
@@ -245,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
-        raise InputError(_unknown("subcommand", name, list(COMMANDS)))
+        raise InputError(unknown("subcommand", name, list(COMMANDS)))
     description, add_flags, run = COMMANDS[name]
-    parser = _parser(name, description, add_flags)
+    parser = command_parser(name, description, add_flags)
     try:
-        options = vars(parser.parse_args(_with_config(parser, argv[1:])))
+        options = vars(parser.parse_args(with_config(parser, argv[1:])))
     except SystemExit as end:  # --help
         return int(end.code or 0)
     del options["config"]
