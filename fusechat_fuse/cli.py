@@ -11,13 +11,14 @@ import json
 import logging
 import sys
 import traceback
+from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.flags import add_flag, command_parser, unknown, with_config
+from fusechat_fuse.flags import FlagParser, add_flag, unknown
 from fusechat_fuse.processes import end_process_group, speaks
 
 
-def _represent_flags(parser) -> None:
+def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
     add_flag(
         parser, "data_path", required=True, help="chat data: JSON, JSONL, Parquet, a datasets directory or a Hub name"
@@ -38,7 +39,7 @@ def _represent_flags(parser) -> None:
     add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
 
 
-def _represent(options: dict) -> None:
+def _represent(options: dict[str, Any]) -> None:
     from fusechat_fuse import represent
 
     names = {"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"}
@@ -47,7 +48,7 @@ def _represent(options: dict) -> None:
     end_process_group()
 
 
-def _align_flags(parser) -> None:
+def _align_flags(parser: FlagParser) -> None:
     add_flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
     add_flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
@@ -61,43 +62,40 @@ def _align_flags(parser) -> None:
     add_flag(parser, "cache_dir", help="where vocabulary maps are kept (default: FUSECHAT_CACHE or ~/.cache/fusechat)")
 
 
-def _align(options: dict) -> None:
+def _align(options: dict[str, Any]) -> None:
     from fusechat_fuse import align
     from fusechat_fuse.alignment.certificate import summary_lines
 
     _say("\n".join(summary_lines(align(**options)["certificate"])))
 
 
-def _combine_flags(parser) -> None:
+def _combine_flags(parser: FlagParser) -> None:
     add_flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
     add_flag(parser, "function", "min_ce", help="min_ce or avg_ce")
     add_flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
 
 
-def _combine(options: dict) -> None:
+def _combine(options: dict[str, Any]) -> None:
     from fusechat_fuse import combine
 
     manifest = combine(options.pop("aligned"), **options)
     _say({name: manifest.get(name) for name in ("sources", "taken", "counts")})
 
 
-def _train_flags(parser) -> None:
+def _train_flags(parser: FlagParser) -> None:
     from transformers import HfArgumentParser
 
     from fusechat_fuse.training.config import FusionConfig
     from fusechat_fuse.training.run import TrainArguments
 
-    fields = HfArgumentParser([TrainArguments, FusionConfig], add_help=False, conflict_handler="resolve")
-    for action in fields._actions:
-        if action.dest == "output_dir":
-            action.required = True
-        if action.dest == "debug":  # --debug alone shows tracebacks, with a value it is transformers' own
-            action.nargs = "*"
-        parser._add_action(action)
+    classes = [TrainArguments, FusionConfig]
+    parser.adopt(HfArgumentParser(classes, add_help=False, conflict_handler="resolve"))  # pyright: ignore[reportArgumentType]
+    parser.flag("output_dir").required = True
+    parser.flag("debug").nargs = "*"  # --debug alone shows tracebacks, with a value it is transformers' own
 
 
-def _train(options: dict) -> None:
+def _train(options: dict[str, Any]) -> None:
     from dataclasses import fields
 
     from fusechat_fuse.training.config import FusionConfig
@@ -109,7 +107,7 @@ def _train(options: dict) -> None:
     end_process_group()
 
 
-def _inspect_flags(parser) -> None:
+def _inspect_flags(parser: FlagParser) -> None:
     parser.add_argument("path", metavar="PATH", help="directory that represent, align or combine wrote")
     add_flag(parser, "row", "0", help="which conversation: its number or its id")
     add_flag(parser, "html", metavar="FILE", help="write one self-contained page of this conversation (aligned data)")
@@ -117,7 +115,7 @@ def _inspect_flags(parser) -> None:
     add_flag(parser, "source_representation", help="where the source's representation is now, if it was moved")
 
 
-def _inspect(options: dict) -> None:
+def _inspect(options: dict[str, Any]) -> None:
     from fusechat_fuse.alignment.inspection import inspect_path
 
     _say(inspect_path(options.pop("path"), **options))
@@ -165,12 +163,10 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(unknown("subcommand", name, list(COMMANDS)))
     description, add_flags, run = COMMANDS[name]
-    parser = command_parser(name, description, add_flags)
     try:
-        options = vars(parser.parse_args(with_config(parser, argv[1:])))
+        options = FlagParser(name, description, add_flags).parse(argv[1:])
     except SystemExit as end:  # --help
         return int(end.code or 0)
-    del options["config"]
     if name != "train":
         del options["debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
