@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fusechat_fuse.training import head_loss, loss
 from fusechat_fuse.training import lean_head as head
-from fusechat_fuse.training import loss
 from fusechat_fuse.training.lean_head import install_lean_head, is_plain_linear, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import fusion_loss
 from tests.helpers.tiny_models import FAMILIES, batch_of, tiny_model
@@ -74,7 +74,7 @@ def test_weights_and_kinds(weight, kind, way):
 @pytest.mark.parametrize("budget", [50, 170, 1 << 20])
 def test_chunks_of_any_size(budget, monkeypatch):
     monkeypatch.setitem(loss._ROW_BUDGET, "cpu", budget)
-    monkeypatch.setattr(head, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(head_loss, "_LEAST_ROWS", 1)
     assert_same(tiny_model("Gemma2", dtype=torch.float64), batch_of(dtype=torch.float64), 1e-10)
 
 
@@ -154,7 +154,7 @@ def test_no_logits_of_the_whole_sequence_exist(monkeypatch):
     """The largest tensor that the head makes has fewer rows than the sequence has labelled positions."""
     model = tiny_model(vocab_size=50)
     install_lean_head(model)
-    monkeypatch.setattr(head, "_LEAST_ROWS", 20)
+    monkeypatch.setattr(head_loss, "_LEAST_ROWS", 20)
     monkeypatch.setitem(loss._ROW_BUDGET, "cpu", 1)
     seen = []
 

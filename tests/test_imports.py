@@ -26,7 +26,7 @@ PURE = {  # pure maths: at the top of the file numpy, torch, the standard librar
     "training": ["choice", "loss"],
 }
 ROOMS = ("capture", "alignment", "training")  # strangers to each other
-SHARED = ("store", "text", "models", "processes", "errors")  # which any room may use, and which use no room
+SHARED = ("store", "text", "models", "processes", "errors", "logit_transform")  # which any room may use; they use none
 
 
 def loaded_after(code: str) -> set[str]:

@@ -22,13 +22,8 @@ from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.training.collator import FusionCollator
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.lean_head import (
-    FusionOutput,
-    causal_model,
-    install_lean_head,
-    takes_kept_logits,
-    why_not_lean,
-)
+from fusechat_fuse.training.head_loss import FusionOutput
+from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums
 from fusechat_fuse.training.meter import FusionMeter
 
