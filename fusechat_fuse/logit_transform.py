@@ -1,51 +1,96 @@
-"""What some model families do with their logits after lm_head."""
+"""What a model family does to its logits after lm_head, the one answer for capture and for training.
+
+Some forwards scale the head's output z, some cap it:
+
+    z -> scale z / divisor, then z -> cap tanh(z / cap)
+
+`transform_of` knows it by class, for the families whose forward is decoder -> lm_head -> transform and nothing else:
+the meaning of a number in a configuration differs from family to family (Cohere multiplies by `logit_scale`, Granite
+divides by `logits_scaling`). For any other model `possible_transforms` lists what its configuration may mean; which one
+it is must be seen from the model's own logits.
+
+Arithmetic is done in the order and the dtype of the models' own forwards, so results are theirs bit by bit.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # in configurations
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does after lm_head: z -> cap tanh(scale z / cap)."""
+    """z -> scale z / divisor, then cap tanh(z / cap); as it stands, the identity."""
 
-    scale: float | None = None
+    scale: float = 1.0
+    divisor: float = 1.0
     cap: float | None = None
 
+    def __call__(self, z: Tensor) -> Tensor:
+        """The transformed logits; `z`, of any shape, is borrowed."""
+        if self.scale != 1:
+            z = z * self.scale
+        if self.divisor != 1:
+            z = z / self.divisor
+        return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
     def apply_(self, z: Tensor) -> Tensor:
-        if self.scale is not None:
+        """The same in place."""
+        if self.scale != 1:
             z.mul_(self.scale)
+        if self.divisor != 1:
+            z.div_(self.divisor)
         if self.cap is not None:
             z.div_(self.cap).tanh_().mul_(self.cap)
         return z
 
-    def __call__(self, z: Tensor) -> Tensor:
-        if self.scale is not None:
-            z = z * self.scale
-        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
-
-    def slope(self, transformed: Tensor) -> Tensor | None:
-        """d transformed / d z, from the transformed logits; None where it is 1."""
+    def slope(self, transformed: Tensor) -> Tensor | float | None:
+        """d transformed / d z from the transformed logits; a number where it is one for all, None where that is 1."""
+        factor = self.scale / self.divisor
         if self.cap is None:
-            return None if self.scale is None else torch.full_like(transformed[:1, :1], self.scale)
-        return (1 - (transformed / self.cap) ** 2) * (1.0 if self.scale is None else self.scale)
+            return None if factor == 1 else factor
+        slope = 1 - (transformed / self.cap) ** 2
+        return slope if factor == 1 else slope * factor
 
 
-def _none(config):
+def _identity(config) -> LogitTransform:
     return LogitTransform()
 
 
-# Families whose forward is decoder -> lm_head -> transform, and nothing else. By class: the meaning of a scale differs.
-FAMILIES = {
-    "LlamaForCausalLM": _none,
-    "MistralForCausalLM": _none,
-    "MixtralForCausalLM": _none,
-    "GemmaForCausalLM": _none,
+FAMILIES = {  # configuration -> transform, by the class of the model
+    "LlamaForCausalLM": _identity,
+    "MistralForCausalLM": _identity,
+    "MixtralForCausalLM": _identity,
+    "GemmaForCausalLM": _identity,
     "Gemma2ForCausalLM": lambda config: LogitTransform(cap=config.final_logit_softcapping),
-    "Phi3ForCausalLM": _none,
-    "Qwen2ForCausalLM": _none,
-    "Qwen3ForCausalLM": _none,
+    "Phi3ForCausalLM": _identity,
+    "Qwen2ForCausalLM": _identity,
+    "Qwen3ForCausalLM": _identity,
     "CohereForCausalLM": lambda config: LogitTransform(scale=config.logit_scale),
-    "GraniteForCausalLM": lambda config: LogitTransform(scale=1 / config.logits_scaling),
+    "GraniteForCausalLM": lambda config: LogitTransform(divisor=config.logits_scaling),
 }
+
+
+def transform_of(model) -> LogitTransform | None:
+    """The transform of a causal language model of a known family; None where the class is not one of transformers'."""
+    kind = type(model)
+    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
+        return None
+    return FAMILIES[kind.__name__](model.config)
+
+
+def possible_transforms(config) -> list[LogitTransform]:
+    """What the numbers in a configuration may mean, the identity last."""
+    found = []
+    if cap := getattr(config, "final_logit_softcapping", None):
+        found.append(LogitTransform(cap=cap))
+    for name in SCALE_NAMES:
+        number = getattr(config, name, None)
+        if isinstance(number, int | float) and number != 1:
+            found += [LogitTransform(scale=number), LogitTransform(divisor=number)]
+    return [*found, LogitTransform()]

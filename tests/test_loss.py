@@ -182,7 +182,7 @@ def test_row_sums_takes_all_rows_when_none_are_named():
         ({"kind": "jsd"}, "fusion loss type: expected one of"),
         ({"lm_loss_weight": 1.5}, r"lm_loss_weight: expected \[0, 1\], got 1.5"),
         ({"labels": torch.zeros(3, 4, dtype=torch.long)}, "shape for labels"),
-        ({"target_ids": torch.zeros(3, 5, 2, dtype=torch.long)}, "shape for targets"),
+        ({"target_ids": torch.zeros(3, 5, 2, dtype=torch.long)}, "shape for target_ids and target_probs"),
         ({"target_ids": torch.full((3, 5, 4), 11)}, "ids for target_ids: expected -1 to 10, got 11"),
         ({"labels": torch.full((3, 5), 12)}, "ids for labels: expected 0 to 10, got 12"),
     ],

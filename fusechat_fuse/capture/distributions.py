@@ -2,19 +2,21 @@
 
 The backbone gives hidden states [B, T, D]; only the predicted positions go through the output head, a chunk of rows at
 a time, so the largest temporary is chunk x V. Log-softmax, top-k and the cross-entropy of the actual token are taken
-there in float32. Some families scale or cap their logits after the head (Gemma-2 tanh, Cohere times, Granite divided
-by): which of the known forms a model has is read off its configuration and then checked once against its own forward; a
-model whose logits none of them reproduces goes through its own forward, restricted to the predicted positions.
+there in float32. Some families scale or cap their logits after the head (`logit_transform`): whether the head and that
+transform give the model's own logits is checked once against its own forward, for families known by class as for what
+the configuration of another may mean. A model whose logits none of them reproduces goes through its own forward,
+restricted to the predicted positions.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from fusechat_fuse.logit_transform import LogitTransform, possible_transforms, transform_of
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
@@ -40,20 +42,6 @@ def _log_softmax_top_k(logits: torch.Tensor, actual: torch.Tensor, top_k: int) -
     return ids, top - normalizer, (normalizer - own).squeeze(1)
 
 
-def _after_head(config) -> list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """The known forms of what follows the head, those that the configuration names first."""
-    forms: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = []
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        forms.append((f"tanh cap {cap}", lambda z: torch.tanh(z / cap) * cap))
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
-        scale = getattr(config, name, None)
-        if isinstance(scale, (int, float)) and scale != 1:
-            forms.append((f"times {scale}", lambda z, s=scale: z * s))
-            forms.append((f"divided by {scale}", lambda z, s=scale: z / s))
-    return [*forms, ("as they are", lambda z: z)]
-
-
 class PredictionHead:
     """A causal model, taken apart into backbone and head where that is known to give its own logits.
 
@@ -69,7 +57,7 @@ class PredictionHead:
         self.device = torch.device("cpu") if device.type == "meta" else device  # offloaded: hooks move what comes in
         self.chunk_bytes = chunk_bytes or CHUNK_BYTES.get(self.device.type, 1 << 30)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        self.after: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.after: LogitTransform | None = None
         self._choose_form(torch.tensor(np.asarray(probe_ids, np.int64)[None], device=self.device))
 
     @torch.inference_mode()
@@ -87,14 +75,13 @@ class PredictionHead:
         if raw.shape != whole.shape:
             return
         tolerance = 1e-4 if raw.dtype == torch.float32 else 2e-2
-        errors = [
-            (float((form(raw).float() - whole).abs().max()), name, form)
-            for name, form in _after_head(self.model.config)
-        ]
-        error, name, form = min(errors, key=lambda entry: entry[0])
+        known = transform_of(self.model)
+        transforms = possible_transforms(self.model.config) if known is None else [known]
+        errors = [float((transform(raw).float() - whole).abs().max()) for transform in transforms]
+        error, transform = min(zip(errors, transforms), key=lambda entry: entry[0])
         if error <= tolerance * max(1.0, float(whole.abs().max())):
-            self.after = form
-            logger.debug("logits after the head: %s (checked, largest difference %.1e)", name, error)
+            self.after = transform
+            logger.debug("logits after the head: %s (checked, largest difference %.1e)", transform, error)
 
     def _has_backbone(self) -> bool:
         return getattr(self.model, "base_model", self.model) is not self.model

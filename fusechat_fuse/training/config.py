@@ -9,7 +9,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.choice import CE_UNITS, FUNCTIONS
-from fusechat_fuse.training.loss import KINDS
+from fusechat_fuse.training.loss import LOSS_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class FusionConfig(TrainingArguments):
     lm_loss_weight: float = field(
         default=0.9, metadata={"help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning."}
     )
-    fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(KINDS)})
+    fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(LOSS_KINDS)})
     fusion_function: str = field(
         default="min_ce",
         metadata={
@@ -110,7 +110,7 @@ class FusionConfig(TrainingArguments):
 
     def _check_fusion_values(self) -> None:
         for name, allowed in (
-            ("fusion_loss_type", KINDS),
+            ("fusion_loss_type", LOSS_KINDS),
             ("fusion_function", FUNCTIONS),
             ("ce_unit", CE_UNITS),
         ):

@@ -1,4 +1,8 @@
-"""Losses of the labelled positions from hidden states on, chunk by chunk, with the gradient taken on the way.
+"""Losses of the labelled positions from hidden states on, chunk by chunk: the arithmetic of the lean head.
+
+`LabelledRows.losses` knows lm_head's weight: the gradient with respect to logits has a closed form (`loss.py`), so it
+is taken in forward, carried on to d hidden and d weight, and no logits are kept. `LabelledRows.recomputed` knows
+lm_head only as a module: it is called for each chunk, and again in backward.
 
 Shape letters: N labelled positions, V vocabulary, D hidden, K entries of a distribution.
 """
@@ -6,12 +10,20 @@ Shape letters: N labelled positions, V vocabulary, D hidden, K entries of a dist
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from fusechat_fuse.training.loss import check_ids, exp_to_gradient_, picked_terms, row_chunks, row_sums
+from fusechat_fuse.logit_transform import LogitTransform
+from fusechat_fuse.training.loss import (
+    check_ids,
+    exp_to_gradient_,
+    picked_terms,
+    row_chunks,
+    row_sums,
+    weighted_loss,
+)
 
 _LEAST_ROWS = 256  # of a chunk: d weight is read and written once a chunk
 
@@ -26,29 +38,36 @@ class FusionOutput(ModelOutput):
 
 
 class LabelledRows:
-    """Labels and targets of the labelled positions; an opaque object, which wrappers neither cast nor split."""
+    """Labels and distributions of the labelled positions, and what becomes of them.
 
-    def __init__(self, labels_N, ids_NK, probs_NK, lm_loss_weight, kind, transform):
+    An opaque object: a wrapper around lm_head (FSDP, mixed precision) neither casts nor splits what is in it.
+    """
+
+    def __init__(
+        self,
+        labels_N: Tensor,
+        ids_NK: Tensor,
+        probs_NK: Tensor,
+        lm_loss_weight: float,
+        kind: str,
+        transform: LogitTransform,
+    ):
         self.labels, self.ids, self.probs = labels_N, ids_NK, probs_NK
         self.lm_loss_weight, self.kind, self.transform = lm_loss_weight, kind, transform
 
-    def total(self, sums):
-        """lambda L_LM + (1 - lambda) L_fusion; a term of weight 0 is left out, as 0 times infinity would be NaN."""
-        return sum(w * term for w, term in zip((self.lm_loss_weight, 1 - self.lm_loss_weight), sums) if w)
-
-    def losses(self, hidden, weight, bias):
+    def losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         """(loss, lm_loss, fusion_loss) sums, with the gradient taken now."""
         check_ids(self.labels, self.ids, weight.shape[0])
         return _GradientInForward.apply(hidden, weight, bias, self, torch.is_grad_enabled())
 
-    def recomputed(self, lm_head, hidden, chunks: int) -> FusionOutput:
+    def recomputed(self, lm_head: nn.Module, hidden: Tensor, chunks: int) -> FusionOutput:
         """The same through `chunks` calls of lm_head, each made again in backward."""
 
         def sums(hidden, labels, ids, probs):
             return torch.stack(row_sums(self.transform(lm_head(hidden)), labels, ids, probs, self.kind))
 
         size = max(-(-len(hidden) // chunks), 1)
-        total = 0
+        total = hidden.new_zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for n in range(chunks):
             part = slice(n * size, (n + 1) * size)
             arguments = hidden[part], self.labels[part], self.ids[part], self.probs[part]
@@ -56,7 +75,9 @@ class LabelledRows:
                 total = total + checkpoint(sums, *arguments, use_reentrant=False, determinism_check="none")
             else:
                 total = total + sums(*arguments)
-        return FusionOutput(self.total(total), *total.detach())
+        lm_sum, fusion_sum = total.unbind()
+        loss = weighted_loss(lm_sum, fusion_sum, self.lm_loss_weight)
+        return FusionOutput(loss, lm_sum.detach(), fusion_sum.detach())
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -76,15 +97,15 @@ class _GradientInForward(torch.autograd.Function):
         ctx.gradients = work.gradients
         lm_sum, fusion_sum = sums.unbind()
         ctx.mark_non_differentiable(lm_sum, fusion_sum)
-        return rows.total(sums.clone()), lm_sum, fusion_sum
+        return weighted_loss(lm_sum, fusion_sum, rows.lm_loss_weight).clone(), lm_sum, fusion_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the lean head's gradient can be taken once; set lean_head=False to go through it again")
-        return *(None if g is None else g.mul_(grad) for g in gradients), None, None
+        return *(None if g is None else g.mul_(grads[0]) for g in gradients), None, None
 
 
 class _Chunks:
@@ -102,36 +123,39 @@ class _Chunks:
             if need:
                 self.gradients[n] = torch.zeros(shape, dtype=self.exact, device=self.hidden.device)
 
-    def run(self, targets: LabelledRows) -> Tensor:
+    def run(self, rows: LabelledRows) -> Tensor:
+        """Sums of L_LM and L_fusion, [2]; the gradients that were prepared are filled on the way."""
         sums = torch.zeros(2, dtype=self.exact, device=self.hidden.device)
-        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), targets.probs.to(self.exact)
-        rows = max((b - a for a, b in self.parts), default=0)
-        low = torch.empty(rows, weight.shape[0], dtype=self.dtype, device=hidden.device)
+        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), rows.probs.to(self.exact)
+        most = max((b - a for a, b in self.parts), default=0)
+        low = torch.empty(most, weight.shape[0], dtype=self.dtype, device=hidden.device)
         buffer = low if self.dtype == self.exact else torch.empty_like(low, dtype=self.exact)
         for a, b in self.parts:
-            z = buffer[: b - a]
-            torch.mm(hidden[a:b], weight.t(), out=low[: b - a])
-            if buffer is not low:
-                z.copy_(low[: b - a])
-            if self.bias is not None:
-                z.add_(self.bias)
-            targets.transform.apply_(z)
-            slope = targets.transform.slope(z)
-            chunk = targets.labels[a:b], targets.ids[a:b], probs[a:b]
-            total, lm_sum, fusion_sum = _exp_and_terms_(z, *chunk, targets.kind)
+            z = rows.transform.apply_(self._raw_logits(hidden[a:b], weight, low[: b - a], buffer[: b - a]))
+            slope = rows.transform.slope(z)
+            chunk = rows.labels[a:b], rows.ids[a:b], probs[a:b]
+            total, lm_sum, fusion_sum = _exp_and_terms_(z, *chunk, rows.kind)
             sums += torch.stack([lm_sum, fusion_sum])
             if any(g is not None for g in self.gradients):
-                exp_to_gradient_(z, total, *chunk, targets.lm_loss_weight, 1 - targets.lm_loss_weight)
+                exp_to_gradient_(z, total, *chunk, rows.lm_loss_weight, 1 - rows.lm_loss_weight)
                 if slope is not None:
                     z.mul_(slope)
                 self._accumulate(z, low[: b - a], hidden[a:b], weight, a, b)
         self.gradients = [
-            None if g is None else g.to(own.dtype)
+            None if g is None or own is None else g.to(own.dtype)
             for g, own in zip(self.gradients, (self.hidden, self.weight, self.bias))
         ]
         return sums
 
-    def _accumulate(self, dz, low, hidden, weight, a, b) -> None:
+    def _raw_logits(self, hidden: Tensor, weight: Tensor, low: Tensor, z: Tensor) -> Tensor:
+        """hidden weight^T + bias; the product in `low`, the rest in `z` (one buffer where dtypes are equal)."""
+        torch.mm(hidden, weight.t(), out=low)
+        if z.dtype != low.dtype:
+            z.copy_(low)
+        return z if self.bias is None else z.add_(self.bias)
+
+    def _accumulate(self, dz: Tensor, low: Tensor, hidden: Tensor, weight: Tensor, a: int, b: int) -> None:
+        """Add d z of the rows a to b to the gradients."""
         d_hidden, d_weight, d_bias = self.gradients
         if d_bias is not None:
             d_bias += dz.sum(0)

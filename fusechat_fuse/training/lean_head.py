@@ -4,11 +4,11 @@
 decoder, picks the hidden states of the labelled positions and takes them through lm_head chunk by chunk; called without
 them (generate, evaluation of logits) it is the original forward. It is installed before any wrapping.
 
-Two ways through lm_head:
-- a plain Linear: its own forward gets a second form, hidden states and targets in, losses out. The gradient with
-  respect to logits is known in closed form (`loss.py`), so it is taken right there and nothing but d hidden and
-  d weight is kept: three matrix products, as in plain training, over the labelled rows only. lm_head is called once as
-  a module on every rank whatever its labels, so FSDP and ZeRO-3 gather and free its weight around it as usual.
+Two ways through lm_head (the arithmetic of both is in `head_loss.py`):
+- a plain Linear: its own forward gets a second form, hidden states and `LabelledRows` in, losses out. The gradient is
+  taken right there and nothing but d hidden and d weight is kept: three matrix products, as in plain training, over the
+  labelled rows only. lm_head is called once as a module on every rank whatever its labels, so FSDP and ZeRO-3 gather
+  and free its weight around it as usual.
 - any other head (adapters, quantized, hooked): it is called as it is, chunk by chunk, and again in backward. The number
   of calls is fixed, or collective operations inside would wait forever; a chunk may be empty.
 
@@ -20,14 +20,15 @@ import inspect
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fusechat_fuse.logit_transform import FAMILIES
+from fusechat_fuse.logit_transform import FAMILIES, LogitTransform, transform_of
 from fusechat_fuse.training.head_loss import FusionOutput, LabelledRows
 from fusechat_fuse.training.loss import IGNORED
 
 
-def causal_model(model: nn.Module) -> nn.Module:
+def causal_model(model) -> PreTrainedModel:
     """The causal language model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -35,9 +36,8 @@ def causal_model(model: nn.Module) -> nn.Module:
 def why_not_lean(model: nn.Module) -> str | None:
     """The reason why the lean head cannot serve this model, or None."""
     inner = causal_model(model)
-    name = type(inner).__name__
-    if not type(inner).__module__.startswith("transformers.models.") or name not in FAMILIES:
-        return f"{name} is not among the families whose head is known ({', '.join(FAMILIES)})"
+    if transform_of(inner) is None:
+        return f"{type(inner).__name__} is not among the families whose head is known ({', '.join(FAMILIES)})"
     if getattr(inner.config, "output_router_logits", False):
         return "output_router_logits adds a loss of its own"
     if (getattr(inner, "_tp_size", None) or 1) > 1:
@@ -65,12 +65,12 @@ def install_lean_head(model: nn.Module, *, chunks: int = 8) -> None:
     `target_probs` [B, T, K], `lm_loss_weight`, `fusion_loss_type`; and then returns a `FusionOutput` of sums.
     """
     inner = causal_model(model)
-    if "_forward_before_lean" in vars(inner):
+    if _is_bound(inner):
         return
-    if is_plain_linear(inner.lm_head):
-        _bind(inner.lm_head, _linear_forward)
-    inner._lean_head = FAMILIES[type(inner).__name__](inner.config), chunks
-    _bind(inner, _causal_forward)
+    lm_head = inner.get_submodule("lm_head")
+    if is_plain_linear(lm_head):
+        _bind(lm_head, _linear_forward)
+    _bind(inner, _causal_forward, _lean_head=(transform_of(inner), chunks))
 
 
 def is_plain_linear(lm_head: nn.Module) -> bool:
@@ -80,15 +80,19 @@ def is_plain_linear(lm_head: nn.Module) -> bool:
     return own and not any(getattr(lm_head, hook) for hook in hooks)
 
 
-def _bind(module: nn.Module, forward) -> None:
+def _bind(module: nn.Module, forward, **attributes) -> None:
     """Make `forward` the module's own; a bound method, so that a deep copy of the module is bound to the copy."""
-    module._forward_before_lean = before = module.forward
+    before = module.forward
 
     @functools.wraps(getattr(before, "__func__", before))
     def bound(self, *args, **kwargs):
         return forward(self, *args, **kwargs)
 
-    module.forward = MethodType(bound, module)
+    vars(module).update(attributes, _forward_before_lean=before, forward=MethodType(bound, module))
+
+
+def _is_bound(module: nn.Module) -> bool:
+    return "_forward_before_lean" in vars(module)
 
 
 def _causal_forward(self, *args, shift_labels=None, target_ids=None, target_probs=None, **kwargs):
@@ -98,7 +102,8 @@ def _causal_forward(self, *args, shift_labels=None, target_ids=None, target_prob
         return self._forward_before_lean(*args, **kwargs)
     weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
     hidden = self.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
-    return _head_loss(self.lm_head, *self._lean_head, hidden, shift_labels, target_ids, target_probs, weight, kind)
+    columns = shift_labels, target_ids, target_probs
+    return _head_loss(self.lm_head, *self._lean_head, hidden, *columns, weight, kind)  # pyright: ignore[reportCallIssue]
 
 
 def _linear_forward(self, hidden, rows=None):
@@ -108,13 +113,22 @@ def _linear_forward(self, hidden, rows=None):
 
 
 @torch.compiler.disable
-def _head_loss(lm_head, transform, chunks, hidden_BTD, labels, ids, probs, lm_loss_weight, kind) -> FusionOutput:
+def _head_loss(
+    lm_head: nn.Module,
+    transform: LogitTransform,
+    chunks: int,
+    hidden_BTD: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    probs: Tensor,
+    lm_loss_weight: float,
+    kind: str,
+) -> FusionOutput:
     at = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
     hidden = hidden_BTD.flatten(0, 1).index_select(0, at.to(hidden_BTD.device))  # [N, D]
     chosen = labels.reshape(-1)[at], ids.flatten(0, 1)[at], probs.flatten(0, 1)[at]
-    on_head = (x.to(hidden.device) for x in chosen)  # a model over several devices ends on another than it began
-    rows = LabelledRows(*on_head, lm_loss_weight, kind, transform)
-    inner = getattr(lm_head, "_fsdp_wrapped_module", lm_head)
-    if "_forward_before_lean" in vars(inner):
+    labels_N, ids_NK, probs_NK = (x.to(hidden.device) for x in chosen)  # a model over several devices ends elsewhere
+    rows = LabelledRows(labels_N, ids_NK, probs_NK, lm_loss_weight, kind, transform)
+    if _is_bound(getattr(lm_head, "_fsdp_wrapped_module", lm_head)):
         return FusionOutput(*lm_head(hidden, rows=rows))
     return rows.recomputed(lm_head, hidden, chunks)

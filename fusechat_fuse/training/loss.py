@@ -8,12 +8,12 @@ m = sum_k q_k <= 1:
              = the same + sum_k q_k log q_k                      (kind "kl", KL(q || softmax z))
     d/dz [a L_LM + b L_fusion] = (a + b m) softmax(z) - a e_y - b q
 
-A dense [B, T, V] target is never built, and the gradient is written into one buffer. Shape letters: B batch, T tokens,
-V vocabulary, K entries of a distribution, N labelled positions (rows). Arithmetic is float32 whatever the logits' dtype
-(float64 for float64 logits).
+A dense [B, T, V] distribution is never built, and the gradient is written into one buffer. Shape letters: B batch,
+T tokens, V vocabulary, K entries of a distribution, N labelled positions (rows). Arithmetic is float32 whatever the
+logits' dtype (float64 for float64 logits).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from fusechat_fuse.errors import InputError
 
-KINDS = ("ce", "kl")
+LOSS_KINDS = ("ce", "kl")
 IGNORED = -100
+Number = TypeVar("Number", float, Tensor)
 _ROW_BUDGET = {"cpu": 1 << 23, "other": 1 << 27}  # logits held in float32 at a time
 
 
@@ -65,8 +66,8 @@ def fusion_loss(
             vocabulary (checked on the CPU; elsewhere the device's own assertion).
 
     Source: FuseChat (arXiv 2408.07990), pairwise fusion; the gradient with m < 1 follows from the same formula.
-    Differs from the released trainer: targets are not rounded to bfloat16; means run over `num_items`, so that gradient
-    accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
+    Differs from the released trainer: distributions are not rounded to bfloat16; means run over `num_items`, so that
+    gradient accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
     """
     check_options(lm_loss_weight, kind)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
@@ -76,8 +77,8 @@ def fusion_loss(
         )
     if target_ids.shape != target_probs.shape or target_ids.dim() != 3 or target_ids.shape[:2] != labels.shape:
         raise InputError(
-            f"shape for targets: expected [B, T, K] with [B, T] = {tuple(labels.shape)}, got target_ids "
-            f"{tuple(target_ids.shape)} and target_probs {tuple(target_probs.shape)}. Pad each position to K entries."
+            f"shape for target_ids and target_probs: expected [B, T, K] with [B, T] = {tuple(labels.shape)}, got "
+            f"{tuple(target_ids.shape)} and {tuple(target_probs.shape)}. Pad each position to K entries."
         )
     rows = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
     chosen = labels.reshape(-1)[rows], target_ids.flatten(0, 1)[rows], target_probs.flatten(0, 1)[rows]
@@ -89,23 +90,30 @@ def fusion_loss(
 def combine_sums(lm_sum: Tensor, fusion_sum: Tensor, lm_loss_weight: float, num_items) -> FusionLoss:
     """Sums over labelled positions -> `FusionLoss` of means over `num_items`."""
     lm, fusion = lm_sum / num_items, fusion_sum / num_items
-    # a term of weight 0 is left out: 0 times an infinite term would be NaN
-    loss = lm if lm_loss_weight == 1 else fusion if lm_loss_weight == 0 else None
-    if loss is None:
-        loss = lm_loss_weight * lm + (1 - lm_loss_weight) * fusion
-    return FusionLoss(loss, lm, fusion)
+    return FusionLoss(weighted_loss(lm, fusion, lm_loss_weight), lm, fusion)
+
+
+def weighted_loss(lm: Number, fusion: Number, lm_loss_weight: float) -> Number:
+    """lambda lm + (1 - lambda) fusion; a term of weight 0 is left out, as 0 times infinity would be NaN."""
+    if lm_loss_weight == 1:
+        return lm
+    if lm_loss_weight == 0:
+        return fusion
+    return lm_loss_weight * lm + (1 - lm_loss_weight) * fusion
 
 
 def check_options(lm_loss_weight: float, kind: str) -> None:
     """Raise InputError for a weight outside [0, 1] or an unknown kind of fusion loss."""
     if not 0 <= lm_loss_weight <= 1:
         raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
-    if kind not in KINDS:
-        raise InputError(f"value for the fusion loss type: expected one of {KINDS}, got {kind!r}. The paper uses 'ce'.")
+    if kind not in LOSS_KINDS:
+        raise InputError(
+            f"value for the fusion loss type: expected one of {', '.join(LOSS_KINDS)}, got {kind!r}. The paper uses ce."
+        )
 
 
 def check_ids(labels_N: Tensor, ids_NK: Tensor, vocab_size: int) -> None:
-    """Raise InputError where a label or a target id is outside the vocabulary (CPU tensors only: no device sync)."""
+    """Raise InputError where a label or an id of q is outside the vocabulary (CPU tensors only: no device sync)."""
     if labels_N.device.type != "cpu" or labels_N.numel() == 0:
         return
     for name, ids, low in (("labels", labels_N, 0), ("target_ids", ids_NK, -1)):
@@ -142,7 +150,8 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, lm_grad, fusion_grad):
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        lm_grad, fusion_grad = grads
         logits, labels, ids, probs, lse, rows = ctx.saved_tensors
         grad = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
         for a, b in row_chunks(len(labels), logits.shape[-1], logits.device):
@@ -163,7 +172,7 @@ def terms(z_NV: Tensor, lse_N: Tensor, labels_N: Tensor, ids_NK: Tensor, probs_N
 
 
 def picked_terms(at_label_N: Tensor, at_ids_NK: Tensor, lse_N: Tensor, probs_NK: Tensor, kind: str):
-    """(sum of L_LM, sum of L_fusion), given the logits at the labels and at the targets' entries, and the logsumexp."""
+    """(sum of L_LM, sum of L_fusion), given the logits at the labels and at the entries of q, and the logsumexp."""
     at_ids_NK = at_ids_NK.masked_fill(probs_NK == 0, 0)  # 0 * -inf is no evidence
     fusion = (probs_NK.sum(1) * lse_N).sum() - (probs_NK * at_ids_NK).sum()
     if kind == "kl":
@@ -177,7 +186,7 @@ def exp_to_gradient_(e_NV: Tensor, total_N1, labels_N, ids_NK, probs_NK, lm_weig
     Args:
         e_NV: exp of the logits less any constant per row; changed.
         total_N1: its sums over the vocabulary, or 1 where it is the softmax already.
-        labels_N, ids_NK, probs_NK: labels and targets of these rows.
+        labels_N, ids_NK, probs_NK: labels and distributions of these rows.
         lm_weight, fusion_weight: numbers or 0-d tensors.
     """
     e_NV.mul_((lm_weight + fusion_weight * probs_NK.sum(1, keepdim=True)) / total_N1)
