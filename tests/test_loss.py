@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusechat_fuse.training import loss as loss_module
-from fusechat_fuse.training.loss import fusion_loss, row_sums
+from fusechat_fuse.training.loss import fusion_loss, row_sums, weighted_loss
 from tests.helpers.reference_loss import reference_loss
 
 
@@ -142,7 +142,16 @@ def test_num_items_makes_parts_add_up_to_the_whole():
     assert as_tensor.loss == whole.loss
 
 
-def test_masked_vocabulary_entries_outside_the_target_are_harmless():
+@pytest.mark.parametrize(
+    ("weight", "lm", "fusion", "expected"),
+    [(1.0, 2.0, math.inf, 2.0), (0.0, math.inf, 3.0, 3.0), (0.25, 2.0, 4.0, 3.5), (0.5, 2.0, math.inf, math.inf)],
+)
+def test_a_term_of_weight_zero_is_left_out(weight, lm, fusion, expected):
+    assert weighted_loss(lm, fusion, weight) == expected
+    assert weighted_loss(torch.tensor(lm), torch.tensor(fusion), weight).item() == expected
+
+
+def test_masked_vocabulary_entries_outside_the_distribution_are_harmless():
     logits, labels, ids, probs = random_case(seed=11)
     expected = fusion_loss(logits, labels, ids, probs).loss.item()
     logits = torch.cat([torch.full((3, 5, 2), -torch.inf, dtype=logits.dtype), logits], -1).requires_grad_()

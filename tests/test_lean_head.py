@@ -7,23 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from fusechat_fuse.training import head_loss, loss
-from fusechat_fuse.training import lean_head as head
+from fusechat_fuse.training import head_loss, lean_head, loss
 from fusechat_fuse.training.lean_head import install_lean_head, is_plain_linear, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import fusion_loss
 from tests.helpers.tiny_models import FAMILIES, batch_of, tiny_model
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
-TARGETS = ("shift_labels", "target_ids", "target_probs")
+FUSION_COLUMNS = ("shift_labels", "target_ids", "target_probs")
 
 
 def plain(model, batch, weight=0.9, kind="ce"):
     logits = model(**{k: batch[k] for k in MODEL_INPUTS if k in batch}).logits
-    return fusion_loss(logits, *(batch[k] for k in TARGETS), lm_loss_weight=weight, kind=kind, num_items=1)
+    return fusion_loss(logits, *(batch[k] for k in FUSION_COLUMNS), lm_loss_weight=weight, kind=kind, num_items=1)
 
 
 def lean(model, batch, weight=0.9, kind="ce"):
-    inputs = {k: batch[k] for k in (*MODEL_INPUTS, *TARGETS) if k in batch}
+    inputs = {k: batch[k] for k in (*MODEL_INPUTS, *FUSION_COLUMNS) if k in batch}
     return model(**inputs, lm_loss_weight=weight, fusion_loss_type=kind)
 
 
@@ -50,7 +49,7 @@ def assert_same(model, batch, tolerance, **options):
 @pytest.fixture(params=["gradient in forward", "recomputed"])
 def way(request, monkeypatch):
     if request.param == "recomputed":
-        monkeypatch.setattr(head, "is_plain_linear", lambda lm_head: False)
+        monkeypatch.setattr(lean_head, "is_plain_linear", lambda lm_head: False)
     return request.param
 
 
