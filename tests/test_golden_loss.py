@@ -1,8 +1,8 @@
 """Against recorded values of the released trainer, and a test for each place where we differ on purpose.
 
 The recorded file holds inputs of the released collator (top-10 logits of both models per position, CE per
-conversation), its dense bfloat16 targets and the losses of its trainer. Where its targets are fed in, our loss is its
-loss; where it rounds (targets and CE to bfloat16), ours follows the exact numbers.
+conversation), its dense bfloat16 distributions and the losses of its trainer. Where its distributions are fed in, our
+loss is its loss; where it rounds (distributions and CE to bfloat16), ours follows the exact numbers.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusechat_fuse.training.choice import row_targets
+from fusechat_fuse.training.choice import fusion_distribution
 from fusechat_fuse.training.collator import FusionCollator
 from fusechat_fuse.training.loss import fusion_loss
 
@@ -32,8 +32,8 @@ def shifted_labels(case):
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
 
 
-def released_target(entry):
-    """The dense target its trainer used, as ids and probabilities over the whole vocabulary."""
+def released_distribution(entry):
+    """The dense distribution its trainer used, as ids and probabilities over the whole vocabulary."""
     case, T = entry["case"], f"T{entry['temperature']:.0f}"
     base, fused = (torch.from_numpy(ARRAYS[f"{case}__{T}__{which}_target_dist"]) for which in ("base", "fused"))
     chosen = torch.tensor(RECORD["cases"][case]["chosen"]) if entry["fuse_with_ref_model"] else torch.ones(3)
@@ -52,12 +52,12 @@ def our_loss(entry, ids, probs, dtype=torch.float32):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("kind", "tolerance"), [("ce", 1e-6), ("kl", 3e-4)])
-def test_its_targets_give_its_loss(case, kind, tolerance):
-    """For kl its float32 loss evaluates the entropy of the target in bfloat16 (1.6e-4); ours does not."""
+def test_its_distributions_give_its_loss(case, kind, tolerance):
+    """For kl its float32 loss evaluates the entropy of the distribution in bfloat16 (1.6e-4); ours does not."""
     found = entries(case=case, loss_type=kind, logits_dtype="f32")
     assert len(found) == 16
     for entry in found:
-        got = our_loss(entry, *released_target(entry))
+        got = our_loss(entry, *released_distribution(entry))
         assert got == pytest.approx(entry["loss"], rel=tolerance, abs=1e-6)
         assert got == pytest.approx(entry["float64_restatement"], rel=2e-6, abs=1e-6)
 
@@ -67,7 +67,7 @@ def test_bfloat16_logits_are_summed_in_float32(kind):
     """Released: the loss of bfloat16 logits is computed in bfloat16, up to 6e-3 off; ours is exact for these logits."""
     theirs, ours = [], []
     for entry in entries(loss_type=kind, logits_dtype="bf16"):
-        ids, probs = released_target(entry)
+        ids, probs = released_distribution(entry)
         logits = torch.from_numpy(ARRAYS[f"{entry['case']}__model_logits"]).to(torch.bfloat16).double()
         exact = fusion_loss(
             logits, shifted_labels(entry["case"]), ids, probs, lm_loss_weight=entry["lm_loss_weight"], kind=kind
@@ -134,7 +134,7 @@ def dense(batch):
     return full.scatter_add_(2, batch["target_ids"].clamp(min=0), batch["target_probs"])
 
 
-def exact_target(case, b, t, which, temperature):
+def exact_distribution(case, b, t, which, temperature):
     prefix = "" if which == "base" else "fused_"
     ids = split(case, f"{prefix}per_step_indices")[b][t]
     q = np.zeros(V)
@@ -146,7 +146,7 @@ def exact_target(case, b, t, which, temperature):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_our_targets_are_its_targets_without_rounding(case, temperature):
+def test_our_distributions_are_its_without_rounding(case, temperature):
     """Released: top-k logits and probabilities are rounded to bfloat16; ours are the softmax of the logits given."""
     rows = aligned(case)
     collate = FusionCollator(fuse_temperature=temperature, fusion_function="source", pad_to_multiple_of=16)
@@ -158,7 +158,7 @@ def test_our_targets_are_its_targets_without_rounding(case, temperature):
     assert labelled.any()
     worst = {"ours": 0.0, "theirs": 0.0}
     for b, t in labelled.nonzero().tolist():
-        exact = exact_target(case, b, t, "fused", temperature)
+        exact = exact_distribution(case, b, t, "fused", temperature)
         if not exact.any():  # no row: released, a copy of the pivot's; ours, no fusion at this position
             assert not got[b, t].any()
             assert theirs[b, t].any()
@@ -166,21 +166,21 @@ def test_our_targets_are_its_targets_without_rounding(case, temperature):
         worst["ours"] = max(worst["ours"], np.abs(got[b, t].numpy() - exact).max())
         worst["theirs"] = max(worst["theirs"], np.abs(theirs[b, t].numpy() - exact).max())
     assert worst["ours"] < 1e-6
-    assert 1e-4 < worst["theirs"] < 0.05  # the same targets up to its rounding, which is not nothing
+    assert 1e-4 < worst["theirs"] < 0.05  # the same up to its rounding, which is not nothing
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_choice_follows_exact_cross_entropy(case):
     """Released: CE is compared in bfloat16, so near values tie and the pivot wins; a CE above 89 ties as well."""
     told = RECORD["cases"][case]
-    ours = [row_targets(row).source_share for row in aligned(case)]
+    ours = [fusion_distribution(row).source_share for row in aligned(case)]
     assert ours == told["chosen_by_exact_ce"]
     assert (ours == told["chosen"]) == (case not in ("bf16_tie", "pre_padded"))
 
 
 @pytest.mark.parametrize("case", ["mixed", "base_wins", "fused_wins"])
 def test_from_rows_to_the_loss(case):
-    """Where only its rounding of targets enters, the whole way gives its loss within that rounding."""
+    """Where only its rounding of distributions enters, the whole way gives its loss within that rounding."""
     batch = FusionCollator(pad_to_multiple_of=16)(aligned(case, empty_as_pivot=True))
     for entry in entries(case=case, temperature=1.0, logits_dtype="f32", fuse_with_ref_model=True, loss_type="ce"):
         assert our_loss(entry, batch["target_ids"], batch["target_probs"]) == pytest.approx(entry["loss"], rel=5e-3)
@@ -189,7 +189,7 @@ def test_from_rows_to_the_loss(case):
 def test_a_batch_without_labels_is_zero_not_nan():
     """Released: a mean over nothing, 0/0."""
     logits = torch.from_numpy(ARRAYS["mixed__model_logits"])
-    ids, probs = released_target(entries(case="mixed")[0])
+    ids, probs = released_distribution(entries(case="mixed")[0])
     assert fusion_loss(logits, torch.full((3, 16), -100), ids, probs).loss.item() == 0
 
 
@@ -203,7 +203,7 @@ def test_rows_are_borrowed():
         assert all(np.array_equal(row[key], copy[key]) for key in row)
 
 
-def test_targets_stay_sparse():
+def test_distributions_stay_sparse():
     """Released: two dense [B, T, V] tensors per batch."""
     batch = FusionCollator()(aligned("mixed"))
     assert batch["target_ids"].shape[2] == 10 < V

@@ -1,4 +1,4 @@
-"""From one aligned row to the distribution its predicted tokens are trained on: the fusion functions.
+"""The choice: which distribution the predicted tokens of a conversation are trained on.
 
 Two distributions stand at every predicted token: the pivot's own (top-k log-probabilities) and the aligned source's
 (probabilities of mass m <= 1). With temperature T (it rescales the shape and keeps the mass)
@@ -7,11 +7,11 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
 
     min_ce        the source's where its CE over the conversation is lower, else the pivot's (a tie: the pivot's)
     avg_ce        both, with weights proportional to exp(-CE)
-    min_ce_token  the same choice for each predicted token by -log P(actual token)
+    min_ce_token  the same choice as min_ce for each predicted token by -log P(actual token)
     source        always the source's
 
 CE is per token of each model's own tokenizer (the paper), or per byte of assistant text, which is comparable between
-tokenizers. Shape letters: P predicted tokens, K entries of a distribution.
+tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".
 """
 
 from typing import NamedTuple
@@ -19,55 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 
-FUNCTIONS = ("min_ce", "avg_ce", "min_ce_token", "source")
-CE_UNITS = ("token", "byte")
-
-
-class RowTargets(NamedTuple):
-    """`ids` int32 [P, K] padded -1, `probs` float32 [P, K] padded 0, `source_share` in [0, 1]: the source's part."""
-
-    ids: np.ndarray
-    probs: np.ndarray
-    source_share: float
-
-
-def row_targets(
-    row: dict, *, function: str = "min_ce", ce_unit: str = "token", fuse_temperature: float = 1.0
-) -> RowTargets:
-    """The fusion distribution of every predicted token of one conversation.
-
-    Args:
-        row: an aligned row (documented names, numpy arrays), borrowed.
-        function: min_ce, avg_ce, min_ce_token or source.
-        ce_unit: what a conversation's CE is a mean over: token or byte. min_ce_token compares tokens as they are.
-        fuse_temperature: T > 0.
-
-    Returns:
-        RowTargets; an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot one).
-
-    Raises:
-        InputError: the row lacks a column that the function needs.
-
-    Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
-    Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
-    """
-    require(row, *REQUIRED[function])
-    if function == "source":
-        return RowTargets(*_source(row, fuse_temperature), 1.0)
-    if function == "min_ce_token":
-        taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
-        return _choose_per_token(row, taken, fuse_temperature)
-    pivot_ce, source_ce = conversation_ce(row, ce_unit)
-    if function == "min_ce":
-        if source_ce < pivot_ce:  # False where either is not a number
-            return RowTargets(*_source(row, fuse_temperature), 1.0)
-        return RowTargets(*_pivot(row, fuse_temperature), 0.0)
-    share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
-    return _mix(row, float(share), fuse_temperature)
-
-
-REQUIRED = {
+CHOICES = {  # name -> the columns of the source that it reads
     "min_ce": ("source_ids", "source_probs", "source_ce"),
     "avg_ce": ("source_ids", "source_probs", "source_ce"),
     "min_ce_token": ("source_ids", "source_probs", "source_token_ce", "mapped_mass"),
@@ -75,29 +29,59 @@ REQUIRED = {
 }
 
 
-def require(row: dict, *columns: str) -> None:
-    """Raise InputError naming the first column the row lacks."""
+class FusionDistribution(NamedTuple):
+    """`ids` int32 [P, K] padded -1, `probs` float32 [P, K] padded 0, `source_share` in [0, 1]: the source's part."""
+
+    ids: np.ndarray
+    probs: np.ndarray
+    source_share: float
+
+
+def fusion_distribution(
+    row: dict, *, choice: str = "min_ce", ce_unit: str = "token", fuse_temperature: float = 1.0
+) -> FusionDistribution:
+    """The fusion distribution q of every predicted token of one conversation.
+
+    Args:
+        row: an aligned row (documented names, numpy arrays), borrowed.
+        choice: min_ce, avg_ce, min_ce_token or source.
+        ce_unit: what a conversation's CE is a mean over: token or byte. min_ce_token compares tokens as they are.
+        fuse_temperature: T > 0.
+
+    Returns:
+        FusionDistribution; an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot
+        one).
+
+    Raises:
+        InputError: the row lacks a column that the choice needs.
+
+    Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
+    Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
+    """
+    _require(row, *CHOICES[choice])
+    if choice == "source":
+        return FusionDistribution(*_source(row, fuse_temperature), 1.0)
+    if choice == "min_ce_token":
+        taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
+        return _choose_per_token(row, taken, fuse_temperature)
+    if ce_unit == "byte":
+        _require(row, "source_tokens", "source_bytes")
+    pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
+    if choice == "min_ce":
+        if source_ce < pivot_ce:  # False where either is not a number
+            return FusionDistribution(*_source(row, fuse_temperature), 1.0)
+        return FusionDistribution(*_pivot(row, fuse_temperature), 0.0)
+    share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
+    return _mix(row, float(share), fuse_temperature)
+
+
+def _require(row: dict, *columns: str) -> None:
     for column in columns:
         if row.get(column) is None:
             raise InputError(
                 f"column {column!r} for conversation {row.get('id')!r}: expected an aligned row, got one without it. "
                 "Pass a directory that align or combine wrote."
             )
-
-
-def conversation_ce(row: dict, ce_unit: str) -> tuple[float, float]:
-    """(pivot's CE, source's CE) of a conversation in nats per own token or per byte of assistant text."""
-    pivot, source = float(np.mean(row["ce"], dtype=np.float64)), float(row["source_ce"])
-    if ce_unit == "token":
-        return pivot, source
-    require(row, "source_tokens", "source_bytes")
-    pivot_bytes = int(np.sum(row["end"] - row["start"], dtype=np.int64))
-    per_byte = [n / b if b else np.nan for n, b in ((len(row["ce"]), pivot_bytes), _source_counts(row))]
-    return pivot * per_byte[0], source * per_byte[1]
-
-
-def _source_counts(row: dict) -> tuple[int, int]:
-    return int(row["source_tokens"]), int(row["source_bytes"])
 
 
 def _pivot(row: dict, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -122,17 +106,17 @@ def _pad(ids: np.ndarray, probs: np.ndarray, K: int) -> tuple[np.ndarray, np.nda
     return np.pad(ids, ((0, 0), (0, more)), constant_values=-1), np.pad(probs, ((0, 0), (0, more)))
 
 
-def _choose_per_token(row: dict, taken: np.ndarray, temperature: float) -> RowTargets:
+def _choose_per_token(row: dict, taken: np.ndarray, temperature: float) -> FusionDistribution:
     (pivot_ids, pivot_probs), (source_ids, source_probs) = _pivot(row, temperature), _source(row, temperature)
     K = max(pivot_ids.shape[1], source_ids.shape[1])
     pivot_ids, pivot_probs = _pad(pivot_ids, pivot_probs, K)
     source_ids, source_probs = _pad(source_ids, source_probs, K)
     ids = np.where(taken[:, None], source_ids, pivot_ids)
     probs = np.where(taken[:, None], source_probs, pivot_probs)
-    return RowTargets(ids, probs, float(taken.mean()) if len(taken) else 0.0)
+    return FusionDistribution(ids, probs, float(taken.mean()) if len(taken) else 0.0)
 
 
-def _mix(row: dict, share: float, temperature: float) -> RowTargets:
+def _mix(row: dict, share: float, temperature: float) -> FusionDistribution:
     """share * source + (1 - share) * pivot; where both name an id, the source's entry moves into the pivot's."""
     (pivot_ids, pivot_probs), (source_ids, source_probs) = _pivot(row, temperature), _source(row, temperature)
     source_probs = np.float32(share) * source_probs
@@ -140,4 +124,4 @@ def _mix(row: dict, share: float, temperature: float) -> RowTargets:
     mixed = np.float32(1 - share) * pivot_probs + (same * source_probs[:, None, :]).sum(2)
     left = ~same.any(1) & (source_ids >= 0)
     ids = np.concatenate([pivot_ids, np.where(left, source_ids, -1)], axis=1)
-    return RowTargets(ids, np.concatenate([mixed, np.where(left, source_probs, 0)], axis=1), share)
+    return FusionDistribution(ids, np.concatenate([mixed, np.where(left, source_probs, 0)], axis=1), share)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import CE_UNITS, FUNCTIONS, row_targets
+from fusechat_fuse.training.choice import CHOICES, FusionDistribution, fusion_distribution
 from fusechat_fuse.training.loss import IGNORED
 
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
@@ -22,13 +23,13 @@ STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut
 
 @dataclass
 class FusionCollator:
-    """Collate aligned rows (decoded, or packed as `datasets.load_from_disk` gives them).
+    """Collate aligned rows (decoded, or as stored: what `datasets.load_from_disk` gives).
 
     Args:
         pad_token_id: any id of the vocabulary; padding is masked everywhere.
         vocab_size: rows of the model's embedding; a conversation with an id beyond it is refused. None: no check.
-        max_length: tokens kept of a conversation; a predicted token beyond is left out with its target, whole.
-        fusion_function: min_ce, avg_ce, min_ce_token or source (`targets.py`).
+        max_length: tokens kept of a conversation; a predicted token beyond is left out with its distribution, whole.
+        fusion_function: the choice: min_ce, avg_ce, min_ce_token or source (`choice.py`).
         fuse_temperature: T > 0 of the fusion distribution.
         ce_unit: token or byte, for the choice by conversation.
         packing: put all conversations of a batch into one row with restarting position ids (no padding). The model's
@@ -51,7 +52,7 @@ class FusionCollator:
 
     def __post_init__(self):
         for name, value, allowed in (
-            ("fusion_function", self.fusion_function, FUNCTIONS),
+            ("fusion_function", self.fusion_function, CHOICES),
             ("ce_unit", self.ce_unit, CE_UNITS),
         ):
             if value not in allowed:
@@ -60,7 +61,7 @@ class FusionCollator:
             if not getattr(self, name) > 0:
                 raise InputError(f"value for {name}: expected more than 0, got {getattr(self, name)}. Raise it.")
         self._options = {
-            "function": self.fusion_function,
+            "choice": self.fusion_function,
             "ce_unit": self.ce_unit,
             "fuse_temperature": self.fuse_temperature,
         }
@@ -84,29 +85,29 @@ class FusionCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _item(self, row: dict) -> dict:
-        """One conversation cut to max_length: its ids, the places it predicts from, its targets and its figures."""
-        targets = row_targets(row, **self._options)
-        self._check(row, targets.ids)
+        """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
+        fused = fusion_distribution(row, **self._options)
+        self._check(row, fused)
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
         mass = row.get("mapped_mass")
         return {
             "input_ids": row["input_ids"][: self.max_length],
             "predicted": row["predicted"][:kept],
-            "ids": targets.ids[:kept],
-            "probs": targets.probs[:kept],
+            "ids": fused.ids[:kept],
+            "probs": fused.probs[:kept],
             "stats": (
                 _source_index(row),
-                targets.source_share,
+                fused.source_share,
                 float(np.sum(mass[:kept], dtype=np.float64)) if mass is not None else np.nan,
                 kept,
                 max(len(row["input_ids"]) - self.max_length, 0),
             ),
         }
 
-    def _check(self, row: dict, target_ids: np.ndarray) -> None:
+    def _check(self, row: dict, fused: FusionDistribution) -> None:
         if self.vocab_size is None:
             return
-        top = max(int(row["input_ids"].max(initial=0)), int(target_ids.max(initial=0)))
+        top = max(int(row["input_ids"].max(initial=0)), int(fused.ids.max(initial=0)))
         if top >= self.vocab_size:
             raise InputError(
                 f"token id for conversation {row['id']!r}: expected less than the model's vocabulary of "

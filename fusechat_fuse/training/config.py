@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.training.choice import CE_UNITS, FUNCTIONS
+from fusechat_fuse.store.cross_entropy import CE_UNITS
+from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.loss import LOSS_KINDS
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class FusionConfig(TrainingArguments):
         metadata={
             "help": "Which distribution to train on: min_ce (lower cross-entropy per conversation), avg_ce (weights "
             "exp(-CE)), min_ce_token (per token), source (always the source's).",
-            "choices": list(FUNCTIONS),
+            "choices": list(CHOICES),
         },
     )
     fuse_temperature: float = field(
@@ -111,7 +112,7 @@ class FusionConfig(TrainingArguments):
     def _check_fusion_values(self) -> None:
         for name, allowed in (
             ("fusion_loss_type", LOSS_KINDS),
-            ("fusion_function", FUNCTIONS),
+            ("fusion_function", CHOICES),
             ("ce_unit", CE_UNITS),
         ):
             if getattr(self, name) not in allowed:
@@ -125,7 +126,7 @@ class FusionConfig(TrainingArguments):
             ("head_chunks", self.head_chunks >= 1, "at least 1"),
             ("total_batch_size", self.total_batch_size >= 1, "at least 1"),
             ("remove_unused_columns", not self.remove_unused_columns, "False (the loss needs all columns)"),
-            ("label_smoothing_factor", not self.label_smoothing_factor, "0 (the fusion target is the smoothing)"),
+            ("label_smoothing_factor", not self.label_smoothing_factor, "0 (the fusion distribution is the smoothing)"),
         ):
             if not good:
                 raise InputError(f"value for {name}: expected {expected}, got {getattr(self, name)}. Change it.")

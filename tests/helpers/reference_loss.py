@@ -10,7 +10,7 @@ def softmax(z):
     return [x / total for x in e]
 
 
-def dense_target(ids, probs, vocab_size):
+def dense_distribution(ids, probs, vocab_size):
     """A list over the vocabulary; entries of one id add up, -1 is padding."""
     q = [0.0] * vocab_size
     for u, p in zip(ids, probs):
@@ -31,7 +31,7 @@ def reference_loss(logits, labels, ids, probs, weight, kind, num_items=None):
             if y == -100:
                 continue
             p = softmax(z)
-            q = dense_target(ids[b][t], probs[b][t], len(z))
+            q = dense_distribution(ids[b][t], probs[b][t], len(z))
             lm_sum += -math.log(p[y])
             for v in range(len(z)):
                 if q[v] > 0:

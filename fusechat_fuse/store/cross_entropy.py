@@ -1,0 +1,35 @@
+"""A conversation's cross-entropy (CE), per token or per byte: what models are compared by.
+
+token   nats per token of each model's own tokenizer (the paper)
+byte    nats per byte of assistant text, which is comparable between tokenizers
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CE_UNITS = ("token", "byte")
+
+
+def pivot_cross_entropy(row: dict, ce_unit: str) -> float:
+    """The pivot's CE of one conversation, from `ce` and, per byte, `start` and `end`.
+
+    Args:
+        row: an aligned row (documented names, numpy arrays), borrowed.
+        ce_unit: token or byte.
+    Returns: nats per unit; not a number where there is no text.
+    """
+    ce = float(np.mean(row["ce"], dtype=np.float64))
+    if ce_unit == "token":
+        return ce
+    return _per_byte(ce, len(row["ce"]), int(np.sum(row["end"] - row["start"], dtype=np.int64)))
+
+
+def source_cross_entropy(row: dict, ce_unit: str) -> float:
+    """The same of the source, from `source_ce` and, per byte, `source_tokens` and `source_bytes`."""
+    ce = float(row["source_ce"])
+    return ce if ce_unit == "token" else _per_byte(ce, int(row["source_tokens"]), int(row["source_bytes"]))
+
+
+def _per_byte(ce_per_token: float, tokens: int, num_bytes: int) -> float:
+    return ce_per_token * tokens / num_bytes if num_bytes else float("nan")

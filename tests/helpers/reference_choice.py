@@ -1,0 +1,35 @@
+"""The choice of what is fused, written from its definitions: loops over Python floats, no code of the library."""
+
+import math
+
+
+def distribution(ids, probs):
+    out = {}
+    for u, p in zip(ids.tolist(), probs.tolist()):
+        if u >= 0:
+            out[u] = out.get(u, 0.0) + p
+    return out
+
+
+def reference_choice(row, choice, unit, temperature):
+    """Per predicted token {id: probability}, in plain Python floats."""
+    pivot, source = [], []
+    for p in range(len(row["predicted"])):
+        weights = [math.exp(float(x) / temperature) for x in row["topk_logprobs"][p]]
+        pivot.append({int(u): w / sum(weights) for u, w in zip(row["topk_ids"][p], weights)})
+        pairs = [(int(u), float(x)) for u, x in zip(row["source_ids"][p], row["source_probs"][p]) if u >= 0]
+        mass, total = sum(x for _, x in pairs), sum(x ** (1 / temperature) for _, x in pairs)
+        source.append({u: mass * x ** (1 / temperature) / total for u, x in pairs})
+    pivot_ce, source_ce = sum(map(float, row["ce"])) / len(pivot), row["source_ce"]
+    if unit == "byte":
+        pivot_ce *= len(pivot) / sum(int(e - s) for s, e in zip(row["start"], row["end"]))
+        source_ce *= row["source_tokens"] / row["source_bytes"]
+    if choice == "source" or (choice == "min_ce" and source_ce < pivot_ce):
+        return source
+    if choice == "min_ce":
+        return pivot
+    if choice == "min_ce_token":
+        better = [s < c and m > 0 for s, c, m in zip(row["source_token_ce"], row["ce"], row["mapped_mass"])]
+        return [s if b else p for b, s, p in zip(better, source, pivot)]
+    weight = math.exp(-source_ce) / (math.exp(-source_ce) + math.exp(-pivot_ce))
+    return [{u: weight * s.get(u, 0.0) + (1 - weight) * p.get(u, 0.0) for u in {*s, *p}} for s, p in zip(source, pivot)]
