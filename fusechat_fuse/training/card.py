@@ -1,10 +1,11 @@
 """The target's model card: what it was made from, how, and how to use it; with the Hub's metadata."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+
+from fusechat_fuse.models import library_versions
 
 PAPER = "https://arxiv.org/abs/2408.07990"
 CITATION = """@article{wan2024fusechat,
@@ -80,7 +81,7 @@ def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> 
         "",
         "## Versions",
         "",
-        _table({name: _version(name) for name in ("fusechat", "transformers", "torch", "accelerate")}),
+        _table(library_versions()),
         "",
         "## Citation",
         "",
@@ -118,9 +119,7 @@ def _certificate(figures: dict | None, mapping: str | None, prefix: str) -> dict
 
 def _training(config, arguments) -> dict:
     rows = {name: getattr(getattr(config, name), "value", getattr(config, name)) for name in TRAINING}
-    rows["conversations per step"] = (
-        config.train_batch_size * config.gradient_accumulation_steps * max(config.world_size, 1)
-    )
+    rows["conversations per step"] = config.conversations_per_step
     if arguments.lora_r:
         rows["LoRA"] = f"r {arguments.lora_r}, alpha {arguments.lora_alpha}, on {arguments.lora_target_modules}"
     return rows
@@ -141,10 +140,3 @@ def _is_hub_name(name: str) -> bool:
 def _name(name: str) -> str:
     """A Hub name as it is, a directory by its last part: no path of one machine in a card."""
     return name if _is_hub_name(name) else os.path.basename(os.path.abspath(name))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "from source"

@@ -4,8 +4,9 @@ import logging
 import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
@@ -99,15 +100,33 @@ class FusionConfig(TrainingArguments):
 
     def __post_init__(self):
         self._check_fusion_values()
+        steps = None
         if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = self._accumulation_steps()
+            at_a_time = device_count(use_cpu=self.use_cpu) * self.per_device_train_batch_size
+            steps = max(round(self.total_batch_size / at_a_time), 1)
+            self.gradient_accumulation_steps = steps  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.bf16 is None:
             asked_for = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-            self.bf16 = not (self.fp16 or self.use_cpu or asked_for) and is_torch_bf16_gpu_available()
+            wanted = not (self.fp16 or self.use_cpu or asked_for)
+            self.bf16 = wanted and is_torch_bf16_gpu_available()  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.use_liger_kernel:  # its fused loss would replace the forward that carries the fusion columns
             own = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
         super().__post_init__()
+        if steps is not None and self.conversations_per_step != self.total_batch_size:
+            logger.warning(
+                "%d conversations per step instead of total_batch_size %d: %d at a time x %d accumulated.",
+                self.conversations_per_step,
+                self.total_batch_size,
+                self.conversations_per_step // steps,
+                steps,
+            )
+
+    @property
+    def conversations_per_step(self) -> int:
+        """Conversations of one optimizer step, over all devices and accumulated batches."""
+        assert self.gradient_accumulation_steps is not None  # set by __post_init__
+        return self.train_batch_size * self.gradient_accumulation_steps * max(self.world_size, 1)
 
     def _check_fusion_values(self) -> None:
         for name, allowed in (
@@ -131,22 +150,10 @@ class FusionConfig(TrainingArguments):
             if not good:
                 raise InputError(f"value for {name}: expected {expected}, got {getattr(self, name)}. Change it.")
 
-    def _accumulation_steps(self) -> int:
-        """total_batch_size / (devices * per_device_train_batch_size), rounded to at least 1."""
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes == 1 and not self.use_cpu:
-            import torch
 
-            processes = max(torch.cuda.device_count(), 1) if "LOCAL_RANK" not in os.environ else 1
-        per_step = processes * self.per_device_train_batch_size
-        steps = max(round(self.total_batch_size / per_step), 1)
-        if steps * per_step != self.total_batch_size:
-            logger.warning(
-                "%d conversations per step instead of total_batch_size %d: %d devices x %d each x %d accumulated.",
-                steps * per_step,
-                self.total_batch_size,
-                processes,
-                self.per_device_train_batch_size,
-                steps,
-            )
-        return steps
+def device_count(*, use_cpu: bool) -> int:
+    """Devices that a run takes, told before any is set up: the launch's processes, or all GPUs of this one process."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 or use_cpu or "LOCAL_RANK" in os.environ:
+        return processes
+    return max(torch.cuda.device_count(), 1)

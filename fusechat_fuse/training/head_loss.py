@@ -32,9 +32,10 @@ _LEAST_ROWS = 256  # of a chunk: d weight is read and written once a chunk
 class FusionOutput(ModelOutput):
     """Sums over labelled positions: `loss` = lambda lm_loss + (1 - lambda) fusion_loss carries the gradient."""
 
-    loss: Tensor | None = None
-    lm_loss: Tensor | None = None
-    fusion_loss: Tensor | None = None
+    # ModelOutput asks for defaults; none of the three is ever missing
+    loss: Tensor = None  # pyright: ignore[reportAssignmentType]
+    lm_loss: Tensor = None  # pyright: ignore[reportAssignmentType]
+    fusion_loss: Tensor = None  # pyright: ignore[reportAssignmentType]
 
 
 class LabelledRows:

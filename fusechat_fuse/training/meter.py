@@ -5,6 +5,7 @@ import time
 import torch
 
 from fusechat_fuse.training.collator import STATS
+from fusechat_fuse.training.loss import weighted_loss
 
 
 class FusionMeter:
@@ -46,7 +47,7 @@ class FusionMeter:
     def read(self, accelerator, lm_loss_weight: float, prefix: str = "") -> dict[str, float]:
         """Means since the last reset, over all processes; resets."""
         seconds = time.perf_counter() - self._start
-        if self._losses is None:
+        if self._losses is None or self._choices is None:
             return {}
         flat = accelerator.reduce(torch.cat([self._losses, self._choices.flatten()]), "sum").tolist()
         self.reset()
@@ -54,7 +55,7 @@ class FusionMeter:
         lm, fusion = (x / max(labelled, 1) for x in (lm, fusion))
         conversations, taken, mass, predicted, cut = table.sum(0).tolist()
         figures = {
-            "fused_loss": lm_loss_weight * lm + (1 - lm_loss_weight) * fusion,
+            "fused_loss": weighted_loss(lm, fusion, lm_loss_weight),
             "lm_loss": lm,
             "fusion_loss": fusion,
             "source_share": taken / max(conversations, 1),

@@ -15,9 +15,10 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.card import write_model_card
 from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.dataset import load_aligned
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory
-from fusechat_fuse.training.trainer import FusionTrainer, open_dataset
+from fusechat_fuse.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,8 +76,8 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     """
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
     _check_arguments(arguments)
-    data = open_dataset(arguments.data_path)
-    eval_data = open_dataset(arguments.eval_data_path) if arguments.eval_data_path else None
+    data = load_aligned(arguments.data_path)
+    eval_data = load_aligned(arguments.eval_data_path) if arguments.eval_data_path else None
     pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
     for one in (data, eval_data):
         if one is not None:
@@ -85,7 +86,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     with config.main_process_first(local=False, desc="claiming the output directory"):
         finished = run.claim(write=config.process_index == 0)
     if finished is not None:
-        logger.warning("%s holds this very run, finished; nothing to do.", config.output_dir)
+        logger.info("%s holds this very run, finished; nothing to do.", config.output_dir)
         return finished
     checkpoint = run.checkpoint()
     trainer = FusionTrainer(
@@ -132,7 +133,7 @@ def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
     return get_peft_model(model, lora)
 
 
-def _save_target(trainer, pivot: PivotFiles, arguments, metrics: dict, run: "RunDirectory") -> None:
+def _save_target(trainer, pivot: PivotFiles, arguments, metrics: dict, run: RunDirectory) -> None:
     """Weights (adapters merged in), the pivot's own tokenizer files, model card and, last, the run's end."""
     output = Path(trainer.args.output_dir)
     trainer.save_dtype = arguments.save_dtype and getattr(torch, arguments.save_dtype)

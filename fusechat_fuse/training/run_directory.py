@@ -57,9 +57,7 @@ class RunDirectory:
         self.file = self.path / RUN_FILE
         shards = json.dumps(data.manifest["shards"], sort_keys=True)
         options = {name: _plain(getattr(config, name)) for name in DECISIVE}
-        options["conversations_per_step"] = (
-            config.train_batch_size * config.gradient_accumulation_steps * max(config.world_size, 1)
-        )
+        options["conversations_per_step"] = config.conversations_per_step
         for name in ("dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             options[name] = getattr(arguments, name)
         self.identity = {

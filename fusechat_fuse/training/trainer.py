@@ -10,8 +10,8 @@ accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and
 
 import json
 import logging
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -19,18 +19,19 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import write_atomic
-from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.training.collator import FusionCollator
 from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.dataset import open_dataset, source_names
 from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
-from fusechat_fuse.training.loss import IGNORED, row_sums
+from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
 from fusechat_fuse.training.meter import FusionMeter
 
 logger = logging.getLogger(__name__)
 # Trainer sets these for its own purposes; the target keeps the pivot's
 PIVOT_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+FUSION_COLUMNS = ("shift_labels", "target_ids", "target_probs")  # which the lean forward takes beside them
 
 
 class FusionTrainer(Trainer):
@@ -55,6 +56,7 @@ class FusionTrainer(Trainer):
     Raises: InputError for data that is not aligned or does not fit the model.
     """
 
+    args: FusionConfig  # pyright: ignore[reportIncompatibleVariableOverride]: no other kind is taken
     loss_is_scaled_for_ga = True
     save_dtype: torch.dtype | None = None
 
@@ -77,7 +79,7 @@ class FusionTrainer(Trainer):
             )
         train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
         self.sources = list(sources or source_names(train_dataset if train_dataset is not None else eval_dataset))
-        self._meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
+        self.meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
         if model is not None:
             self._prepare_model(model, args)
         if data_collator is None:
@@ -139,7 +141,7 @@ class FusionTrainer(Trainer):
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        self._meters[mode].add(out.lm_loss, out.fusion_loss, labelled, tokens, inputs["conversation_stats"])
+        self.meters[mode].add(out.lm_loss, out.fusion_loss, labelled, tokens, inputs["conversation_stats"])
         if num_items_in_batch is None or mode == "eval":
             loss, parts = out.loss / labelled.clamp(min=1), 1
         else:
@@ -156,21 +158,19 @@ class FusionTrainer(Trainer):
 
     def _loss_sums(self, model, inputs) -> tuple[FusionOutput, torch.Tensor | None]:
         """(sums over the batch's labelled positions, auxiliary loss of a mixture of experts or None)."""
-        config = self.args
+        weight, kind = self.args.lm_loss_weight, self.args.fusion_loss_type
         arguments = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
-        targets = {name: inputs[name] for name in ("shift_labels", "target_ids", "target_probs")}
         if self.loss_path == "lean":
-            options = {"lm_loss_weight": config.lm_loss_weight, "fusion_loss_type": config.fusion_loss_type}
-            return model(**arguments, **targets, **options), None
-        mask = targets["shift_labels"] != IGNORED
+            columns = {name: inputs[name] for name in FUSION_COLUMNS}
+            return model(**arguments, **columns, lm_loss_weight=weight, fusion_loss_type=kind), None
+        mask = inputs["shift_labels"] != IGNORED
         kept = {"logits_to_keep": mask} if self.loss_path == "kept" else {}
         outputs = model(**arguments, **kept, use_cache=False)
         rows = None if kept else mask.reshape(-1).nonzero(as_tuple=True)[0]
         logits = outputs.logits if kept else outputs.logits.flatten(0, 1)
-        chosen = (targets[name][mask] for name in ("shift_labels", "target_ids", "target_probs"))
-        lm_sum, fusion_sum = row_sums(logits, *chosen, config.fusion_loss_type, rows)
-        weights = config.lm_loss_weight, 1 - config.lm_loss_weight
-        loss = sum(w * term for w, term in zip(weights, (lm_sum, fusion_sum)) if w)
+        labels, ids, probs = (inputs[name][mask] for name in FUSION_COLUMNS)
+        lm_sum, fusion_sum = row_sums(logits, labels, ids, probs, kind, rows)
+        loss = weighted_loss(lm_sum, fusion_sum, weight)
         aux = getattr(outputs, "aux_loss", None)
         if aux is not None:
             aux = aux * getattr(causal_model(self.model), "router_aux_loss_coef", 0.0)
@@ -182,6 +182,7 @@ class FusionTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
+            assert isinstance(loss, torch.Tensor)
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}).logits
@@ -191,13 +192,14 @@ class FusionTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """As Trainer's, with the loss as a mean over labelled tokens (not over batches) and the fusion figures."""
-        self._meters["eval"].reset()
+        self.meters["eval"].reset()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         prefix = f"{metric_key_prefix}_"
-        figures = self._meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
+        figures = self.meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
         if figures:
+            assert output.metrics is not None
             output.metrics[f"{prefix}loss"] = figures.pop(f"{prefix}fused_loss")
             output.metrics.update(figures)
         return output
@@ -206,33 +208,35 @@ class FusionTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.is_in_train:
-            figures = self._meters["train"].read(self.accelerator, self.args.lm_loss_weight)
+            figures = self.meters["train"].read(self.accelerator, self.args.lm_loss_weight)
             figures.pop("fused_loss", None)
             logs.update(figures)
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        start = self._meters["train"].pause()
+        start = self.meters["train"].pause()
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self._meters["train"].resume(start)
+            self.meters["train"].resume(start)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "num_tokens"):
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGroupedSampler(size, lengths=dataset.num_tokens.tolist())
+        lengths = getattr(dataset, "num_tokens", None)
+        if self.args.train_sampling_strategy == "group_by_length" and lengths is not None:
+            size = self.args.conversations_per_step // max(self.args.world_size, 1)
+            return LengthGroupedSampler(size, lengths=lengths.tolist())
         return super()._get_train_sampler(train_dataset)
 
     def merge_adapter(self) -> None:
         """Replace a PEFT model by the model with its adapters merged into the weights (not for sharded models)."""
-        self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model).merge_and_unload()
+        adapted: Any = self.accelerator.unwrap_model(self.model)
+        self.model = self.model_wrapped = adapted.merge_and_unload()
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights (in `save_dtype` if set), config as the pivot's, tokenizer; no pickled arguments."""
-        output_dir = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        folder = Path(output_dir or str(self.args.output_dir))
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.save_dtype is not None:
             state_dict = model.state_dict() if state_dict is None else state_dict
             state_dict = {k: v.to(self.save_dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
@@ -240,40 +244,15 @@ class FusionTrainer(Trainer):
         trained_with = {name: getattr(config, name, None) for name in PIVOT_CONFIG}
         vars(config).update(self._pivot_config)
         try:
-            super()._save(str(output_dir), state_dict)
+            super()._save(str(folder), state_dict)
         finally:
             vars(config).update(trained_with)
         if self.args.should_save:
-            (output_dir / "training_args.bin").unlink(missing_ok=True)
-            file = output_dir / "config.json"
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            file = folder / "config.json"
             if self.save_dtype is not None and file.is_file():
                 written = json.loads(file.read_bytes()) | {"dtype": str(self.save_dtype).removeprefix("torch.")}
                 write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
-
-
-def open_dataset(dataset):
-    """A directory becomes a Representation; data that is not aligned is refused."""
-    if isinstance(dataset, dict):
-        return {name: open_dataset(one) for name, one in dataset.items()}
-    if isinstance(dataset, str | os.PathLike):
-        dataset = load_representation(dataset)
-    if isinstance(dataset, Representation) and dataset.manifest["kind"] not in ("aligned", "combined"):
-        raise InputError(
-            f"data for {dataset.path}: expected aligned data, got a {dataset.manifest['kind']}. Align it to a source's "
-            "representation first: fusechat-fuse align."
-        )
-    return dataset
-
-
-def source_names(dataset) -> list[str]:
-    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it does not."""
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()), None)
-    manifest = getattr(dataset, "manifest", {})
-    sources = manifest.get("sources") or [manifest.get("source") or {}]
-    names = [os.path.basename(str(source["model"]).rstrip("/")) for source in sources if source.get("model")]
-    names = [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
-    return names or ["source"]
 
 
 def vocabulary_size(model) -> int:

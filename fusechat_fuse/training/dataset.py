@@ -1,0 +1,48 @@
+"""What a Trainer takes as data, and what the data's manifest says of its sources."""
+
+import os
+from typing import Any
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.shards import Representation, load_representation
+
+
+def load_aligned(path) -> Representation:
+    """A directory that align or combine wrote.
+
+    Raises: InputError where it holds something else.
+    """
+    return _must_be_aligned(load_representation(path))
+
+
+def open_dataset(dataset) -> Any:
+    """What `FusionTrainer` was given, ready for a DataLoader: a directory is loaded, data that is not aligned refused.
+
+    Args:
+        dataset: a directory, a Representation, rows in any other form (taken as they are), None, or a dict of these.
+    """
+    if isinstance(dataset, dict):
+        return {name: open_dataset(one) for name, one in dataset.items()}
+    if isinstance(dataset, str | os.PathLike):
+        return load_aligned(dataset)
+    return _must_be_aligned(dataset) if isinstance(dataset, Representation) else dataset
+
+
+def source_names(dataset) -> list[str]:
+    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it does not."""
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()), None)
+    manifest = getattr(dataset, "manifest", {})
+    sources = manifest.get("sources") or [manifest.get("source") or {}]
+    names = [os.path.basename(str(source["model"]).rstrip("/")) for source in sources if source.get("model")]
+    names = [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
+    return names or ["source"]
+
+
+def _must_be_aligned(data: Representation) -> Representation:
+    if data.manifest["kind"] not in ("aligned", "combined"):
+        raise InputError(
+            f"data for {data.path}: expected aligned data, got a {data.manifest['kind']}. Align it to a source's "
+            "representation first: fusechat-fuse align."
+        )
+    return data
