@@ -10,35 +10,20 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
+from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.collator import FusionCollator
-from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.config import FusionConfig, device_count
 from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
-from tests.helpers.tiny_runs import VOCAB, aligned_directory, config
+from tests.helpers.tiny_runs import VOCAB, aligned_directory, assert_same_run, config, run
 
 
-def run(tmp_path, rows, model=None, trainer_options=None, **changes):
-    """(losses by step, parameters after training, trainer)."""
-    model = tiny_model() if model is None else model
-    settings = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0, **changes}
-    trainer = FusionTrainer(model, config(tmp_path, **settings), train_dataset=rows, **(trainer_options or {}))
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
-
-
-def assert_same_run(a, b, tolerance=1e-5):
-    assert a[0] == pytest.approx(b[0], rel=tolerance)
-    for name in a[1]:
-        torch.testing.assert_close(a[1][name], b[1][name], rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("function", ["min_ce", "avg_ce", "min_ce_token", "source"])
-def test_accumulation_does_not_change_the_loss(tmp_path, function):
+@pytest.mark.parametrize("choice", CHOICES)
+def test_accumulation_does_not_change_the_loss(tmp_path, choice):
     rows = aligned_rows(16)
-    whole = run(tmp_path, rows, per_device_train_batch_size=8, optim="sgd", fusion_function=function)
+    whole = run(tmp_path, rows, per_device_train_batch_size=8, optim="sgd", fusion_function=choice)
     for size, steps in ((1, 8), (2, 4)):
         parts = run(
             tmp_path,
@@ -46,7 +31,7 @@ def test_accumulation_does_not_change_the_loss(tmp_path, function):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             optim="sgd",
-            fusion_function=function,
+            fusion_function=choice,
         )
         assert_same_run(parts, whole)
 
@@ -209,14 +194,15 @@ def test_router_loss_is_added(tmp_path):
     assert routed[0][0] == pytest.approx(quiet[0][0] + 0.5 * aux.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
-def test_low_rank_adapters(tmp_path, targets):
+@pytest.mark.parametrize("adapted_modules", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_low_rank_adapters(tmp_path, adapted_modules):
     peft = pytest.importorskip("peft")
     rows = aligned_rows(8)
 
     def adapted():
         torch.manual_seed(0)
-        return peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        lora = peft.LoraConfig(r=2, target_modules=adapted_modules, init_lora_weights=False)
+        return peft.get_peft_model(tiny_model(), lora)
 
     lean = run(tmp_path, rows, adapted(), activation_checkpointing=True)
     plain = run(tmp_path, rows, adapted(), lean_head=False)
@@ -267,15 +253,35 @@ def test_defaults_are_the_papers(tmp_path):
     assert got.per_device_train_batch_size * got.gradient_accumulation_steps == 128
 
 
-def test_batch_size_over_all_devices(monkeypatch, caplog):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    probe = FusionConfig.__new__(FusionConfig)  # no process group exists when the field is derived
-    probe.per_device_train_batch_size, probe.total_batch_size, probe.use_cpu = 4, 128, True
-    assert probe._accumulation_steps() == 4
-    probe.per_device_train_batch_size = 6
+@pytest.mark.parametrize(
+    ("environment", "use_cpu", "devices"),
+    [
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, True, 8),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, False, 8),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False, 1),  # torchrun with one process: one GPU
+        ({}, True, 1),
+        ({}, False, 4),  # one process without a launcher drives all GPUs
+    ],
+)
+def test_devices_of_a_run(monkeypatch, environment, use_cpu, devices):
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_count(use_cpu=use_cpu) == devices
+
+
+@pytest.mark.parametrize(("size", "steps", "warned"), [(4, 3, False), (6, 2, False), (8, 2, True), (100, 1, True)])
+def test_accumulation_follows_from_the_total_batch_size(tmp_path, caplog, size, steps, warned):
     with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
-        assert probe._accumulation_steps() == 3
-    assert "144 conversations per step instead of total_batch_size 128" in caplog.text
+        got = FusionConfig(str(tmp_path), use_cpu=True, total_batch_size=12, per_device_train_batch_size=size)
+    assert got.gradient_accumulation_steps == steps
+    assert got.conversations_per_step == size * steps
+    told = (
+        f"{size * steps} conversations per step instead of total_batch_size 12: {size} at a time x {steps} accumulated"
+    )
+    assert (told in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fusechat_fuse.training.lean_head import install_lean_head
 from tests.helpers.distributed_worker import SETTINGS
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
-from tests.test_trainer import run
+from tests.helpers.tiny_runs import run
 
 WORLD = 2
 CASES = ["ddp", "fsdp1", "fsdp1_own_head", "fully_shard", "fully_shard_own_head"]

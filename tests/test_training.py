@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,17 @@ def test_the_model_card_tells_the_story(pivot, data, tmp_path):
     assert metadata["pipeline_tag"] == "text-generation"
     assert "fusechat" in metadata["tags"]
     assert "base_model" not in metadata  # a directory is no Hub name
-    for told in ("openchat-strong", "strong-source", "prefix", "0.93", "0.9", "min_ce", "2408.07990", "train_loss"):
-        assert told in text
+    rows = (
+        *("| language-model weight lambda | 0.9 |", "| fusion function | min_ce (cross-entropy per token) |"),
+        *(
+            "| source | strong-source |",
+            "| mapping | prefix |",
+            "| coverage | 0.93 |",
+            "| conversations per step | 4 |",
+        ),
+        *(f"| torch | {version('torch')} |", "| train_loss | ", "# openchat-strong", "arxiv.org/abs/2408.07990"),
+    )
+    assert [row for row in rows if row not in text] == []
     sources = [
         {"model": name, "mapping": ["statistics"], "certificate": {"coverage": 0.5}} for name in ("solar", "qwen")
     ]
@@ -88,44 +98,82 @@ def test_the_same_command_again_leaves_a_finished_run_alone(pivot, data, tmp_pat
     assert (tmp_path / "t" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_another_runs_directory_is_refused_with_the_difference(pivot, data, tmp_path):
-    train(pivot, data, config(tmp_path / "t", max_steps=1))
-    with pytest.raises(InputError, match=r"another run's \(lm_loss_weight = 0.9 there and 0.5 here\)"):
-        train(pivot, data, config(tmp_path / "t", max_steps=1, lm_loss_weight=0.5))
-    other = aligned_directory(tmp_path / "other", seed=9)
-    with pytest.raises(InputError, match=r"another run's \(data = "):
-        train(pivot, other, config(tmp_path / "t", max_steps=1))
-    train(pivot, data, config(tmp_path / "t", max_steps=1, lm_loss_weight=0.5), overwrite=True)
-    assert json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())["identity"]["options"]["lm_loss_weight"] == 0.5
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
+@pytest.fixture(scope="module")
+def finished(pivot, data, tmp_path_factory):
+    """The directory of a finished run; borrowed."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    train(pivot, data, config(output, max_steps=1))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("seed", "weight", "difference"),
+    [(0, 0.5, "lm_loss_weight = 0.9 there and 0.5 here"), (9, 0.9, "data = ")],
+    ids=["another option", "other data"],
+)
+def test_another_runs_directory_is_refused_with_the_difference(pivot, finished, tmp_path, seed, weight, difference):
+    data = aligned_directory(tmp_path / "data", seed=seed)
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=rf"another run's \({difference}"):
+        train(pivot, data, config(finished, max_steps=1, lm_loss_weight=weight))
+    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
+
+
+def test_overwrite_starts_anew_in_another_runs_directory(pivot, data, finished, tmp_path):
+    output = tmp_path / "t"
+    shutil.copytree(finished, output)
+    train(pivot, data, config(output, max_steps=1, lm_loss_weight=0.5), overwrite=True)
+    assert json.loads((output / "fusion_run.json").read_bytes())["identity"]["options"]["lm_loss_weight"] == 0.5
+
+
+def test_a_directory_with_other_files_is_refused_and_left_as_it_is(pivot, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep")
     with pytest.raises(InputError, match=r"expected an empty one, got other files \('notes.txt'\)"):
-        train(pivot, data, config(tmp_path / "mine", max_steps=1))
-    assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+        train(pivot, data, config(tmp_path, max_steps=1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_bad_input_is_found_before_any_work(pivot, data, tmp_path):
-    output = tmp_path / "never"
-    plain = aligned_directory(tmp_path / "plain", kind="representation")
-    with pytest.raises(InputError, match=r"expected aligned data, got a representation"):
-        train(pivot, plain, config(output))
-    with pytest.raises(InputError, match=r"representation for .*nowhere: expected a finished directory"):
-        train(pivot, tmp_path / "nowhere", config(output))
-    wide = aligned_directory(tmp_path / "wide", vocab_size=VOCAB + 1)
-    with pytest.raises(InputError, match=rf"expected ids below {VOCAB} .* got data of a pivot with {VOCAB + 1}"):
-        train(pivot, wide, config(output))
-    with pytest.raises(InputError, match=r"got one without config.json"):
-        train(tmp_path / "plain", data, config(output))
-    with pytest.raises(InputError, match=r"expected a model directory or a Hub name"):
-        train(tmp_path / "absent", data, config(output))
-    with pytest.raises(InputError, match=r"value for dtype: expected one of float32"):
-        train(pivot, data, config(output), dtype="int8")
-    other = tmp_path / "other-tokenizer"
-    shutil.copytree(pivot, other)
-    real_tokenizers.tiny_unigram().save_pretrained(other)
-    with pytest.raises(InputError, match=r"tokenizer for .*aligned: expected the one of .*other-tokenizer"):
-        train(other, data, config(output))
-    assert not output.exists()
+def another_tokenizer(pivot: Path, folder: Path) -> Path:
+    shutil.copytree(pivot, folder / "other-tokenizer")
+    real_tokenizers.tiny_unigram().save_pretrained(folder / "other-tokenizer")
+    return folder / "other-tokenizer"
+
+
+BAD_INPUT = {  # what is changed of pivot, data and options, given the pivot and a folder; what the error says
+    "data that is not aligned": (
+        lambda pivot, folder: {"data": aligned_directory(folder / "plain", kind="representation")},
+        "expected aligned data, got a representation",
+    ),
+    "no data": (
+        lambda pivot, folder: {"data": folder / "nowhere"},
+        "representation for .*nowhere: expected a finished directory",
+    ),
+    "ids beyond the vocabulary": (
+        lambda pivot, folder: {"data": aligned_directory(folder / "wide", vocab_size=VOCAB + 1)},
+        rf"expected ids below {VOCAB} .* got data of a pivot with {VOCAB + 1}",
+    ),
+    "a directory without a model": (
+        lambda pivot, folder: {"pivot": aligned_directory(folder / "plain")},
+        "model for .*plain: expected .*directory.*, got one without",
+    ),
+    "no model": (lambda pivot, folder: {"pivot": folder / "absent"}, "model for .*absent: expected a model directory"),
+    "an unknown dtype": (
+        lambda pivot, folder: {"options": {"dtype": "int8"}},
+        "value for dtype: expected one of float32",
+    ),
+    "another tokenizer": (
+        lambda pivot, folder: {"pivot": another_tokenizer(pivot, folder)},
+        "tokenizer for .*aligned: expected the one of .*other-tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_found_before_any_work(pivot, data, tmp_path, change, message):
+    given = {"pivot": pivot, "data": data, "options": {}, **change(pivot, tmp_path)}
+    with pytest.raises(InputError, match=message):
+        train(given["pivot"], given["data"], config(tmp_path / "never"), **given["options"])
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_row_beyond_the_vocabulary_stops_the_run(pivot, tmp_path):

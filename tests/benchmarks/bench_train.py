@@ -92,7 +92,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
     """Times of forward and backward of each way, taking turns in one process; peak memory of the process; losses.
 
     Ways: plain (Trainer, full logits), lean (FusionTrainer), full (FusionTrainer, full logits), dense (full logits and
-    the released way of building targets), none (decoder only).
+    the released way of building distributions), none (decoder only).
     """
     from fusechat_fuse.training.collator import FusionCollator
 
@@ -115,7 +115,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
                 torch.cuda.synchronize()
             found[way]["seconds"].append(time.perf_counter() - started)
             if way in ("lean", "full"):
-                loss = trainer._meters["train"].read(trainer.accelerator, 0.9)["lm_loss"]
+                loss = trainer.meters["train"].read(trainer.accelerator, 0.9)["lm_loss"]
             found[way]["lm_loss"] = loss
     for one in found.values():
         one["seconds"] = statistics.median(one["seconds"][1:] or one["seconds"])
@@ -129,7 +129,7 @@ def one_step(way: str, trainer, model, rows, batch: dict, count, V: int) -> floa
         hidden.float().square().mean().backward()
         return 0.0
     if way == "dense":
-        dense, rewards = dense_targets(rows, V)
+        dense, rewards = dense_distributions(rows, V)
         dense, rewards = [one.to(count.device) for one in dense], rewards.to(count.device)
         loss = dense_loss(model(**inputs, use_cache=False).logits, batch["shift_labels"], dense, rewards)
         loss.backward()
@@ -161,8 +161,8 @@ def measure_input(shape: dict) -> dict:
     return {"seconds": seconds, "tokens_per_second": size * (shape["tokens"] // 2) / seconds}
 
 
-def dense_targets(rows: list[dict], V: int) -> tuple:
-    """Targets the dense way: [B, T, V] in bfloat16 for both models, filled position by position."""
+def dense_distributions(rows: list[dict], V: int) -> tuple:
+    """Distributions the dense way: [B, T, V] in bfloat16 for both models, filled position by position."""
     T = max(len(row["input_ids"]) for row in rows)
     dense = [torch.zeros(len(rows), T, V, dtype=torch.bfloat16) for _ in range(2)]
     for b, row in enumerate(rows):
@@ -177,18 +177,18 @@ def dense_targets(rows: list[dict], V: int) -> tuple:
 
 
 def dense_loss(logits, labels, dense, rewards, weight: float = 0.9):
-    """The loss the dense way: both targets stacked, an argmax of rewards at every entry, softmax over everything."""
+    """The loss the dense way: both stacked, an argmax of rewards at every entry, softmax over everything."""
     B, T, V = logits.shape
     stacked = torch.stack(dense, -1)  # [B, T, V, 2]
     best = rewards.bfloat16()[:, None, None].expand(B, T, V, 2).contiguous().argmax(-1, keepdim=True)
-    target = stacked.gather(-1, best)[..., 0]
-    losses = -(target.float() * torch.log_softmax(logits.float(), -1)).sum(-1)
+    q = stacked.gather(-1, best)[..., 0]
+    losses = -(q.float() * torch.log_softmax(logits.float(), -1)).sum(-1)
     mask = labels != -100
     lm = torch.nn.functional.cross_entropy(logits.float().view(-1, V), labels.reshape(-1), ignore_index=-100)
     return weight * lm + (1 - weight) * (losses * mask).sum() / mask.sum()
 
 
-def measure_targets(way: str, batch: int, tokens: int, V: int) -> dict:
+def measure_loss(way: str, batch: int, tokens: int, V: int) -> dict:
     """Collator and loss (forward and backward from logits on) the sparse or the dense way."""
     from fusechat_fuse.training.collator import FusionCollator
     from fusechat_fuse.training.loss import fusion_loss
@@ -202,7 +202,7 @@ def measure_targets(way: str, batch: int, tokens: int, V: int) -> dict:
         middle = time.perf_counter()
         loss = fusion_loss(logits, *(again[name] for name in ("shift_labels", "target_ids", "target_probs"))).loss
     else:
-        dense, rewards = dense_targets(rows, V)
+        dense, rewards = dense_distributions(rows, V)
         middle = time.perf_counter()
         loss = dense_loss(logits, collated["shift_labels"], dense, rewards)
     loss.backward()
@@ -248,16 +248,16 @@ def step_table(name: str, device: str, steps: int) -> dict:
     return found
 
 
-def target_table() -> dict:
+def loss_table() -> dict:
     found = {}
     print("\nCollator and loss from logits on, float32, 32002 entries, CPU")
     print("way     batch       collate s   loss s   extra MiB")
     for way, batch, tokens in (("dense", 1, 512), ("sparse", 1, 512), ("dense", 4, 2048), ("sparse", 4, 2048)):
-        one = found[f"{way} {batch} x {tokens}"] = alone("measure_targets", way, batch, tokens, 32_002)
+        one = found[f"{way} {batch} x {tokens}"] = alone("measure_loss", way, batch, tokens, 32_002)
         print(f"{way:8}{batch} x {tokens:<8}{one['collate']:9.3f}{one['loss']:10.2f}{one['extra'] / 2**20:10.0f}")
     for size in ("1 x 512", "4 x 2048"):
         a, b = found[f"dense {size}"]["value"], found[f"sparse {size}"]["value"]
-        if abs(a - b) > 5e-3 * a:  # the dense targets are rounded to bfloat16
+        if abs(a - b) > 5e-3 * a:  # the dense distributions are rounded to bfloat16
             raise AssertionError(f"dense and sparse disagree: {a} and {b}")
     return found
 
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", nargs="*", default=None, choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--no_targets", action="store_true")
+    parser.add_argument("--steps_only", action="store_true")
     options = parser.parse_args()
     shapes = options.shapes or (["mistral-7b"] if options.device == "cuda" else ["cpu-32k", "cpu-152k"])
     result = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -279,8 +279,8 @@ def main() -> None:
             f"read + collate, one core: {reading['tokens_per_second']:,.0f} predicted tokens/s, "
             f"{100 * reading['of_step']:.2f} % of a step"
         )
-    if not options.no_targets:
-        result["targets"] = target_table()
+    if not options.steps_only:
+        result["collate and loss"] = loss_table()
     print(json.dumps(result))
 
 

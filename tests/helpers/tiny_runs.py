@@ -4,12 +4,15 @@ import functools
 import json
 from pathlib import Path
 
+import pytest
+import torch
 import transformers
 
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.tokens import tokenizer_hash
 from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers import real_tokenizers
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
@@ -71,3 +74,19 @@ def logged(output: Path, name: str = "loss") -> list[float]:
     """The values of one figure, step by step, as the run wrote them."""
     history = json.loads((Path(output) / "trainer_state.json").read_bytes())["log_history"]
     return [entry[name] for entry in history if name in entry]
+
+
+def run(tmp_path, rows, model=None, trainer_options=None, **changes):
+    """Train in the order of `rows`: (losses by step, parameters after training, trainer)."""
+    model = tiny_model() if model is None else model
+    settings = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0, **changes}
+    trainer = FusionTrainer(model, config(tmp_path, **settings), train_dataset=rows, **(trainer_options or {}))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+
+def assert_same_run(a, b, tolerance=1e-5):
+    assert a[0] == pytest.approx(b[0], rel=tolerance)
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=tolerance, atol=tolerance)
