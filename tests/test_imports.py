@@ -92,7 +92,7 @@ def test_what_is_shared_uses_no_room(part):
 def test_every_part_is_a_room_or_shared():
     folder = ROOT / "fusechat_fuse"
     parts = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert parts == {*ROOMS, *SHARED, "cli", "__init__", "__main__"}
+    assert parts == {*ROOMS, *SHARED, "cli", "flags", "__init__", "__main__"}
 
 
 @pytest.mark.parametrize(("room", "module"), [(room, m) for room, modules in PURE.items() for m in modules])
