@@ -1,4 +1,4 @@
-"""What the project says of itself in several places is one thing: versions, tiers of tests, citations."""
+"""What the project says of itself in several places is one thing: versions, floors, tiers of tests, citations."""
 
 import configparser
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 setup = configparser.ConfigParser()
@@ -32,7 +33,19 @@ def pinned(file: str) -> dict[str, str]:
     return {name: str(requirement.specifier).removeprefix("==") for name, requirement in found.items()}
 
 
-@pytest.mark.parametrize("file", ["constraints.txt"])
+def test_the_lowest_set_is_what_is_declared():
+    floors = {
+        name: Version(part.version)
+        for name, requirement in DECLARED.items()
+        for part in requirement.specifier
+        if part.operator == ">="
+    }
+    lowest = {name: Version(version) for name, version in pinned("constraints-lowest.txt").items()}
+    assert lowest.pop("torch") >= floors.pop("torch")  # installed from one build; its floor was tried apart
+    assert lowest == floors
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])
 def test_tested_versions_are_allowed(file):
     for name, version in pinned(file).items():
         assert name not in DECLARED or version in DECLARED[name].specifier, name
