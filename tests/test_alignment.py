@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.alignment import run as alignment
+from fusechat_fuse.alignment.candidates import Stream, Vocabularies
 from fusechat_fuse.alignment.certificate import CoverageError, stretches, summary_lines
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, NONE, correspond, joined_bytes, safe_starts
-from fusechat_fuse.alignment.prefix import Stream, Vocabularies, add_up_equal_ids, prefix_rows
+from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.prefix import prefix_rows
 from fusechat_fuse.alignment.run import align
+from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.alignment.streams import align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import Pair
-from fusechat_fuse.alignment.vocabulary_maps import PathTable
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation

@@ -33,9 +33,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusechat_fuse.alignment.candidates import Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import EXACT, correspond, line_up
-from fusechat_fuse.alignment.prefix import Stream, Vocabularies, single_id_rows
-from fusechat_fuse.alignment.vocabulary_maps import PathTable, Speller, exact_map, min_edit_map, preferred_ids
+from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.single_id import single_id_rows
+from fusechat_fuse.alignment.speller import Speller
+from fusechat_fuse.alignment.vocabulary_maps import exact_map, min_edit_map, preferred_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import token_table

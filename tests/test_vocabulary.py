@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
+from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import (
     PairCounts,
-    PathTable,
-    Speller,
     exact_map,
     min_edit_map,
     preferred_ids,

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusechat_fuse.alignment.candidates import Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
-from fusechat_fuse.alignment.prefix import Mapped, Stream
+from fusechat_fuse.alignment.sparse_rows import Mapped
 
 FLOOR = 1e-6
 COUNTED = (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.alignment.prefix import add_up_equal_ids
+from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer

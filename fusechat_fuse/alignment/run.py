@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fusechat_fuse.alignment.candidates import Vocabularies
 from fusechat_fuse.alignment.certificate import COUNTED, CoverageError, certificate, tally
 from fusechat_fuse.alignment.correspondence import EXACT, correspond
-from fusechat_fuse.alignment.prefix import Mapped, Vocabularies
+from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import Pair, load_counts, save_counts
 from fusechat_fuse.alignment.vocabulary_maps import PairCounts

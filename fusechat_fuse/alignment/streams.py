@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusechat_fuse.alignment.candidates import Stream, Vocabularies, prepare
 from fusechat_fuse.alignment.correspondence import correspond, line_up, safe_starts
-from fusechat_fuse.alignment.prefix import Mapped, Stream, Vocabularies, prefix_rows, prepare, single_id_rows
+from fusechat_fuse.alignment.prefix import prefix_rows
+from fusechat_fuse.alignment.single_id import single_id_rows
+from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.tokenizer_pair import Pair, Side
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fusechat_fuse.alignment.candidates import Vocabularies
 from fusechat_fuse.alignment.correspondence import joined_bytes
-from fusechat_fuse.alignment.prefix import Vocabularies
+from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import (
     PairCounts,
-    PathTable,
-    Speller,
     exact_map,
     min_edit_map,
     preferred_ids,

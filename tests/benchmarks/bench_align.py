@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.correspondence import correspond
+from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.run import SHARD, Job, collect_counts, run_shards
 from fusechat_fuse.alignment.streams import make_batch
 from fusechat_fuse.alignment.tokenizer_pair import Pair
-from fusechat_fuse.alignment.vocabulary_maps import PathTable, exact_map, min_edit_map
+from fusechat_fuse.alignment.vocabulary_maps import exact_map, min_edit_map
 from fusechat_fuse.store.shards import Representation, ShardWriter
 from tests.helpers import real_tokenizers
 from tests.helpers.alignment_data import end_of_turn, make_row, write_representation

@@ -21,8 +21,8 @@ import numpy as np
 
 from fusechat_fuse.alignment.certificate import certificate, tally
 from fusechat_fuse.alignment.correspondence import correspond
-from fusechat_fuse.alignment.prefix import Mapped
 from fusechat_fuse.alignment.run import align
+from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import make_batch
 from fusechat_fuse.alignment.tokenizer_pair import Pair
 from tests.benchmarks import released_rules
