@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment import combination as fusion
-from fusechat_fuse.alignment.combination import average, combine, source_cross_entropy
+from fusechat_fuse.alignment import combination
+from fusechat_fuse.alignment.combination import average, combine
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.cross_entropy import source_cross_entropy
 from fusechat_fuse.store.shards import load_representation
 from tests.test_alignment import files_of, rows_for, write
 
@@ -14,7 +15,7 @@ from tests.test_alignment import files_of, rows_for, write
 @pytest.fixture(scope="module")
 def three(tmp_path_factory, tiny_bpe, tiny_unigram):
     """Three aligned sources of one pivot; the last lacks two conversations."""
-    folder = tmp_path_factory.mktemp("fusion")
+    folder = tmp_path_factory.mktemp("combination")
     pivot = write(folder / "pivot", tiny_bpe, rows_for(tiny_bpe))
     made = []
     for n, tokenizer in enumerate((tiny_unigram, tiny_bpe, tiny_unigram)):
@@ -34,9 +35,9 @@ def by_id(path) -> dict[str, dict]:
 def test_min_ce_takes_the_lowest(ce_unit, three, tmp_path):
     manifest = combine(three, tmp_path / "out", ce_unit=ce_unit)
     parts, taken = [by_id(path) for path in three], [0, 0, 0]
-    fused = by_id(tmp_path / "out")
-    assert list(fused) == [f"c{n}" for n in range(10)]
-    for name, row in fused.items():
+    combined = by_id(tmp_path / "out")
+    assert list(combined) == [f"c{n}" for n in range(10)]
+    for name, row in combined.items():
         ces = [source_cross_entropy(part[name], ce_unit) if name in part else np.inf for part in parts]
         best = int(np.argmin(ces))
         taken[best] += 1
@@ -49,12 +50,6 @@ def test_min_ce_takes_the_lowest(ce_unit, three, tmp_path):
     assert list(manifest["taken"].values()) == taken
     assert sum(t > 0 for t in taken) > 1
     assert len(manifest["sources"]) == 3
-
-
-def test_cross_entropy_per_byte():
-    row = {"source_ce": 2.0, "source_tokens": 10, "source_bytes": 40}
-    assert source_cross_entropy(row) == 2.0
-    assert source_cross_entropy(row, "byte") == 0.5
 
 
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
@@ -133,8 +128,26 @@ def test_average_of_a_position_without_an_answer():
     assert (nobody["source_ids"] == -1).all()
 
 
+def test_average_leaves_out_what_has_no_cross_entropy():
+    def row(ce, probability):
+        return {
+            "id": "x",
+            "source_ids": np.array([[3]], np.int32),
+            "source_probs": np.array([[probability]], np.float32),
+            "source_token_ce": np.array([1.0], np.float32),
+            "mapped_mass": np.array([probability], np.float16),
+            "source_ce": ce,
+            "source_bytes": 0,
+            "source_tokens": 1,
+        }
+
+    rows = [row(1.0, 0.5), row(2.0, 0.25)]
+    assert average(rows, [np.nan, 2.0])["source_probs"].tolist() == [[0.25]]
+    assert average(rows, [np.nan, np.nan])["source_probs"].tolist() == [[0.375, 0.0]]
+
+
 def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch):
-    monkeypatch.setattr(fusion, "SHARD", 3)
+    monkeypatch.setattr(combination, "SHARD", 3)
     combine(three, tmp_path / "out")
     whole = files_of(tmp_path / "out")
     (tmp_path / "out" / "shard-00001.arrow").unlink()
@@ -145,19 +158,37 @@ def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch)
         combine(three, tmp_path / "out", function="avg_ce")
 
 
-def test_bad_input(three, tmp_path, tiny_bpe):
-    with pytest.raises(InputError, match="expected one of min_ce, avg_ce, got 'max'"):
-        combine(three, tmp_path / "out", function="max")
-    with pytest.raises(InputError, match="ce_unit"):
-        combine(three, tmp_path / "out", ce_unit="word")
-    for few in (three[:1], str(three[0])):
-        with pytest.raises(InputError, match="expected at least two"):
-            combine(few, tmp_path / "out")
-    with pytest.raises(InputError, match="expected aligned or combined, got a representation"):
-        combine([three[0], three[0].parent / "pivot"], tmp_path / "out")
+@pytest.mark.parametrize(
+    ("directories", "options", "message"),
+    [
+        ((0, 1), {"function": "max"}, "expected one of min_ce, avg_ce, got 'max'"),
+        ((0, 1), {"ce_unit": "word"}, "value for ce_unit: expected token or byte, got 'word'"),
+        ((0,), {}, "expected at least two, got \\["),
+        ((0, "pivot"), {}, "expected aligned or combined, got a representation"),
+    ],
+    ids=["function", "ce_unit", "one", "representation"],
+)
+def test_bad_input(directories, options, message, three, tmp_path):
+    paths = [three[n] if isinstance(n, int) else three[0].parent / n for n in directories]
+    with pytest.raises(InputError, match=message):
+        combine(paths, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_is_not_several_directories(three, tmp_path):
+    with pytest.raises(InputError, match="expected at least two, got '"):
+        combine(str(three[0]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_combination_goes_on_by_its_own_function(three, tmp_path):
     combine(three[:2], tmp_path / "mean", function="avg_ce")
     with pytest.raises(InputError, match="expected function min_ce by token, got avg_ce by token"):
         combine([tmp_path / "mean", three[2]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_pivot_is_refused(three, tmp_path, tiny_bpe):
     other = write(tmp_path / "p", tiny_bpe, rows_for(tiny_bpe, seed=9))
     align(other.path, three[0].parent / "source0", tmp_path / "foreign", cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match="another pivot representation"):

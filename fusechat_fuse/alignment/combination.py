@@ -17,10 +17,11 @@ import numpy as np
 
 from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.cross_entropy import CE_UNITS, source_cross_entropy
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
-FUNCTIONS = ("min_ce", "avg_ce")
+COMBINATIONS = ("min_ce", "avg_ce")
 SHARD = 256
 _OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "source_ce", "source_bytes")
 _OF_SOURCE += ("source_tokens", "source_index", "source_log_weight", "source_best_ce")
@@ -50,10 +51,10 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
 
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
-    if function not in FUNCTIONS:
-        raise InputError(f"value for function: expected one of {', '.join(FUNCTIONS)}, got {function!r}. Use one.")
-    if ce_unit not in ("token", "byte"):
-        raise InputError(f"value for ce_unit: expected token or byte, got {ce_unit!r}. Use one of them.")
+    if function not in COMBINATIONS:
+        raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
+    if ce_unit not in CE_UNITS:
+        raise InputError(f"value for ce_unit: expected {' or '.join(CE_UNITS)}, got {ce_unit!r}. Use one of them.")
     parts = _open_all(aligned_dirs, function, ce_unit)
     lists = [_sources(part) for part in parts]
     sources = [source for several in lists for source in several]
@@ -69,12 +70,12 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
     shards = range(-(-len(rows) // SHARD))
     for shard in shards:
         if not writer.done(shard):
-            fused, taken = [], Counter()
+            combined, taken = [], Counter()
             for places in rows[shard * SHARD : (shard + 1) * SHARD]:
-                row = _fuse([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
+                row = _combined([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
                 taken[str(int(row["source_index"][0]))] += 1
-                fused.append(row)
-            writer.write(shard, fused, {"taken": dict(sorted(taken.items()))})
+                combined.append(row)
+            writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
     taken = sum((Counter(writer.info(shard)["info"]["taken"]) for shard in shards), Counter())
     first = parts[0].manifest
     manifest = {
@@ -116,7 +117,7 @@ def _sources(part: Representation) -> list[dict]:
 
 
 def _open_all(aligned_dirs, function: str, ce_unit: str) -> list[Representation]:
-    if isinstance(aligned_dirs, (str, Path)) or len(aligned_dirs) < 2:
+    if isinstance(aligned_dirs, str | Path) or len(aligned_dirs) < 2:
         raise InputError(
             f"aligned directories for combine: expected at least two, got {aligned_dirs!r}. "
             "One aligned directory needs no combining: train on it."
@@ -161,13 +162,7 @@ def _numbered(row: dict, offset: int) -> dict:
     return row | {"source_index": np.where(index >= 0, index + offset, -1).astype(np.int32)}
 
 
-def source_cross_entropy(row: dict, ce_unit: str = "token") -> float:
-    """A row's source CE: nats per source token, or per byte of assistant text."""
-    ce = float(row["source_ce"])
-    return ce if ce_unit == "token" else ce * row["source_tokens"] / max(row["source_bytes"], 1)
-
-
-def _fuse(rows: list[dict], function: str, ce_unit: str) -> dict:
+def _combined(rows: list[dict], function: str, ce_unit: str) -> dict:
     """One conversation out of its rows from several sources."""
     ces = [source_cross_entropy(row, ce_unit) for row in rows]
     if function == "min_ce":
@@ -180,30 +175,38 @@ def average(rows: list[dict], ces: list[float]) -> dict:
 
     Args:
         rows: aligned or combined rows of the same pivot tokens, borrowed.
-        ces: CE_j of each; ignored for a row that has a `source_log_weight` of its own.
+        ces: CE_j of each; ignored for a row that has a `source_log_weight` of its own. A row without a CE (NaN: no
+            text to count bytes of) is left out; if none has one, all weigh the same.
 
     Returns:
         A row: union of ids with mixed probabilities, mixed `mapped_mass`; `source_token_ce` of the mixture;
         `source_bytes` and `source_tokens` of the source with the lowest CE.
     """
+    known = [n for n, ce in enumerate(ces) if not np.isnan(ce)]
+    rows, ces = ([rows[n] for n in known], [ces[n] for n in known]) if known else (rows, [0.0] * len(rows))
     log_weight = np.array([row.get("source_log_weight", -ce) for row, ce in zip(rows, ces)], np.float64)
     total = np.logaddexp.reduce(log_weight)
-    w = np.exp(log_weight - total)
+    w = np.exp(log_weight - total)  # [M] of M rows
+
+    def mean(values):
+        total = 0.0
+        for share, value in zip(w, values):
+            total = total + share * value
+        return total
+
     best_ce = [row.get("source_best_ce", ce) for row, ce in zip(rows, ces)]
     best = rows[int(np.argmin(best_ce))]
     ids = np.concatenate([row["source_ids"] for row in rows], axis=1)
     probs = np.concatenate([share * row["source_probs"] for share, row in zip(w, rows)], axis=1).astype(np.float64)
     add_up_equal_ids(ids, probs)
     with np.errstate(divide="ignore"):
-        token = -np.log(sum(share * np.exp(-row["source_token_ce"].astype(np.float64)) for share, row in zip(w, rows)))
+        token = -np.log(mean(np.exp(-row["source_token_ce"].astype(np.float64)) for row in rows))
     mixed = {
         "source_ids": ids,
         "source_probs": probs.astype(np.float32),
         "source_token_ce": token.astype(np.float32),
-        "mapped_mass": sum(share * row["mapped_mass"].astype(np.float64) for share, row in zip(w, rows)).astype(
-            np.float16
-        ),
-        "source_ce": float(sum(share * row["source_ce"] for share, row in zip(w, rows))),
+        "mapped_mass": np.asarray(mean(row["mapped_mass"].astype(np.float64) for row in rows)).astype(np.float16),
+        "source_ce": float(mean(row["source_ce"] for row in rows)),
         "source_bytes": best["source_bytes"],
         "source_tokens": best["source_tokens"],
         "source_index": np.full(1, -1, np.int32),
