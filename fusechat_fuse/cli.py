@@ -49,12 +49,13 @@ def _represent(options: dict[str, Any]) -> None:
 
 
 def _align_flags(parser: FlagParser) -> None:
+    from fusechat_fuse.alignment.mappings import MAPPINGS
+
+    known = ", ".join(f"{mapping.name} ({mapping.summary})" for mapping in MAPPINGS.values())
     add_flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
     add_flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    add_flag(
-        parser, "mapping", "prefix", help="prefix (exact), statistics (MS, the paper's), exact (EM) or min_edit (MinED)"
-    )
+    add_flag(parser, "mapping", "prefix", help=known)
     add_flag(parser, "num_proc", type=int, help="processes (default: one)")
     add_flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
     add_flag(parser, "counts", help="counts of an earlier corpus, for statistics")

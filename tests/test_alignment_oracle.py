@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.alignment.certificate import FLOOR, tally
+from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.streams import align_batch, make_batch
-from fusechat_fuse.alignment.tokenizer_pair import Pair
-from fusechat_fuse.alignment.vocabulary_maps import PairCounts
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
+from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
 from tests.helpers import reference_alignment as reference
 from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
 from tests.test_tokens import random_texts
@@ -26,10 +27,10 @@ PAIRS = [
 
 @pytest.fixture(scope="session")
 def pair_of(request, tmp_path_factory):
-    """(pivot name, source name) -> Pair, its representations' rows made by one conversation each."""
+    """(pivot name, source name) -> TokenizerPair, its representations' rows made by one conversation each."""
     known = {}
 
-    def get(pivot: str, source: str) -> Pair:
+    def get(pivot: str, source: str) -> TokenizerPair:
         if (pivot, source) not in known:
             folder = tmp_path_factory.mktemp("pair")
             opened = []
@@ -37,7 +38,7 @@ def pair_of(request, tmp_path_factory):
                 tokenizer = request.getfixturevalue(name)
                 row = make_row(tokenizer, "x", ["text"], header="", end_of_turn=end_of_turn(tokenizer), K=2, seed=0)
                 opened.append(write_representation(folder / role, tokenizer, [row], end_of_turn=end_of_turn(tokenizer)))
-            known[pivot, source] = Pair.load(*opened, folder / "cache")
+            known[pivot, source] = TokenizerPair.load(*opened, folder / "cache")
         return known[pivot, source]
 
     return get
@@ -98,7 +99,7 @@ def assert_equal_rows(got: dict, expected: dict, where) -> None:
 
 
 def check_prefix(request, pair, pivot, source, **options):
-    vocab = pair.vocabularies("prefix")
+    vocab = pair.vocabularies(MAPPINGS["prefix"])
     cached: dict[bytes, list[int]] = {}
 
     def path(piece: bytes) -> list[int]:
@@ -109,7 +110,7 @@ def check_prefix(request, pair, pivot, source, **options):
     stats = {"tokens": 0, "answered": 0, "inside": 0}
     for p, s, contents in cases(request, pivot, source, **options):
         batch = make_batch([p], [s], pair)
-        match, mapped, safe = align_batch(batch, pair, vocab, "prefix", False)
+        match, mapped, safe = align_batch(batch, pair, vocab, MAPPINGS["prefix"], False)
         pivot_tokens, source_tokens = tokens_of(p, source=False), tokens_of(s, source=True)
         texts = {m: content.encode() for m, content in enumerate(contents)}
         expected = reference.prefix(
@@ -190,13 +191,13 @@ def test_prefix_where_the_source_was_truncated(pivot, source, pair_of, request):
 def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, cut, pair_of, request):
     pair = pair_of(pivot, source)
     rng = np.random.default_rng(0)
-    counts = PairCounts.of(
+    counts = AlignedCounts.of(
         rng.integers(0, len(pair.source.bytes), 500), rng.integers(0, len(pair.pivot.bytes), 500), len(pair.pivot.bytes)
     )
-    vocab = pair.vocabularies(mapping, counts)
+    vocab = pair.vocabularies(MAPPINGS[mapping], counts)
     for p, s, contents in cases(request, pivot, source, seed=5, headers=headers, cut=cut):
         batch = make_batch([p], [s], pair)
-        match, mapped, safe = align_batch(batch, pair, vocab, mapping, False)
+        match, mapped, safe = align_batch(batch, pair, vocab, MAPPINGS[mapping], False)
         expected = reference.single(
             tokens_of(p, source=False),
             tokens_of(s, source=True),

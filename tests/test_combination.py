@@ -9,7 +9,7 @@ from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import source_cross_entropy
 from fusechat_fuse.store.shards import load_representation
-from tests.test_alignment import files_of, rows_for, write
+from tests.helpers.alignment_data import files_of, rows_for, write
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment.candidates import Stream, Vocabularies
+from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import EXACT, correspond, line_up
 from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.single_id import single_id_rows
@@ -210,7 +210,8 @@ def exact_rows(p: Side, s: Side, to_pivot, by_bytes) -> dict[int, set[int]]:
         widths = np.array([len(piece or b"") for piece in side.bytes])[side.ids]
         header = np.where(widths > 0, np.maximum(widths - (side.stop - side.start), 0), 0)
         more = {name: array[kept] for name, array in more.items()}
-        return np.flatnonzero(kept), Stream(side.ids[kept], side.start[kept], side.stop[kept], header[kept], **more)
+        kind = SourceStream if more else Stream
+        return np.flatnonzero(kept), kind(side.ids[kept], side.start[kept], side.stop[kept], header[kept], **more)
 
     where, pivot = stream(p)
     shifted = np.concatenate([s.topk[:1], s.topk[:-1]])  # a recorded row stands at the position before its prediction

@@ -17,12 +17,22 @@ HEAVY = {"torch", "transformers", "datasets", "pyarrow", "mergekit", "scipy", "r
 LIGHT = {  # may load torch, and nothing else that is heavy
     "fusechat_fuse": [
         *("alignment.run", "alignment.combination", "store.shards", "training.loss", "training.choice"),
-        *("alignment.correspondence", "alignment.prefix", "alignment.single_id", "alignment.vocabulary_maps"),
+        *("alignment.correspondence", "alignment.prefix", "alignment.mappings", "alignment.vocabulary_maps"),
     ],
     "fusechat_merge": ["chunks", "kernel", "portable", "selection"],
 }
 PURE = {  # pure maths: at the top of the file numpy, torch, the standard library, and one another
-    "alignment": ["correspondence", "candidates", "paths", "prefix", "single_id", "sparse_rows", "vocabulary_maps"],
+    "alignment": [
+        "correspondence",
+        "candidates",
+        "paths",
+        "prefix",
+        "single_id",
+        "sparse_rows",
+        "vocabulary_maps",
+        "fates",
+        "mappings",
+    ],
     "training": ["choice", "loss"],
     "store": ["cross_entropy"],
 }

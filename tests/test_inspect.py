@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from fusechat_fuse.alignment.combination import combine
-from fusechat_fuse.alignment.inspection import conversation_view, inspect_path, readable
+from fusechat_fuse.alignment.conversation_view import conversation_view, readable
+from fusechat_fuse.alignment.inspection import inspect_path
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
-from tests.test_alignment import rows_for, write
+from tests.helpers.alignment_data import rows_for, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -1,4 +1,12 @@
-"""What the mappings work on: streams of tokens, and of every source token its candidates.
+"""What the mappings work on: two streams of tokens on one line, how they lie to each other, and the candidates.
+
+The *candidates* of a source token are the kept top-k of its prediction and the actual token, whose probability exp(-ce)
+is always known. `place` says where the pivot's tokens start in each source token, `candidates_of` which candidates are
+still possible there and what they would become (`docs/method.md`, "Prefix mapping": `headers`, `literal_mark`).
+
+Precision: the probability of a kept candidate is a float32 exp of a stored float16 logarithm, which is all there is to
+know of it and half the work; that of the actual token, and every sum, is float64, so that the product of the actual
+tokens' probabilities is the source's own to the last digits.
 
 Shape letters: P pivot tokens, Q source tokens, K kept top-k, C = K + 1 candidates.
 """
@@ -9,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.paths import PathTable, Spell
 from fusechat_fuse.alignment.sparse_rows import row_sums
 
 
@@ -18,38 +26,51 @@ class Stream:
     """The predicted tokens of a batch, in order, with places on one line (`correspondence.line_up`).
 
     ids, start, end, header: integers [P]; header counts the bytes a token has before its start (chat header or a '▁'
-    that stands for no byte). Of a source also ce float [Q], topk_ids int [Q, K], topk_logprobs float [Q, K].
+    that stands for no byte).
     """
 
     ids: np.ndarray
     start: np.ndarray
     end: np.ndarray
     header: np.ndarray
-    ce: np.ndarray | None = None
-    topk_ids: np.ndarray | None = None
-    topk_logprobs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class SourceStream(Stream):
+    """A stream with the model's predictions.
+
+    ce: float [Q]; topk_ids: int [Q, K], -1: none; topk_logprobs: float [Q, K].
+    """
+
+    ce: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
 
 
 @dataclass
 class Vocabularies:
     """What the mappings need to know of both vocabularies.
 
-    pivot_bytes, source_bytes: by id, None for special tokens; to_pivot int32 [V_S]: one pivot id each or -1 (exact,
-    min_edit, statistics, identity); table: paths by source id; spell: bytes -> paths, for the few that must be spelled
-    anew; by_bytes: pivot id of bytes; identity: the two vocabularies are one.
+    Attributes:
+        pivot_bytes, source_bytes: by id, None for special tokens.
+        to_pivot: int32 [V_S], one pivot id each or -1; None where the mapping has no such map.
+        table: paths by source id; further rows for what was spelled anew.
+        spell: for the few byte strings that must be spelled anew.
+        by_bytes: pivot id of each byte string.
+        identity: the two vocabularies are one.
     """
 
-    pivot_bytes: list
-    source_bytes: list
+    pivot_bytes: list[bytes | None]
+    source_bytes: list[bytes | None]
     to_pivot: np.ndarray | None
     table: PathTable
-    spell: object
-    by_bytes: dict = field(default_factory=dict)
+    spell: Spell
+    by_bytes: dict[bytes, int] = field(default_factory=dict)
     identity: bool = False
-    _rows: dict = field(default_factory=dict)
+    _rows: dict[bytes, int] = field(default_factory=dict)
 
     def rows_of(self, spelled: list[bytes]) -> list[int]:
         """Rows of the path table for byte strings; spelled once, then remembered."""
@@ -60,69 +81,105 @@ class Vocabularies:
         return [self._rows[piece] for piece in spelled]
 
 
-@dataclass
-class Work:
-    """Per source token: candidates and how it lies to the pivot's tokens. See `prepare`."""
+@dataclass(frozen=True)
+class Placement:
+    """How each source token lies to the pivot's tokens.
 
-    first: np.ndarray  # [Q] first pivot token that starts in it
-    inside: np.ndarray  # [Q] how many pivot tokens start in it
-    offset: np.ndarray  # [Q] its bytes before that start (r)
-    probs: np.ndarray  # [Q, C] P of the candidates, 0 for the actual one and for dead ones
-    rows: np.ndarray  # [Q, C] their rows in the path table
-    slot: np.ndarray  # [Q] where the actual token stands among them
-    actual: np.ndarray  # [Q] P of the actual token
-    log_actual: np.ndarray  # [Q]
-    alive_sum: np.ndarray  # [Q] P of all that begin with r, actual included
-    usable: np.ndarray  # [Q] no hole in the pivot's tokens makes r ambiguous
+    Attributes:
+        first: int [Q], the first pivot token that starts in it (where none does, the first that starts after it).
+        inside: int [Q], how many pivot tokens start in it.
+        read: int [Q], its bytes before that start, or those that a pivot token which began earlier covers.
+        header: int [Q], header bytes of the pivot token that starts where it starts, else 0.
+        no_hole: bool [Q], False where a pivot token runs into it and the next start in it is elsewhere than its end:
+            then nobody knows what was read.
+    """
+
+    first: np.ndarray
+    inside: np.ndarray
+    read: np.ndarray
+    header: np.ndarray
+    no_hole: np.ndarray
 
 
-def prepare(pivot: Stream, source: Stream, vocab: Vocabularies) -> Work:
-    """Candidates of every source token and how it lies to the pivot's tokens, for `prefix_rows`."""
-    Q, K = source.topk_ids.shape
-    first = np.searchsorted(pivot.start, source.start, side="left")
-    inside = np.searchsorted(pivot.start, source.end, side="left") - first
-    start_of = np.append(pivot.start, np.iinfo(np.int64).max)[first]
-    before = np.maximum(first - 1, 0)
-    covered = pivot.end[before] - source.start if len(pivot) else np.zeros(Q, np.int64)
-    covered = np.where((first > 0) & (covered > 0) & (covered < source.end - source.start), covered, 0)
-    gap = np.where(inside > 0, start_of - source.start, 0)
-    offset = np.where(covered > 0, covered, gap)
-    log_actual = -source.ce.astype(np.float64)
-    actual = np.exp(log_actual)
-    same = source.topk_ids == source.ids[:, None]
-    probs = np.zeros((Q, K + 1))
-    probs[:, :K] = np.exp(source.topk_logprobs.astype(np.float32))
-    probs[:, :K][same | (source.topk_ids < 0)] = 0
-    rows = np.concatenate([np.maximum(source.topk_ids, 0), np.maximum(source.ids, 0)[:, None]], axis=1)
-    slot = np.where(same.any(1), same.argmax(1), K) if K else np.zeros(Q, np.int64)
-    header = np.append(pivot.header, 0)[first] * ((inside > 0) & (gap == 0))
-    moved = (source.header != header) if vocab.identity else (source.header > 0) | (header > 0)
-    special = np.flatnonzero(((offset > 0) | moved) & ((inside > 0) | (covered > 0)))
-    if len(special):
-        _spell_anew(pivot, source, vocab, special, offset, header, first, probs, rows)
-    return Work(
+@dataclass(frozen=True)
+class Candidates:
+    """What each source prediction offers, once the bytes before the first pivot start in its token have been read.
+
+    A candidate is *alive* if it begins with these bytes. The actual token always is; its probability stands apart.
+
+    Attributes:
+        probs: float64 [Q, C], P of the others, kept ones first; 0 for the actual token and for dead ones.
+        rows: int [Q, C], the row in the path table of what is left of each.
+        slot: int [Q], the column of the actual token: its own among the kept ones, else the last.
+        actual, log_actual: float64 [Q], P of the actual token, exp(-ce), and its logarithm.
+        alive: float64 [Q], sum of P over all that are alive, the actual one included.
+    """
+
+    probs: np.ndarray
+    rows: np.ndarray
+    slot: np.ndarray
+    actual: np.ndarray
+    log_actual: np.ndarray
+    alive: np.ndarray
+
+
+def place(pivot: Stream, source: Stream) -> Placement:
+    """Where the pivot's tokens start in each source token: one sorted search, O(Q log P)."""
+    first = np.searchsorted(pivot.start, source.start, side="left")  # [Q]
+    inside = np.searchsorted(pivot.start, source.end, side="left") - first  # [Q]
+    gap = np.where(inside > 0, np.append(pivot.start, 0)[first] - source.start, 0)  # [Q] bytes before the first start
+    covered = np.concatenate([[0], pivot.end])[first] - source.start  # [Q] by the pivot token before that
+    covered = np.where((covered > 0) & (covered < source.end - source.start), covered, 0)
+    return Placement(
         first=first,
         inside=inside,
-        offset=offset,
-        probs=probs,
-        rows=rows,
-        slot=slot,
-        actual=actual,
-        log_actual=log_actual,
-        alive_sum=row_sums(probs) + actual,
-        usable=(covered == 0) | (gap == covered) | (inside == 0),
+        read=np.where(covered > 0, covered, gap),
+        header=np.append(pivot.header, 0)[first] * ((inside > 0) & (gap == 0)),
+        no_hole=(covered == 0) | (gap == covered) | (inside == 0),
     )
 
 
-def _spell_anew(pivot, source, vocab, special, offset, header, first, probs, rows) -> None:
-    """Candidates that must begin with bytes already read (r, the source's header): dead, or the path of the rest."""
+def candidates_of(pivot: Stream, source: SourceStream, placement: Placement, vocab: Vocabularies) -> Candidates:
+    """The candidates of every source token, read up to the first pivot start in it.
+
+    Args:
+        pivot, source: borrowed.
+        placement: `place` of the two.
+        vocab: with `table` and `spell`; rows are added to the table.
+    """
+    Q, K = source.topk_ids.shape
+    log_actual = -source.ce.astype(np.float64)  # [Q]
+    actual = np.exp(log_actual)
+    same = source.topk_ids == source.ids[:, None]  # [Q, K]
+    probs = np.zeros((Q, K + 1))
+    probs[:, :K] = np.exp(source.topk_logprobs.astype(np.float32))
+    probs[:, :K][same | (source.topk_ids < 0)] = 0
+    rows = np.concatenate([np.maximum(source.topk_ids, 0), np.maximum(source.ids, 0)[:, None]], axis=1)  # [Q, C]
+    _read_on(pivot, source, placement, vocab, probs, rows)
+    return Candidates(
+        probs=probs,
+        rows=rows,
+        slot=np.where(same.any(1), same.argmax(1), K) if K else np.zeros(Q, np.int64),
+        actual=actual,
+        log_actual=log_actual,
+        alive=row_sums(probs) + actual,
+    )
+
+
+def _read_on(pivot, source, placement: Placement, vocab: Vocabularies, probs, rows) -> None:
+    """Where bytes were read already (r, a header), in place: a candidate is dead, or gets the path of its rest.
+
+    At a common start the pivot token's own header bytes come before that rest, as its actual token has them too.
+    """
+    if vocab.identity:  # equal headers change nothing
+        moved = placement.header != source.header
+    else:
+        moved = (placement.header > 0) | (source.header > 0)
     pieces, places = [], []
-    for q in special.tolist():
-        read = _text_of(source, vocab, pivot, q, int(offset[q]))
-        if offset[q] == 0 and header[q]:
-            put = vocab.pivot_bytes[pivot.ids[first[q]]][: header[q]]
-        else:
-            put = b""
+    for q in np.flatnonzero((placement.read > 0) | (moved & (placement.inside > 0))).tolist():
+        read, put = _text_read(pivot, source, vocab, q, int(placement.read[q])), b""
+        if placement.read[q] == 0 and placement.header[q]:
+            put = (vocab.pivot_bytes[pivot.ids[placement.first[q]]] or b"")[: placement.header[q]]
         for k in np.flatnonzero(probs[q] > 0).tolist():
             piece = vocab.source_bytes[source.topk_ids[q, k]]
             if piece is None or not piece.startswith(read):
@@ -135,7 +192,7 @@ def _spell_anew(pivot, source, vocab, special, offset, header, first, probs, row
         rows[q, k] = vocab.rows_of(pieces)
 
 
-def _text_of(source: Stream, vocab: Vocabularies, pivot: Stream, q: int, length: int) -> bytes:
+def _text_read(pivot: Stream, source: Stream, vocab: Vocabularies, q: int, length: int) -> bytes:
     """The source token's header bytes and its first `length` bytes of text (its own, not its vocabulary entry's)."""
     own = vocab.source_bytes[source.ids[q]]
     if own is None:
@@ -143,10 +200,10 @@ def _text_of(source: Stream, vocab: Vocabularies, pivot: Stream, q: int, length:
     header, width = int(source.header[q]), int(source.end[q] - source.start[q])
     if len(own) - header == width:
         return own[: header + length]
-    return own[:header] + _literal(own[header:], width, length, source.start[q], pivot, vocab)
+    return own[:header] + _literal_marks(own[header:], width, int(source.start[q]), pivot, vocab)[:length]
 
 
-def _literal(own: bytes, width: int, length: int, start: int, pivot: Stream, vocab: Vocabularies) -> bytes:
+def _literal_marks(own: bytes, width: int, start: int, pivot: Stream, vocab: Vocabularies) -> bytes:
     """Text of a token some of whose blanks are literal '▁' (three bytes): the pivot's bytes say which."""
     mark, readings = "▁".encode(), [b""]
     for k in range(len(own)):
@@ -161,4 +218,4 @@ def _literal(own: bytes, width: int, length: int, start: int, pivot: Stream, voc
             continue
         fits = [reading for reading in readings if piece.startswith(reading[at : at + len(piece)])]
         readings = fits or readings
-    return readings[0][:length]
+    return readings[0]

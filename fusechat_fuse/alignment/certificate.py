@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusechat_fuse.alignment.candidates import Stream
+from fusechat_fuse.alignment.candidates import SourceStream, Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
 from fusechat_fuse.alignment.sparse_rows import Mapped
 
@@ -21,6 +21,7 @@ COUNTED = (
     *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "without_actual"),
     *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits"),
 )
+WORST = 10  # conversations named
 
 
 class CoverageError(RuntimeError):
@@ -58,7 +59,7 @@ def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np
 
 def tally(
     pivot: Stream,
-    source: Stream,
+    source: SourceStream,
     match: Correspondence,
     mapped: Mapped,
     safe: np.ndarray,
@@ -138,8 +139,55 @@ def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
         "covered_bytes": int(counted["covered_bytes"]),
         "source_bits_per_byte": source,
         "aligned_bits_per_byte": aligned,
-        "gap_bits_per_byte": None if source is None else aligned - source,
+        "gap_bits_per_byte": None if source is None or aligned is None else aligned - source,
     }
+
+
+def add_counts(info: dict, pivot_rows: list[dict], counted: dict[str, np.ndarray]) -> None:
+    """Add a batch's counts (`tally`) to a shard's, in place.
+
+    Args:
+        info: JSON-able: `sums`, slice -> name -> count; `worst`, the conversations of largest gap.
+        pivot_rows: the batch's conversations, of which `id` and `slice` are read.
+        counted: as `tally` gives it.
+    """
+    names = [row.get("slice") or "" for row in pivot_rows]
+    for name in sorted(set(names)):
+        chosen = np.array([other == name for other in names])
+        sums = info["sums"].setdefault(name, dict.fromkeys(COUNTED, 0.0))
+        for key in COUNTED:
+            sums[key] += float(counted[key][chosen].sum())
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = (counted["aligned_bits"] - counted["source_bits"]) / counted["covered_bytes"]
+    worst = [
+        {
+            "id": pivot_rows[n]["id"],
+            "gap_bits_per_byte": float(gap[n]),
+            "coverage": float(counted["answered"][n] / counted["predicted"][n]),
+            "predicted_tokens": int(counted["predicted"][n]),
+        }
+        for n in np.flatnonzero(np.isfinite(gap))
+    ]
+    info["worst"] = _largest(info["worst"] + worst)
+
+
+def _largest(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: (-abs(row["gap_bits_per_byte"]), row["id"]))[:WORST]
+
+
+def figures_of(infos: list[dict]) -> dict:
+    """The certificate of all shards: `all`, per slice where the data names slices, the conversations of largest gap."""
+    slices: dict[str, dict[str, float]] = {}
+    for info in infos:
+        for name, sums in info["sums"].items():
+            kept = slices.setdefault(name, dict.fromkeys(COUNTED, 0.0))
+            for key in COUNTED:
+                kept[key] += sums[key]
+    whole = {key: sum(part[key] for part in slices.values()) for key in COUNTED}
+    figures = {"all": certificate(whole), "worst": _largest([row for info in infos for row in info["worst"]])}
+    if set(slices) - {""}:
+        figures["slices"] = {name or "(none)": certificate(part) for name, part in sorted(slices.items())}
+    return figures
 
 
 def summary_lines(figures: dict) -> list[str]:

@@ -25,6 +25,11 @@ def line_up(conversation: np.ndarray, message: np.ndarray, position: np.ndarray)
     return (key << _BYTE_BITS) + np.asarray(position, np.int64)
 
 
+def message_of(place: np.ndarray | int):
+    """Which message of which conversation a place lies in: one number for all places of a message, ascending."""
+    return place >> _BYTE_BITS
+
+
 @dataclass(frozen=True)
 class Correspondence:
     """kind uint8 [P] (NONE, EXACT: starts where a source token starts, INSIDE: starts within one) and source int64
@@ -49,7 +54,8 @@ def correspond(
     Returns:
         Correspondence.
 
-    Source: method section 2a. Differs from the released code, which aligns by dynamic time warping over decoded tokens.
+    Source: `docs/method.md`, "Positions".
+    Differs from the released code, which aligns by dynamic time warping over decoded tokens.
     """
     if not len(source_start):
         return Correspondence(np.zeros(len(pivot_start), np.uint8), np.full(len(pivot_start), -1))

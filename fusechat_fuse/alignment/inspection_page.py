@@ -124,7 +124,7 @@ def page(view: dict, summary: list[str]) -> str:
     """The page as a string.
 
     Args:
-        view: `inspection.conversation_view` with the source's tokens.
+        view: `conversation_view.conversation_view` with the source's tokens.
         summary: lines of the certificate.
 
     Returns:

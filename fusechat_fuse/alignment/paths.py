@@ -1,26 +1,43 @@
-"""Paths: the pivot tokens that spell a source token's bytes in mid-text, as a ragged table."""
+"""Paths: the pivot tokens that spell a source token's bytes in mid-text, as a ragged table by source id."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 
+class Spell(Protocol):
+    """Byte strings -> the path of pivot ids of each; shorter than the bytes where the pivot cannot spell the rest."""
+
+    def __call__(self, pieces: Sequence[bytes], /) -> list[list[int]]: ...
+
+
 class PathTable:
-    """Ragged table of pivot paths, one row per source id, with more rows added on the way.
+    """Ragged table of paths, one row a source id; rows can be replaced, and others added on the way.
 
     flat int32 [N], offset int64 [R], length int32 [R], first int32 [R] (-1 for an empty path).
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]]):
-        self.length = np.array([len(path) for path in paths], np.int32)
-        self.flat = np.array([i for path in paths for i in path], np.int32)
-        self.offset = np.cumsum(self.length, dtype=np.int64) - self.length
-        self.index_first()
+    def __init__(self, paths: Sequence[Sequence[int]] = ()):
+        self._set(
+            np.array([i for path in paths for i in path], np.int32), np.array([len(path) for path in paths], np.int32)
+        )
 
-    def index_first(self) -> None:
-        """Set `first` from the other arrays."""
+    @classmethod
+    def from_flat(cls, flat: np.ndarray, length: np.ndarray) -> PathTable:
+        """A table of paths that lie one after the other in `flat`; how long each is stands in `length`."""
+        table = cls()
+        table._set(flat.astype(np.int32), length.astype(np.int32))
+        return table
+
+    def _set(self, flat: np.ndarray, length: np.ndarray) -> None:
+        self.flat, self.length = flat, length
+        self.offset = np.cumsum(length, dtype=np.int64) - length
+        self._index_first()
+
+    def _index_first(self) -> None:
         padded = np.append(self.flat, -1)
         self.first = np.where(self.length > 0, padded[np.minimum(self.offset, len(self.flat))], -1).astype(np.int32)
 
@@ -37,8 +54,15 @@ class PathTable:
         self.offset = np.concatenate([self.offset, more.offset + len(self.flat)])
         self.length = np.concatenate([self.length, more.length])
         self.flat = np.concatenate([self.flat, more.flat])
-        self.index_first()
+        self._index_first()
         return first
+
+    def replace(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Give rows other paths: {row: path}. The rest keeps its place."""
+        rows, more = list(paths), PathTable(list(paths.values()))
+        self.offset[rows], self.length[rows] = more.offset + len(self.flat), more.length
+        self.flat = np.concatenate([self.flat, more.flat])
+        self._index_first()
 
     def at(self, rows: np.ndarray, c: int) -> np.ndarray:
         """The c-th token of each path, -1 past its end; same shape as `rows`."""

@@ -1,67 +1,75 @@
-"""The paper's mappings: one pivot id for each candidate, at common starts, renormalised."""
+"""The paper's mappings: at a common start each kept candidate becomes one pivot id, and the row is renormalised.
+
+They differ in the map from source id to pivot id (`vocabulary_maps`) alone. Shape letters as in `candidates`.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fusechat_fuse.alignment.candidates import Stream, Vocabularies, prepare
+from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies, candidates_of, place
 from fusechat_fuse.alignment.correspondence import EXACT, NONE, Correspondence
-from fusechat_fuse.alignment.prefix import fill
-from fusechat_fuse.alignment.sparse_rows import Mapped, add_up_equal_ids, empty_rows, row_sums
+from fusechat_fuse.alignment.prefix import log_p_actual
+from fusechat_fuse.alignment.sparse_rows import Mapped, add_up_equal_ids, row_sums
 
 
-def single_id_rows(pivot: Stream, source: Stream, match: Correspondence, vocab: Vocabularies) -> Mapped:
-    """The paper's mappings: at a common start each kept candidate becomes one pivot id, the row is renormalised to 1.
+def single_id_rows(pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies) -> Mapped:
+    """q(v) = sum of P over the kept candidates that become v / sum of P over those that become anything.
 
     Any other position, and one where no candidate has a pivot id, takes the one-hot distribution of the actual token.
 
     Args:
-        pivot, source, match: as in `prefix_rows`.
-        vocab: with `to_pivot` (`exact_map`, `min_edit_map`, `statistics_map` or identity).
+        pivot, source: P and Q tokens, borrowed.
+        match: `correspond` of the two.
+        vocab: with `to_pivot`, and `table` for `log_actual`.
 
     Returns:
         Mapped; every row sums to 1; `answered` is False and `mass` 0 for the one-hot ones; `log_actual` is the
         source's own log-probability of the actual pivot token where they start together, else -inf.
 
-    Source: FuseChat (arXiv 2408.07990) section 3.2.
+    Source: FuseChat (arXiv 2408.07990) section 3.2; `docs/method.md`, "The paper's mappings".
     Differs from the released code: positions by bytes, candidates that land on one pivot token add up.
+    Precision: float64; the stored log-probabilities are float16.
     """
-    work, P, C = prepare(pivot, source, vocab), len(pivot), source.topk_ids.shape[1]
-    out = empty_rows(P, C)
-    p = np.flatnonzero(match.kind == EXACT)
+    out = Mapped.empty(len(pivot), source.topk_ids.shape[1])
+    p = np.flatnonzero(match.kind == EXACT)  # [n]
     q = match.source[p]
-    ids = np.where(source.topk_ids[q] >= 0, vocab.to_pivot[np.maximum(source.topk_ids[q], 0)], -1)
-    moved = (source.header[q] > 0) | (pivot.header[p] > 0)
-    if moved.any():
-        _reread_headers(pivot, source, vocab, p, q, moved, ids)
+    ids = _pivot_ids(pivot, source, vocab, p, q)  # [n, K]
     probs = np.exp(source.topk_logprobs[q].astype(np.float64))
     probs[ids < 0] = 0
     ids = np.where(probs > 0, ids, -1).astype(np.int32)
     add_up_equal_ids(ids, probs)
-    mass = row_sums(probs)
-    some = mass > 0
-    out.ids[p], out.probs[p], out.mass[p] = ids, probs / np.where(some, mass, 1)[:, None], mass
-    out.answered[p] = some
+    mass = row_sums(probs)  # [n]
+    out.ids[p], out.probs[p], out.mass[p] = ids, probs / np.where(mass > 0, mass, 1)[:, None], mass
+    out.log_actual[p] = _log_actual(pivot, source, vocab, p, q)
+    out.answered[p] = mass > 0
     out.kind = np.where(out.answered, match.kind, NONE).astype(np.uint8)
-    hot = ~out.answered
-    out.ids[hot], out.probs[hot] = -1, 0
-    out.ids[hot, 0], out.probs[hot, 0] = pivot.ids[hot], 1.0
-    if len(p):
-        scratch, total = empty_rows(P, C + 1), np.ones(len(p))
-        fill(scratch, pivot, source, work, p, q, vocab.table.at(work.rows[q], 0), work.probs[q], total)
-        out.log_actual = np.where(out.answered, scratch.log_actual, -np.inf)
+    out.leave_out(~out.answered, one_hot=pivot.ids)
     return out
 
 
-def _reread_headers(pivot, source, vocab, p, q, moved, ids) -> None:
-    """Where a token holds header bytes too: the pivot id of (pivot's header bytes + candidate without the source's)."""
-    for n in np.flatnonzero(moved).tolist():
+def _pivot_ids(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The pivot id of each kept candidate, -1 for none (int [n, K])."""
+    assert vocab.to_pivot is not None
+    ids = np.where(source.topk_ids[q] >= 0, vocab.to_pivot[np.maximum(source.topk_ids[q], 0)], -1)
+    for n in np.flatnonzero((source.header[q] > 0) | (pivot.header[p] > 0)).tolist():
         read = (vocab.source_bytes[source.ids[q[n]]] or b"")[: source.header[q[n]]]
         put = (vocab.pivot_bytes[pivot.ids[p[n]]] or b"")[: pivot.header[p[n]]]
-        if read == put:
-            continue
-        for k, i in enumerate(source.topk_ids[q[n]].tolist()):
-            piece = vocab.source_bytes[i] if i >= 0 else None
-            if piece is not None:
-                there = piece.startswith(read)
-                ids[n, k] = vocab.by_bytes.get(put + piece[len(read) :], -1) if there else -1
+        if read != put:
+            _reread_headers(source.topk_ids[q[n]], read, put, vocab, ids[n])
+    return ids
+
+
+def _reread_headers(candidates: np.ndarray, read: bytes, put: bytes, vocab: Vocabularies, ids: np.ndarray) -> None:
+    """Where tokens hold header bytes, in place: the id of the pivot's header and the candidate without the source's."""
+    for k, i in enumerate(candidates.tolist()):
+        piece = vocab.source_bytes[i] if i >= 0 else None
+        if piece is not None:
+            ids[k] = vocab.by_bytes.get(put + piece[len(read) :], -1) if piece.startswith(read) else -1
+
+
+def _log_actual(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The source's log-probability of the actual pivot token, float64 [n]: p(y) of the prefix equations at c = 0."""
+    candidates = candidates_of(pivot, source, place(pivot, source), vocab)
+    lands = vocab.table.at(candidates.rows[q], 0) == pivot.ids[p, None]  # [n, C]
+    return log_p_actual(pivot, source, candidates, p, q, candidates.probs[q] * lands, np.ones(len(p)))

@@ -1,4 +1,4 @@
-"""Sparse distributions, one a row: ids int [P, C] (-1: no entry) and probabilities float [P, C]."""
+"""Sparse distributions, one a row: ids int [P, C] (-1: no entry) beside probabilities float [P, C]."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import numpy as np
 
 @dataclass
 class Mapped:
-    """What the source says at each pivot token.
+    """What the source says at each pivot token: P sparse distributions over the pivot's vocabulary.
 
-    ids int32 [P, C] (-1: no entry), probs float64 [P, C]; log_actual float64 [P], log of the source's probability of
-    the actual pivot token (-inf: no answer); answered bool [P]; mass float64 [P], what of the source's probability was
-    mapped; kind uint8 [P] as in Correspondence, NONE where not answered.
+    Attributes:
+        ids: int32 [P, C], -1: no entry.
+        probs: float64 [P, C].
+        log_actual: float64 [P], log of the source's probability of the actual pivot token; -inf: no answer.
+        answered: bool [P].
+        mass: float64 [P], what of the source's probability was mapped.
+        kind: uint8 [P] as in Correspondence, NONE where not answered.
+        exact_actual: whether a row's probability of the actual token is the source's own, however small.
     """
 
     ids: np.ndarray
@@ -22,23 +27,32 @@ class Mapped:
     answered: np.ndarray
     mass: np.ndarray
     kind: np.ndarray
-    exact_actual: bool = False  # whether a row's probability of the actual token is the source's own, however small
+    exact_actual: bool = False
+
+    @classmethod
+    def empty(cls, P: int, C: int) -> Mapped:
+        """P rows without an answer, with room for C entries each."""
+        return cls(
+            ids=np.full((P, C), -1, np.int32),
+            probs=np.zeros((P, C)),
+            log_actual=np.full(P, -np.inf),
+            answered=np.zeros(P, bool),
+            mass=np.zeros(P),
+            kind=np.zeros(P, np.uint8),
+        )
+
+    def leave_out(self, rows: np.ndarray, one_hot: np.ndarray | None = None) -> None:
+        """Take the answer from some rows (bool [P]): no entry, or probability 1 on the id in `one_hot` (int [P])."""
+        self.ids[rows], self.probs[rows] = -1, 0
+        self.log_actual[rows], self.mass[rows] = -np.inf, 0
+        self.answered[rows], self.kind[rows] = False, 0
+        if one_hot is not None:
+            self.ids[rows, 0], self.probs[rows, 0] = one_hot[rows], 1.0
 
 
 def row_sums(values: np.ndarray) -> np.ndarray:
     """Sums along the short axis: a matrix product is several times faster there than a reduction."""
     return values @ np.ones(values.shape[1])
-
-
-def empty_rows(P: int, C: int) -> Mapped:
-    return Mapped(
-        ids=np.full((P, C), -1, np.int32),
-        probs=np.zeros((P, C)),
-        log_actual=np.full(P, -np.inf),
-        answered=np.zeros(P, bool),
-        mass=np.zeros(P),
-        kind=np.zeros(P, np.uint8),
-    )
 
 
 def add_up_equal_ids(ids: np.ndarray, probs: np.ndarray) -> None:

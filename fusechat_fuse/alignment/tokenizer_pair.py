@@ -1,4 +1,4 @@
-"""The vocabularies of one tokenizer pair, ready for `mapping.py`: built once, kept under both tokenizers' hashes.
+"""The vocabularies of one tokenizer pair, ready for the mappings: built once, kept under both tokenizers' hashes.
 
 The cache is a folder of safetensors files named by content (`FUSECHAT_CACHE`, else `~/.cache/fusechat`); deleting it
 costs seconds for `exact` and `prefix` and minutes for `min_edit`.
@@ -10,22 +10,17 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fusechat_fuse.alignment.candidates import Vocabularies
 from fusechat_fuse.alignment.correspondence import joined_bytes
+from fusechat_fuse.alignment.mappings import Mapping
 from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.speller import Speller
-from fusechat_fuse.alignment.vocabulary_maps import (
-    PairCounts,
-    exact_map,
-    min_edit_map,
-    preferred_ids,
-    statistics_map,
-)
+from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, preferred_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation
@@ -97,8 +92,8 @@ class Side:
 
 
 @dataclass
-class Pair:
-    """Pivot and source side, whether they share one vocabulary, and what the mapping needs."""
+class TokenizerPair:
+    """Pivot and source side, whether they share one vocabulary, and what the mappings need."""
 
     pivot: Side
     source: Side
@@ -108,7 +103,7 @@ class Pair:
     folder: Path
 
     @classmethod
-    def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> Pair:
+    def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> TokenizerPair:
         """Read both tokenizers from the representations' directories."""
         tokenizer = read_tokenizer(pivot.path)
         equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
@@ -126,25 +121,23 @@ class Pair:
     def _name(self, kind: str) -> str:
         return f"{kind}-{self.pivot.sha256[:16]}-{self.source.sha256[:16]}-v{_CACHE_VERSION}"
 
-    def vocabularies(self, mapping: str, counts: PairCounts | None = None, workers: int = 1) -> Vocabularies:
-        """Maps of the pair for one of `exact`, `min_edit`, `statistics` (with counts) or `prefix`.
+    def vocabularies(self, mapping: Mapping, counts: AlignedCounts | None = None, workers: int = 1) -> Vocabularies:
+        """Maps of the pair for one mapping.
+
+        Args:
+            mapping: an entry of `MAPPINGS`.
+            counts: for one that needs them.
+            workers: threads.
 
         Returns:
             Vocabularies; special tokens are mapped by role (end of turn, BOS), identical ones also where the two
             vocabularies are one.
         """
-        single = None
         if self.identity:
             table = PathTable([[i] if same else [] for i, same in enumerate(self._same())])
             single = table.first.copy()
         else:
-            table = self._paths()
-            if mapping == "min_edit":
-                single = self._ids("min_edit", lambda: min_edit_map(self.source.bytes, self.by_bytes, workers=workers))
-            elif mapping == "statistics":
-                single = statistics_map(self.source.bytes, self.pivot.bytes, self.by_bytes, counts)
-            elif mapping == "exact":
-                single = exact_map(self.source.bytes, self.by_bytes)
+            table, single = self._paths(), self._ids(mapping, counts, workers)
         vocab = Vocabularies(
             pivot_bytes=self.pivot.bytes,
             source_bytes=self.source.bytes,
@@ -169,14 +162,17 @@ class Pair:
                 paths[theirs] = [] if mine is None else [mine]
                 if vocab.to_pivot is not None:
                     vocab.to_pivot[theirs] = -1 if mine is None else mine
-        first = vocab.table.extend(list(paths.values()))
-        for n, i in enumerate(paths):  # the added rows take the place of the source id's own
-            for array in (vocab.table.offset, vocab.table.length, vocab.table.first):
-                array[i] = array[first + n]
-        return replace(vocab)
+        vocab.table.replace(paths)
+        return vocab
 
-    def _ids(self, kind: str, build) -> np.ndarray:
-        cached = _cached(self.folder, self._name(kind), lambda: {"ids": build()})["ids"].astype(np.int32)
+    def _ids(self, mapping: Mapping, counts: AlignedCounts | None, workers: int) -> np.ndarray | None:
+        build = mapping.to_pivot
+        if build is None:
+            return None
+        if not mapping.kept_on_disk:
+            return build(self, counts, workers)
+        kept = _cached(self.folder, self._name(mapping.name), lambda: {"ids": build(self, counts, workers)})
+        cached = kept["ids"].astype(np.int32)
         ids = np.full(len(self.source.bytes), -1, np.int32)
         ids[: len(cached)] = cached[: len(ids)]
         return ids
@@ -187,15 +183,12 @@ class Pair:
             return {"flat": table.flat, "length": table.length}
 
         cached = _cached(self.folder, self._name("prefix"), build)
-        table, missing = PathTable([]), len(self.source.bytes) - len(cached["length"])
-        table.flat, length = cached["flat"].astype(np.int32), cached["length"].astype(np.int32)
-        table.length = np.append(length, np.zeros(max(missing, 0), np.int32))[: len(self.source.bytes)]
-        table.offset = np.cumsum(table.length, dtype=np.int64) - table.length
-        table.index_first()
-        return table
+        size = len(self.source.bytes)  # padding of the embedding differs between models of one tokenizer
+        missing = max(size - len(cached["length"]), 0)
+        return PathTable.from_flat(cached["flat"], np.append(cached["length"], np.zeros(missing, np.int32))[:size])
 
 
-def save_counts(path, counts: PairCounts, pair: Pair) -> None:
+def save_counts(path, counts: AlignedCounts, pair: TokenizerPair) -> None:
     """Keep alignment counts for another corpus: safetensors with both tokenizers' hashes."""
     from safetensors.numpy import save
 
@@ -204,7 +197,7 @@ def save_counts(path, counts: PairCounts, pair: Pair) -> None:
     write_atomic(Path(path), save({"keys": counts.keys, "counts": counts.counts}, metadata=described))
 
 
-def load_counts(path, pair: Pair) -> PairCounts:
+def load_counts(path, pair: TokenizerPair) -> AlignedCounts:
     """Counts that an earlier `align` left (a file, or the directory that holds `counts.safetensors`).
 
     Raises: InputError where they are of another tokenizer pair or cannot be read.
@@ -226,4 +219,4 @@ def load_counts(path, pair: Pair) -> PairCounts:
                 f"counts for {file}: expected counts of the same tokenizers, got another {side} tokenizer. "
                 "Leave counts out to collect them from this corpus."
             )
-    return PairCounts(keys, counts, int(about["pivot_size"]))
+    return AlignedCounts(keys, counts, int(about["pivot_size"]))

@@ -1,10 +1,9 @@
-"""Which pivot token, or which path of pivot tokens, a source token's bytes become: computed once per tokenizer pair.
+"""Which pivot token a source token becomes in the paper's mappings: computed once per tokenizer pair.
 
-Four maps from source id to pivot, all from bytes to bytes (`tokens.token_bytes`), none of them V x V:
+Three maps from source id to pivot id, all by bytes (`tokens.token_bytes`), none of them V x V:
     exact       the pivot token of the same bytes
     min_edit    else the pivot token at the least Levenshtein distance (in characters)
     statistics  else the pivot token most often aligned with it over the corpus
-    prefix      the whole path of pivot tokens that spells the bytes in mid-text (a ragged table)
 Here -1 is "no pivot token". Special tokens are mapped by role, by the caller, never by name.
 """
 
@@ -63,13 +62,11 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
     Source: FuseLLM (arXiv 2401.10491) section 3.2. The released FuseChat code cannot run this mode.
     """
     mapping = exact_map(source_bytes, by_bytes)
-    pivot: dict[int, tuple[list[str], np.ndarray]] = {}
+    by_length: dict[int, list[tuple[str, int]]] = {}
     for piece, i in sorted(by_bytes.items(), key=lambda item: item[1]):
         text = _characters(piece)
-        pivot.setdefault(len(text), ([], []))
-        pivot[len(text)][0].append(text)
-        pivot[len(text)][1].append(i)
-    pivot = {length: (texts, np.array(ids)) for length, (texts, ids) in pivot.items()}
+        by_length.setdefault(len(text), []).append((text, i))
+    pivot = {n: ([text for text, _ in some], np.array([i for _, i in some])) for n, some in by_length.items()}
     queries: dict[int, list[tuple[int, str]]] = {}
     for i, piece in enumerate(source_bytes):
         if piece and mapping[i] < 0:
@@ -82,8 +79,10 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
     return mapping
 
 
-def _nearest(texts: Sequence[str], length: int, pivot: dict, workers: int) -> np.ndarray:
-    """Nearest pivot ids of texts that all have `length` characters."""
+def _nearest(
+    texts: Sequence[str], length: int, pivot: dict[int, tuple[list[str], np.ndarray]], workers: int
+) -> np.ndarray:
+    """Nearest pivot ids of texts that all have `length` characters; `pivot`: texts and ascending ids by length."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -113,7 +112,7 @@ def _nearest(texts: Sequence[str], length: int, pivot: dict, workers: int) -> np
 
 
 @dataclass
-class PairCounts:
+class AlignedCounts:
     """How often source id and pivot id were aligned over a corpus: sparse, sorted, summable.
 
     keys int64 [N] = source_id * pivot_size + pivot_id, ascending and unique; counts int64 [N].
@@ -124,13 +123,13 @@ class PairCounts:
     pivot_size: int
 
     @classmethod
-    def of(cls, source_ids: np.ndarray, pivot_ids: np.ndarray, pivot_size: int) -> PairCounts:
+    def of(cls, source_ids: np.ndarray, pivot_ids: np.ndarray, pivot_size: int) -> AlignedCounts:
         """Counts of aligned pairs (source_ids[i], pivot_ids[i])."""
         keys, counts = np.unique(source_ids.astype(np.int64) * pivot_size + pivot_ids, return_counts=True)
         return cls(keys, counts.astype(np.int64), pivot_size)
 
     @classmethod
-    def total(cls, parts: Sequence[PairCounts], pivot_size: int) -> PairCounts:
+    def total(cls, parts: Sequence[AlignedCounts], pivot_size: int) -> AlignedCounts:
         """The sum of several counts."""
         keys = np.concatenate([np.zeros(0, np.int64), *(part.keys for part in parts)])
         counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
@@ -139,7 +138,7 @@ class PairCounts:
 
 
 def statistics_map(
-    source_bytes: Sequence[Bytes], pivot_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], counts: PairCounts
+    source_bytes: Sequence[Bytes], pivot_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], counts: AlignedCounts
 ) -> np.ndarray:
     """MS: the same bytes if a pivot token has them, else the pivot token most often aligned with the source token.
 
@@ -148,7 +147,7 @@ def statistics_map(
     Args:
         source_bytes, pivot_bytes: [V_S], [V_P] bytes of each id, None for special tokens.
         by_bytes: pivot id of each byte string (`preferred_ids`).
-        counts: how often the two were aligned (`PairCounts`).
+        counts: how often the two were aligned (`AlignedCounts`).
 
     Returns:
         int32 [V_S], -1 where no pivot token has the bytes and none was ever aligned with it.
@@ -172,8 +171,8 @@ def statistics_map(
     tied = tied[np.isin(tied, first) & (count[tied] == count[tied + 1])]
     for at in tied:
         end = at + int(np.searchsorted(-count[at:][source[at:] == source[at]], -count[at], side="right"))
-        text = _characters(source_bytes[source[at]])
+        text = _characters(source_bytes[int(source[at])] or b"")
         ids = pivot[at:end]
-        distances = [Levenshtein.distance(text, _characters(pivot_bytes[i])) for i in ids]
+        distances = [Levenshtein.distance(text, _characters(pivot_bytes[int(i)] or b"")) for i in ids]
         mapping[source[at]] = ids[int(np.argmin(distances))]
     return mapping

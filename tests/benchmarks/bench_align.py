@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.correspondence import correspond
+from fusechat_fuse.alignment.job import Job, collect_counts, write_shards
+from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.paths import PathTable
-from fusechat_fuse.alignment.run import SHARD, Job, collect_counts, run_shards
 from fusechat_fuse.alignment.streams import make_batch
-from fusechat_fuse.alignment.tokenizer_pair import Pair
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 from fusechat_fuse.alignment.vocabulary_maps import exact_map, min_edit_map
 from fusechat_fuse.store.shards import Representation, ShardWriter
 from tests.helpers import real_tokenizers
@@ -91,18 +92,17 @@ class Setting:
                 write_representation(path, tokenizer, rows, end_of_turn=end_of_turn(tokenizer), shard=256)
             )
         self.tokens = int(self.opened[0].num_predicted.sum())
-        self.shards = list(range(-(-conversations // SHARD)))
 
-    def align(self, pair: Pair, mapping: str, vocab, processes: int = 1, counts: bool = False) -> None:
+    def align(self, pair: TokenizerPair, mapping: str, vocab, processes: int = 1, counts: bool = False) -> None:
         """Both passes of `align` with reading and writing, without start-up and vocabulary maps."""
-        pairs = [(n, n) for n in range(len(self.opened[0]))]
-        job = Job(*self.opened, pairs, pair, mapping, False, vocab)
+        joined = [(n, n) for n in range(len(self.opened[0]))]
+        job = Job(*self.opened, joined, pair, MAPPINGS[mapping], False, vocab)
         out = self.folder / f"out-{next(self.numbers)}"
         writer = ShardWriter(out, {"run": str(out)}, kind="aligned")
         if counts:
             collect_counts(job, out, processes)
-        run_shards(job, writer, self.shards, processes, "align")
-        infos = [writer.info(n)["info"] for n in self.shards]
+        write_shards(job, writer, processes)
+        infos = [writer.info(n)["info"] for n in job.shards]
         sums = [info["sums"][""] for info in infos]
         source, aligned, size = (sum(s[k] for s in sums) for k in ("source_bits", "aligned_bits", "covered_bytes"))
         assert size > 0
@@ -110,7 +110,7 @@ class Setting:
         shutil.rmtree(out)
 
 
-def at_once(setting: Setting, pair: Pair, vocab, processes: int) -> None:
+def at_once(setting: Setting, pair: TokenizerPair, vocab, processes: int) -> None:
     """The whole work in each of several processes that share nothing: what the machine gives to `processes`."""
 
     def work(place: int) -> None:
@@ -125,7 +125,7 @@ def at_once(setting: Setting, pair: Pair, vocab, processes: int) -> None:
         assert worker.exitcode == 0
 
 
-def vocabulary_maps(pair: Pair, min_edit: bool) -> dict[str, float]:
+def vocabulary_maps(pair: TokenizerPair, min_edit: bool) -> dict[str, float]:
     """Seconds to build each map of the pair."""
     pieces = [piece or b"" for piece in pair.source.bytes]
     seconds = {
@@ -149,9 +149,9 @@ def main() -> None:
     folder, figures = Path(tempfile.mkdtemp()), {}
     try:
         main_set = Setting(folder, options.conversations, options.tokens)
-        pair = Pair.load(*main_set.opened, folder / "cache")
+        pair = TokenizerPair.load(*main_set.opened, folder / "cache")
         figures["map_seconds"] = vocabulary_maps(pair, options.min_edit)
-        vocab = {"prefix": pair.vocabularies("prefix"), "exact": pair.vocabularies("exact")}
+        vocab = {name: pair.vocabularies(MAPPINGS[name]) for name in ("prefix", "exact")}
         vocab["statistics"] = vocab["exact"]  # the same rows to make; the counting pass is timed as well
         figures["tokens_per_second"] = {}
         for mapping, maps in vocab.items():

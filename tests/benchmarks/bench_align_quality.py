@@ -24,7 +24,7 @@ from fusechat_fuse.alignment.correspondence import correspond
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import make_batch
-from fusechat_fuse.alignment.tokenizer_pair import Pair
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 from tests.benchmarks import released_rules
 from tests.helpers import real_tokenizers
 from tests.helpers.alignment_data import end_of_turn, make_row, write_representation
@@ -100,7 +100,7 @@ def train(tokenizer, texts: list[str]) -> Trigram:
     return Trigram(sequences, len(tokenizer))
 
 
-def released(pivot_rows, source_rows, pair: Pair, tokenizers, marks) -> dict:
+def released(pivot_rows, source_rows, pair: TokenizerPair, tokenizers, marks) -> dict:
     """Certificate of the re-enacted released rules."""
     base_tok, source_tok = tokenizers
     decoded, warps, counts = [], [], Counter()
@@ -168,7 +168,7 @@ def main() -> None:
                 out = folder / f"{pivot}-{source}-{mapping}"
                 manifest = align(opened[pivot].path, opened[source].path, out, mapping=mapping)
                 results.append({"pivot": pivot, "source": source, "mapping": mapping, **manifest["certificate"]["all"]})
-            pair = Pair.load(opened[pivot], opened[source])
+            pair = TokenizerPair.load(opened[pivot], opened[source])
             both = (tokenizers[pivot], tokenizers[source])
             figures = released(rows[pivot], rows[source], pair, both, (marks[source], marks[pivot]))
             results.append({"pivot": pivot, "source": source, "mapping": "released", **figures})

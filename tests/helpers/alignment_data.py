@@ -10,6 +10,7 @@ import hashlib
 import random
 from bisect import bisect_left
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -151,3 +152,26 @@ TEXTS = (
 
 def end_of_turn(tokenizer) -> int:
     return tokenizer.eos_token_id
+
+
+def rows_for(tokenizer, seed=0, K=5, names=None, repeat=1, **extra):
+    """A row of each of TEXTS, `repeat` times over; `extra`: further columns, their values in turn."""
+    rows = []
+    for n in range(len(TEXTS) * repeat):
+        text = TEXTS[n % len(TEXTS)]
+        name = names[n] if names else f"c{n}"
+        row = make_row(
+            tokenizer, name, [text], header=HEADERS["gpt4"], end_of_turn=end_of_turn(tokenizer), K=K, seed=seed
+        )
+        rows.append(row | {key: values[n % len(values)] for key, values in extra.items()})
+    return rows
+
+
+def write(path, tokenizer, rows, **options):
+    """The rows as a representation directory with the tokenizer's own end of turn."""
+    return write_representation(path, tokenizer, rows, end_of_turn=end_of_turn(tokenizer), **options)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    """What is in a directory: {path: bytes}."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}

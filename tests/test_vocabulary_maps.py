@@ -1,14 +1,12 @@
-"""Vocabulary maps: by bytes, nearest by edit distance, most often aligned, and paths in mid-text."""
+"""Vocabulary maps: by bytes, nearest by edit distance, most often aligned."""
 
 import random
 
 import numpy as np
-import pytest
 
-from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import (
-    PairCounts,
+    AlignedCounts,
     exact_map,
     min_edit_map,
     preferred_ids,
@@ -37,69 +35,6 @@ def test_exact_is_by_bytes_and_prefers_the_ordinary_id(openchat, qwen):
     own, there = token_bytes(openchat), token_bytes(qwen)
     for i in np.flatnonzero(mapping >= 0)[::97]:
         assert own[mapping[i]] == there[i]
-
-
-def test_paths_in_mid_text(openchat, qwen, llama3, tiny_unigram):
-    name = openchat.convert_tokens_to_ids
-    paths = Speller(openchat).paths([b" the", b"the", b"  x", b"\n\n", b"", " 你".encode()])
-    assert paths[0] == [name("▁the")]
-    assert paths[1] == [name("the")]
-    assert paths[2] == [name("▁"), name("▁x")]
-    assert paths[3] == [name("<0x0A>")] * 2
-    assert paths[4] == []
-    assert paths[5] == [name("▁"), name("你")]
-    for tokenizer in (qwen, llama3):
-        assert Speller(tokenizer).paths([b" the", b"the"]) == [
-            tokenizer(text, add_special_tokens=False).input_ids for text in (" the", "the")
-        ]
-    name = tiny_unigram.convert_tokens_to_ids
-    assert Speller(tiny_unigram).paths([b" the", b"the"])[0] == [name("▁the")]
-    assert Speller(tiny_unigram).paths([b"the"])[0][0] != name("▁the")
-
-
-def test_paths_of_bytes_that_are_no_characters(openchat, qwen):
-    name = openchat.convert_tokens_to_ids
-    cut = "你".encode()
-    speller = Speller(openchat)
-    assert speller.paths([cut[1:] + b" the"])[0] == [name("<0xBD>"), name("<0xA0>"), name("▁the")]
-    assert speller.paths([b" the" + cut[:2]])[0] == [name("▁the")]  # stops before the unfinished character
-    assert speller.paths([cut[:1]])[0] == []
-    speller = Speller(qwen)
-    path = speller.paths([b" " + cut[:2]])[0]
-    assert b"".join(speller.bytes[i] for i in path) == b" " + cut[:2]  # merges run on the raw bytes
-    path = speller.paths([cut[1:] + b" the"])[0]
-    assert [speller.bytes[i] for i in path] == [cut[1:2], cut[2:], b" the"]
-
-
-def test_special_content_is_ordinary_text_in_a_path(qwen, openchat):
-    for tokenizer, content in ((qwen, "<|im_end|>"), (openchat, "<|end_of_turn|>"), (openchat, "</s>")):
-        speller = Speller(tokenizer)
-        path = speller.paths([content.encode()])[0]
-        assert tokenizer.convert_tokens_to_ids(content) not in path
-        assert b"".join(speller.bytes[i] for i in path) == content.encode()
-
-
-@pytest.mark.parametrize("pivot", ["openchat", "qwen", "tiny_bpe", "tiny_unigram"])
-def test_paths_spell_their_bytes(pivot, request, llama3):
-    speller = Speller(request.getfixturevalue(pivot))
-    pieces = [piece for piece in token_bytes(llama3)[::41] if piece]
-    whole = 0
-    for piece, path in zip(pieces, speller.paths(pieces)):
-        spelled = b"".join(speller.bytes[i] for i in path)
-        assert piece.startswith(spelled)
-        whole += spelled == piece
-    assert whole > 0.98 * len(pieces)
-
-
-def test_path_table_is_ragged_and_grows():
-    table = PathTable([[5, 6], [], [7]])
-    rows = np.array([[0, 1], [2, 0]])
-    assert table.at(rows, 0).tolist() == [[5, -1], [7, 5]]
-    assert table.at(rows, 1).tolist() == [[6, -1], [-1, 6]]
-    assert table.extend([[8, 9, 10], []]) == 3
-    assert [table.path(row) for row in range(5)] == [[5, 6], [], [7], [8, 9, 10], []]
-    assert table.at(np.array([3, 4]), 2).tolist() == [10, -1]
-    assert PathTable([]).extend([[1]]) == 0
 
 
 def random_words(rng, count, alphabet="abcde é你", longest=7) -> list[bytes]:
@@ -145,7 +80,7 @@ def test_statistics_take_the_most_frequent_then_the_nearest():
     table = preferred_ids(pivot, [False] * len(pivot))
     pairs = [(0, 3)] * 9 + [(1, 3)] * 3 + [(1, 2)] * 2 + [(2, 3)] * 2 + [(2, 1)] * 2 + [(2, 0)] * 5 + [(4, 1)] * 4
     pairs += [(5, 5), (5, 2)]
-    counts = PairCounts.of(np.array([s for s, _ in pairs]), np.array([p for _, p in pairs]), len(pivot))
+    counts = AlignedCounts.of(np.array([s for s, _ in pairs]), np.array([p for _, p in pairs]), len(pivot))
     mapping = statistics_map(source, pivot, table, counts)
     assert mapping.tolist() == [
         1,  # the same bytes, however often something else was aligned
@@ -160,14 +95,14 @@ def test_statistics_take_the_most_frequent_then_the_nearest():
 def test_counts_add_up():
     rng = np.random.default_rng(0)
     source, pivot = rng.integers(0, 50, 1000), rng.integers(0, 40, 1000)
-    whole = PairCounts.of(source, pivot, 40)
-    parts = PairCounts.total([PairCounts.of(source[n::3], pivot[n::3], 40) for n in range(3)], 40)
+    whole = AlignedCounts.of(source, pivot, 40)
+    parts = AlignedCounts.total([AlignedCounts.of(source[n::3], pivot[n::3], 40) for n in range(3)], 40)
     assert (whole.keys == parts.keys).all()
     assert (whole.counts == parts.counts).all()
     assert whole.counts.sum() == 1000
     dense = np.zeros((50, 40), int)
     np.add.at(dense, (source, pivot), 1)
     assert (dense.reshape(-1)[whole.keys] == whole.counts).all()
-    empty = PairCounts.total([], 40)
+    empty = AlignedCounts.total([], 40)
     assert len(empty.keys) == 0
     assert statistics_map([b"x"], [b"y"], {b"y": 0}, empty).tolist() == [-1]

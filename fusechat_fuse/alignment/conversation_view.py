@@ -1,0 +1,172 @@
+"""One aligned conversation with both tokenizations, as plain data: for `inspect` in the terminal and for its page.
+
+An aligned directory holds the pivot's tokens only; the source's are read from the representation it was made of, whose
+path the manifest names, and aligned again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, message_of
+from fusechat_fuse.alignment.mappings import MAPPINGS
+from fusechat_fuse.alignment.streams import align_batch, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.tokenizers import read_tokenizer
+from fusechat_fuse.text.tokens import token_table
+
+CLASSES = {EXACT: "exact", INSIDE: "inside"}
+
+
+def readable(piece: bytes | None) -> str:
+    """Bytes of a token for a reader: text where they are characters, else escapes; blanks and line ends visible."""
+    if piece is None:
+        return "(special)"
+    text = piece.decode("utf-8", "backslashreplace")
+    return "".join(
+        {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in text
+    )
+
+
+class Names:
+    """Shows ids of one tokenizer: `names(id)`."""
+
+    def __init__(self, path):
+        table = token_table(read_tokenizer(path))
+        self.pieces, self.spelled = table.pieces, table.bytes
+
+    def __call__(self, i: int) -> str:
+        piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
+        if piece is None:
+            return f"#{i}"
+        return piece if self.spelled[i] is None else readable(self.spelled[i])
+
+
+def conversation_view(opened: Representation, number: int, source_representation=None, *, required=True) -> dict:
+    """One aligned conversation with both tokenizations: JSON-able, for the terminal and the page.
+
+    Returns:
+        id, mapping, models; messages: per message the stretches {pivot, source} (numbers of tokens over the same text);
+        tokens: of the pivot, each with text, class, safe, mass, unmapped, answer (number of a source token),
+        candidates and the mapped row; source_tokens: text and ce. Without the source's representation
+        (`required=False`) messages is None and the tokens hold what is stored.
+    """
+    row, manifest = opened[number], opened.manifest
+    source = _source_of(opened, source_representation, required)
+    pivot_name = Names(opened.path)
+    view = {
+        "id": row["id"],
+        "mapping": manifest["options"]["mapping"],
+        "models": [(manifest.get(key) or {}).get("name") for key in ("model", "source_model")],
+    }
+    if source is None:
+        return view | {"messages": None, "tokens": _stored_tokens(row, pivot_name)}
+    pair = TokenizerPair.load(opened, source)
+    batch = make_batch([row], [_matching(source, row)], pair)
+    mapping = MAPPINGS[manifest["options"]["mapping"]]
+    counts = None
+    if mapping.needs_counts and not pair.identity:
+        counts = load_counts(manifest["inputs"]["counts"] or opened.path, pair)
+    vocab = pair.vocabularies(mapping, counts)
+    match, mapped, safe = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
+    fates = mapping.fates(batch.pivot, batch.source, match, vocab)
+    source_name = Names(source.path)
+    pivot_tokens, source_tokens = [], []
+    for q in range(len(batch.source)):
+        spelled = pair.source.bytes[batch.source.ids[q]]
+        source_tokens.append(
+            {"text": _own_text(spelled, batch.source, q, source_name), "ce": float(batch.source.ce[q])}
+        )
+    for p in range(len(batch.pivot)):
+        pivot_tokens.append(
+            {
+                "text": _own_text(pair.pivot.bytes[batch.pivot.ids[p]], batch.pivot, p, pivot_name),
+                "class": CLASSES.get(int(mapped.kind[p]), "none"),
+                "safe": bool(safe[p]),
+                "mass": float(mapped.mass[p]),
+                "unmapped": sum(c.probability for c in fates[p] if c.pivot_id < 0),
+                "answer": int(match.source[p]),
+                "candidates": [
+                    {
+                        "token": source_name(c.id),
+                        "p": round(c.probability, 6),
+                        "became": pivot_name(c.pivot_id) if c.pivot_id >= 0 else "",
+                        "why": c.why,
+                        "actual": c.actual,
+                    }
+                    for c in fates[p]
+                ],
+                "row": _row(mapped.ids[p], mapped.probs[p], pivot_name),
+            }
+        )
+    messages = _stretches(batch, match, pivot_tokens, source_tokens)
+    return view | {"messages": messages, "tokens": pivot_tokens, "source_tokens": source_tokens}
+
+
+def _row(ids: np.ndarray, probs: np.ndarray, name: Names) -> list[tuple[str, float]]:
+    """(name, P) of the entries, most likely first."""
+    kept = [(name(int(i)), round(float(v), 6)) for i, v in zip(ids, probs) if i >= 0]
+    return sorted(kept, key=lambda entry: -entry[1])
+
+
+def _own_text(spelled: bytes | None, stream, n: int, name: Names) -> str:
+    if spelled is None:
+        return name(int(stream.ids[n]))
+    return readable(spelled[min(int(stream.header[n]), len(spelled)) :])
+
+
+def _source_of(opened: Representation, source_representation, required: bool) -> Representation | None:
+    path = source_representation or opened.manifest["inputs"]["source"]
+    try:
+        return load_representation(path)
+    except InputError:
+        if required or source_representation:
+            raise InputError(
+                f"source representation for {opened.path}: expected it at {path}, got nothing readable there. "
+                "Name its place with source_representation."
+            ) from None
+        return None
+
+
+def _matching(source: Representation, row: dict) -> dict:
+    for n, name in enumerate(source.ids):
+        if name == row["id"] and source.stored_row(n).get("content_hash") == row.get("content_hash"):
+            return source[n]
+    raise InputError(
+        f"conversation {row['id']!r} for {source.path}: expected it there with the same content, got none. "
+        "Give the representation that was aligned."
+    )
+
+
+def _stored_tokens(row: dict, name: Names) -> list[dict]:
+    tokens = []
+    for n, t in enumerate(row["predicted"]):
+        tokens.append(
+            {
+                "text": name(int(row["input_ids"][t])),
+                "class": "answered" if row["mapped_mass"][n] > 0 else "none",
+                "mass": float(row["mapped_mass"][n]),
+                "row": _row(row["source_ids"][n], row["source_probs"][n], name),
+            }
+        )
+    return tokens
+
+
+def _stretches(batch, match, pivot_tokens, source_tokens) -> list[list[dict]]:
+    """Tokens grouped by message, then into stretches from one common start to the next."""
+    common = set(batch.pivot.start[match.kind == EXACT].tolist())
+    sides = (("pivot", batch.pivot, pivot_tokens), ("source", batch.source, source_tokens))
+    items = sorted((int(stream.start[n]), side, n) for side, stream, tokens in sides for n in range(len(tokens)))
+    messages: list[list[dict]] = []
+    before = None
+    for place, side, n in items:
+        message = message_of(place)
+        if message != before:
+            messages.append([])
+        if message != before or (place in common and messages[-1][-1]["at"] != place):
+            messages[-1].append({"at": place, "pivot": [], "source": []})
+        messages[-1][-1][side].append(n)
+        before = message
+    return messages

@@ -1,0 +1,182 @@
+"""The work of one run of `align`, shard by shard, in this process or several: aligned rows, and counts of ids.
+
+A shard holds SHARD conversations of the joined ones, in order; what it gives depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat_fuse.alignment.candidates import Vocabularies
+from fusechat_fuse.alignment.certificate import add_counts, tally
+from fusechat_fuse.alignment.correspondence import EXACT, correspond
+from fusechat_fuse.alignment.mappings import Mapping
+from fusechat_fuse.alignment.sparse_rows import Mapped
+from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts, save_counts
+from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
+from fusechat_fuse.store.shards import Representation, ShardWriter
+
+SHARD = 256
+_BATCH_TOKENS = 8192
+_LEAST_MASS = 6e-8  # of an answered position: what float16 can tell from 0, which means no answer
+
+
+@dataclass
+class Job:
+    """What one run works on; picklable, shared by its processes.
+
+    Attributes:
+        pivot, source: the representations.
+        joined: (pivot row, source row) of each conversation that both have.
+        pair: the two tokenizers.
+        mapping, safe_only: as `align` takes them.
+        vocab: the pair's maps; not needed for counts.
+    """
+
+    pivot: Representation
+    source: Representation
+    joined: list[tuple[int, int]]
+    pair: TokenizerPair
+    mapping: Mapping
+    safe_only: bool
+    vocab: Vocabularies | None = None
+
+    @property
+    def shards(self) -> range:
+        """Numbers of the shards."""
+        return range(-(-len(self.joined) // SHARD))
+
+    def batches(self, shard: int) -> Iterator[tuple[list[dict], list[dict]]]:
+        """Conversations of one shard, (pivot rows, source rows) of about _BATCH_TOKENS pivot tokens at once."""
+        pivot_rows, source_rows, tokens = [], [], 0
+        for p, q in self.joined[shard * SHARD : (shard + 1) * SHARD]:
+            pivot_rows.append(self.pivot[p])
+            source_rows.append(self.source[q])
+            tokens += len(pivot_rows[-1]["predicted"])
+            if tokens >= _BATCH_TOKENS:
+                yield pivot_rows, source_rows
+                pivot_rows, source_rows, tokens = [], [], 0
+        if pivot_rows:
+            yield pivot_rows, source_rows
+
+    def aligned(self, shard: int) -> tuple[list[dict], dict]:
+        """The aligned rows of one shard and its counts for the certificate."""
+        assert self.vocab is not None
+        rows, info = [], {"sums": {}, "worst": []}
+        for pivot_rows, source_rows in self.batches(shard):
+            batch = make_batch(pivot_rows, source_rows, self.pair)
+            match, mapped, safe = align_batch(batch, self.pair, self.vocab, self.mapping, self.safe_only)
+            counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, len(pivot_rows))
+            add_counts(info, pivot_rows, counted)
+            rows += _aligned_rows(pivot_rows, source_rows, batch, mapped)
+        return rows, info
+
+    def write(self, writer: ShardWriter, shard: int) -> None:
+        """Align one shard and write it."""
+        writer.write(shard, *self.aligned(shard))
+
+    def counts(self, shard: int) -> AlignedCounts:
+        """How often pivot and source ids start together in one shard."""
+        size, parts = len(self.pair.pivot.bytes), []
+        for pivot_rows, source_rows in self.batches(shard):
+            batch = make_batch(pivot_rows, source_rows, self.pair)
+            pivot, source = batch.pivot, batch.source
+            match = correspond(pivot.start, pivot.end, source.start, source.end)
+            common = match.kind == EXACT
+            parts.append(AlignedCounts.of(source.ids[match.source[common]], pivot.ids[common], size))
+        return AlignedCounts.total(parts, size)
+
+
+def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch, mapped: Mapped) -> list[dict]:
+    """The pivot's rows with the source's columns; a token of no bytes, which is in no batch, has no answer."""
+    ids, probs = mapped.ids, mapped.probs.astype(np.float32)
+    token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.maximum(mapped.mass, _LEAST_MASS), 0.0)
+    if not batch.kept.all():
+        ids, probs = _spread(ids, batch.kept, -1), _spread(probs, batch.kept, 0)
+        token_ce, mass = _spread(token_ce, batch.kept, np.inf), _spread(mass, batch.kept, 0)
+    cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]
+    columns = (np.split(array, cuts) for array in (ids, probs, token_ce.astype(np.float32), mass.astype(np.float16)))
+    rows = []
+    for pivot, source, i, p, c, m in zip(pivot_rows, source_rows, *columns):
+        rows.append(
+            pivot
+            | {
+                "source_ids": i,
+                "source_probs": p,
+                "source_token_ce": c,
+                "mapped_mass": m,
+                "source_ce": float(np.mean(source["ce"], dtype=np.float64)),
+                "source_bytes": int(np.sum(source["end"] - source["start"], dtype=np.int64)),
+                "source_tokens": len(source["predicted"]),
+            }
+        )
+    return rows
+
+
+def _spread(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
+    full = np.full((len(kept), *values.shape[1:]), fill, values.dtype)
+    full[kept] = values
+    return full
+
+
+def write_shards(job: Job, writer: ShardWriter, processes: int) -> None:
+    """Align and write the shards that are not there yet."""
+    _each(partial(job.write, writer), [shard for shard in job.shards if not writer.done(shard)], processes, "align")
+
+
+def collect_counts(job: Job, folder: Path, processes: int) -> AlignedCounts:
+    """Counts over the whole corpus, kept beside the shards for this run's repetition and for other corpora."""
+    file = folder / "counts.safetensors"
+    if file.exists():
+        return load_counts(file, job.pair)
+    parts = _each(job.counts, list(job.shards), processes, "count aligned tokens")
+    total = AlignedCounts.total(parts, len(job.pair.pivot.bytes))
+    save_counts(file, total, job.pair)
+    return total
+
+
+_work: Callable[[int], Any] | None = None  # of a worker process
+
+
+def _start(work: Callable[[int], Any]) -> None:
+    global _work
+    _work = work
+
+
+def _call(shard: int):
+    assert _work is not None
+    return _work(shard)
+
+
+def _each(work: Callable[[int], Any], shards: list[int], processes: int, title: str) -> list:
+    """work(shard) for each, in this process or several (then `work` is pickled); results in the order of `shards`."""
+    from tqdm.auto import tqdm
+
+    processes = min(processes, len(shards))
+    with tqdm(total=len(shards), desc=title, unit="shard", disable=len(shards) < 2) as bar:
+
+        def followed(results) -> list:
+            return [(result, bar.update())[0] for result in results]
+
+        if processes < 2:
+            return followed(map(work, shards))
+        before = os.environ.get("TOKENIZERS_PARALLELISM")
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a forked tokenizer warns
+        try:
+            method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+            with multiprocessing.get_context(method).Pool(processes, _start, (work,)) as pool:
+                return followed(pool.imap(_call, shards))
+        finally:
+            if before is None:
+                del os.environ["TOKENIZERS_PARALLELISM"]
+            else:
+                os.environ["TOKENIZERS_PARALLELISM"] = before
