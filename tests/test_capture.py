@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,6 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from fusechat_fuse.capture import distributions as forward
 from fusechat_fuse.capture.batches import plan_batches
 from fusechat_fuse.capture.distributions import PredictionHead
 from fusechat_fuse.capture.run import represent
@@ -91,6 +91,15 @@ def conversations(n=23, seed=0):
             messages += [{"role": "user", "content": text(12)}, {"role": "assistant", "content": text(25)}]
         rows.append({"id": f"c{i}", "messages": messages})
     return rows
+
+
+@pytest.fixture
+def one_thread():
+    """As in a process beside this one that is started with one: sums are then the same to the bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -240,17 +249,23 @@ def test_source_with_another_tokenizer_sees_the_pivots_template(tmp_path, opench
     assert source.manifest["template"]["name"] == "pivot"
 
 
+def limit_memory(monkeypatch, tokens: int, error: Exception) -> list[int]:
+    """Forward passes over more tokens than fit raise; the sizes of all that were tried."""
+    sizes, run = [], PredictionHead.__call__
+
+    def limited(self, sequences, *arguments):
+        sizes.append(len(sequences) * max(map(len, sequences)))
+        if sizes[-1] > tokens:
+            raise error
+        return run(self, sequences, *arguments)
+
+    monkeypatch.setattr(PredictionHead, "__call__", limited)
+    return sizes
+
+
 def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, folder, monkeypatch, caplog):
     want = represent(folder / "m", folder / "data.json", tmp_path / "a")
-    sizes, run = [], PredictionHead._run
-
-    def limited(self, ids, *args):
-        sizes.append(ids.numel())
-        if ids.numel() > 300:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return run(self, ids, *args)
-
-    monkeypatch.setattr(forward.PredictionHead, "_run", limited)
+    sizes = limit_memory(monkeypatch, 300, RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"))
     with caplog.at_level(logging.WARNING):
         got = represent(folder / "m", folder / "data.json", tmp_path / "b", tokens_per_batch=100000)
     assert f"Out of memory at {sizes[0]} tokens per batch; going on with {sizes[0] // 2}." in caplog.text
@@ -258,19 +273,20 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path, folder, monkeypat
     for a, b in zip(want, got):
         np.testing.assert_array_equal(a["topk_ids"], b["topk_ids"])
         np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-5)
-    longest = max(want.num_tokens)
-    monkeypatch.setattr(
-        forward.PredictionHead, "_run", lambda self, ids, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
-    )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_conversation_that_does_not_fit_alone_is_said(tmp_path, folder, monkeypatch, error):
+    longest = max(represent(folder / "m", folder / "data.json", tmp_path / "a").num_tokens)
+    limit_memory(monkeypatch, 0, error)
     with pytest.raises(InputError, match=f"memory for a conversation of {longest} tokens: expected it to fit alone"):
         represent(folder / "m", folder / "data.json", tmp_path / "c")
 
 
 def test_other_errors_of_the_model_are_not_taken_for_memory(tmp_path, folder, monkeypatch):
-    def broken(self, *args):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(forward.PredictionHead, "_run", broken)
+    limit_memory(monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         represent(folder / "m", folder / "data.json", tmp_path / "c")
 
@@ -294,38 +310,51 @@ def test_conversation_with_logits_that_are_not_finite_is_left_out(tmp_path, tiny
     entry = json.loads((tmp_path / "r" / "skipped.jsonl").read_text())
     assert (entry["row"], entry["id"], entry["reason"]) == (77, "77", "non_finite")
     assert all(np.isfinite(row["ce"]).all() for row in stored)
-    with pytest.raises(RuntimeError, match=r"1 of 50 conversations have logits that are not finite \(2.0%"):
-        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
-    with pytest.raises(RuntimeError, match="1 of 50 conversations"):  # and again, from the finished shards
-        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "e", tokenizer=tiny_bpe)
-    with pytest.raises(RuntimeError, match="1 of 50 conversations"):  # at once, not at the end
-        represent(poisoned(tiny_bpe), rows[50:100], tmp_path / "f", tokenizer=tiny_bpe, shard_size=10)
+
+
+def test_too_many_conversations_with_such_logits_end_the_run_at_once_and_again(tmp_path, tiny_bpe):
+    rows = [{"id": str(i), "messages": conversations(2, i)[1]["messages"]} for i in range(50)]
+    rows[27] = {"id": "27", "messages": [{"role": "user", "content": "a ~"}, {"role": "assistant", "content": "b"}]}
+    for _ in range(2):  # the second time from the finished shards
+        with pytest.raises(RuntimeError, match=r"1 of 50 conversations have logits that are not finite \(2.0%"):
+            represent(poisoned(tiny_bpe), rows, tmp_path / "e", tokenizer=tiny_bpe)
+    with pytest.raises(RuntimeError, match="1 of 50 conversations"):
+        represent(poisoned(tiny_bpe), rows, tmp_path / "f", tokenizer=tiny_bpe, shard_size=10)
     assert len(list((tmp_path / "f").glob("shard-*.json"))) == 3
 
 
-def test_another_run_on_the_directory_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
-    represent(folder / "m", folder / "data.json", tmp_path / "r")
-    before = files(tmp_path / "r")
-    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
-    represent(folder / "m", folder / "data.json", tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
-    for change, key in (
-        ({"top_k": 3}, "options.top_k = 10 there and 3 here"),
-        ({"max_length": 100}, "options.max_length = 2048 there and 100 here"),
-        ({"dtype": "float32"}, "options.dtype"),
-        ({"template": "openchat_3.5"}, "template.name = 'pivot' there and 'openchat_3.5' here"),
-        ({"encoding": "compact"}, "encoding = 'plain' there"),
-    ):
-        with pytest.raises(InputError, match=key.replace(".", r"\.")):
-            represent(folder / "m", folder / "data.json", tmp_path / "r", **change)
-    with pytest.raises(InputError, match="data = "):
-        represent(folder / "m", conversations(5), tmp_path / "r")
+def other_weights(tmp_path, folder):
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight += 1e-3
     model.save_pretrained(tmp_path / "m2")
-    load_tokenizer(tmp_path / "r").save_pretrained(tmp_path / "m2")
-    with pytest.raises(InputError, match=r"model\.fingerprint = "):
-        represent(tmp_path / "m2", folder / "data.json", tmp_path / "r")
+    load_fast_tokenizer(folder / "m").save_pretrained(tmp_path / "m2")
+    return tmp_path / "m2"
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"top_k": 3}, "options.top_k = 10 there and 3 here"),
+        ({"max_length": 100}, "options.max_length = 2048 there and 100 here"),
+        ({"dtype": "float32"}, "options.dtype = 'auto' there"),
+        ({"template": "openchat_3.5"}, "template.name = 'pivot' there and 'openchat_3.5' here"),
+        ({"encoding": "compact"}, "encoding = 'plain' there"),
+        ({"conversations": conversations(5)}, "data = "),
+        ({"model": other_weights}, "model.fingerprint = "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused_before_the_model_is_loaded(tmp_path, folder, monkeypatch, change, difference):
+    arguments = {"model": folder / "m", "conversations": folder / "data.json"}
+    represent(**arguments, output_dir=tmp_path / "r")
+    before = files(tmp_path / "r")
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    represent(**arguments, output_dir=tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
+    if "model" in change:
+        change = {"model": other_weights(tmp_path, folder)}
+    with pytest.raises(InputError, match=re.escape(difference)):
+        represent(**{**arguments, **change}, output_dir=tmp_path / "r")
     assert files(tmp_path / "r") == before
 
 
@@ -358,36 +387,44 @@ def test_data_may_be_a_dataset_and_the_encoding_compact(tmp_path, folder):
         np.testing.assert_allclose(a["ce"], b["ce"], atol=1e-4)
 
 
-def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, tiny_bpe, openchat):
-    model, data, out = folder / "m", folder / "data.json", tmp_path / "r"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k for represent: expected an integer from 1, got 0"),
+        ({"max_length": "long"}, "max_length for represent: expected an integer from 1, got 'long'"),
+        ({"tokens_per_batch": -1}, "tokens_per_batch for represent: expected an integer from 1, got -1"),
+        ({"shard_size": True}, "shard_size for represent: expected an integer from 1, got True"),
+        ({"top_k": 601}, "top_k for represent: expected at most the vocabulary's 600, got 601"),
+        ({"dtype": "int8"}, "dtype for represent: expected auto"),
+        ({"template": "nonsense"}, "chat template for 'nonsense'"),
+        ({"encoding": "zip"}, "encoding in"),
+        ({"conversations": "no.json"}, "got nothing there"),
+        ({"model": "no"}, "expected a model directory or a Hub name, got neither"),
+        ({"model": "file"}, "expected a model directory or a Hub name, got neither"),
+        ({"model": "bare"}, "expected a model directory, got one without config.json"),
+        ({"model": make_model}, "expected one beside a loaded model, got none"),
+        ({"output_dir": "file"}, "expected a directory, got a file"),
+        ({"output_dir": "full"}, r"expected an empty one, got other files \('notes.txt'\)"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, options, message):
     (tmp_path / "bare").mkdir()
-    (tmp_path / "file").write_text("x")
-    for arguments, options, message in (
-        ((model, data, out), {"top_k": 0}, "top_k for represent: expected an integer from 1, got 0"),
-        (
-            (model, data, out),
-            {"max_length": "long"},
-            "max_length for represent: expected an integer from 1, got 'long'",
-        ),
-        ((model, data, out), {"tokens_per_batch": -1}, "tokens_per_batch for represent"),
-        ((model, data, out), {"top_k": 601}, "top_k for represent: expected at most the vocabulary's 600, got 601"),
-        ((model, data, out), {"dtype": "int8"}, "dtype for represent: expected auto"),
-        ((model, data, out), {"template": "nonsense"}, "chat template for 'nonsense'"),
-        ((model, data, out), {"encoding": "zip"}, "encoding in"),
-        ((model, tmp_path / "no.json", out), {}, "got nothing there"),
-        ((tmp_path / "no", data, out), {}, "expected a model directory or a Hub name, got neither"),
-        ((tmp_path / "file", data, out), {}, "expected a model directory or a Hub name, got neither"),
-        ((tmp_path / "bare", data, out), {}, "expected a model directory, got one without config.json"),
-        ((make_model(), data, out), {}, "expected one beside a loaded model, got none"),
-        ((model, data, tmp_path / "file"), {}, "expected a directory, got a file"),
-        ((model, data, folder / "m"), {}, "expected an empty one, got other files"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            represent(*arguments, **options)
-        assert "\n" not in str(caught.value)
-    assert not out.exists()
+    (tmp_path / "full").mkdir()
+    for file in ("file", "full/notes.txt"):
+        (tmp_path / file).write_text("x")
+    before = {path.name for path in tmp_path.rglob("*")}
+    arguments = {"model": folder / "m", "conversations": folder / "data.json", "output_dir": tmp_path / "r"}
+    for name, value in options.items():
+        arguments[name] = value() if callable(value) else tmp_path / value if name in arguments else value
+    with pytest.raises(InputError, match=message) as caught:
+        represent(**arguments)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.rglob("*")} == before
+
+
+def test_tokenizer_of_another_model_is_said(tmp_path, folder, openchat):
     with pytest.raises(InputError, match="expected ids below its 600 embedding rows, got 32000"):
-        represent(make_model(), data, tmp_path / "t", tokenizer=openchat)
+        represent(make_model(), folder / "data.json", tmp_path / "t", tokenizer=openchat)
 
 
 def test_one_model_over_several_devices_is_not_for_several_processes(tmp_path, folder, monkeypatch):
@@ -407,13 +444,18 @@ def test_longer_conversations_are_cut_at_the_models_positions(tmp_path, tiny_bpe
     assert stored.manifest["counts"]["truncated"] == 1
 
 
-def test_directory_of_no_known_model_is_said_before_any_work(tmp_path, folder, tiny_bpe):
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"model_type": "abacus"}', r"with a configuration that transformers knows, got: .*abacus"),
+        (LlamaConfig(**SIZE).to_json_string(), "weights for .*: expected a causal language model, got "),
+    ],
+    ids=["unknown", "no_weights"],
+)
+def test_directory_of_no_whole_model_is_said(tmp_path, folder, tiny_bpe, written, message):
     tiny_bpe.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "abacus"}))
-    with pytest.raises(InputError, match=r"with a configuration that transformers knows, got: .*abacus"):
-        represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
-    (tmp_path / "m" / "config.json").write_text(make_model().config.to_json_string())
-    with pytest.raises(InputError, match="expected a causal language model, got "):
+    (tmp_path / "m" / "config.json").write_text(written)
+    with pytest.raises(InputError, match=message):
         represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
 
 
@@ -470,12 +512,10 @@ print(deaths)
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path, folder):
-    torch.set_num_threads(1)
-    model = LlamaForCausalLM.from_pretrained(folder / "m")
-    represent(
-        model, folder / "data.json", tmp_path / "whole", shard_size=4, tokenizer=load_fast_tokenizer(folder / "m")
-    )
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder / "m"), load_fast_tokenizer(folder / "m")
+    represent(model, folder / "data.json", tmp_path / "whole", shard_size=4, tokenizer=tokenizer)
     (tmp_path / "run.py").write_text(KILLED)
     ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "killed")
     assert ran.returncode == 0, ran.stderr
@@ -483,8 +523,8 @@ def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_write_the_files_of_one(tmp_path, folder):
-    torch.set_num_threads(1)
     represent(folder / "m", folder / "data.json", tmp_path / "one", shard_size=3)
     (tmp_path / "run.py").write_text(
         "import sys, fusechat_fuse.capture.run as c\nc.represent(*sys.argv[1:4], shard_size=3)\n"

@@ -99,19 +99,37 @@ def test_flags_win_over_the_configuration_file(world, tmp_path):
     assert representation[0]["topk_ids"].shape[1] == 5
 
 
-def test_an_unknown_key_of_the_configuration_file_gets_a_suggestion(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("maping: prefix\n", "unknown key 'maping': did you mean 'mapping'?"),
+        ("- a list\n", "expected flag: value pairs, got list"),
+        ("a: b: c\n", "expected a readable YAML file"),
+        (None, "expected a readable YAML file"),
+    ],
+    ids=["unknown", "list", "no_yaml", "missing"],
+)
+def test_bad_configuration_files_are_named(tmp_path, capsys, written, told):
     config = tmp_path / "align.yml"
-    config.write_text("maping: prefix\n")
-    assert f"{config}: unknown key 'maping': did you mean 'mapping'?" in sentence(capsys, "align", "--config", config)
-    config.write_text("- a list\n")
-    assert "expected flag: value pairs" in sentence(capsys, "align", "--config", config)
-    assert "expected a readable YAML file" in sentence(capsys, "align", "--config", tmp_path / "none.yml")
+    if written is not None:
+        config.write_text(written)
+    line = sentence(capsys, "align", "--config", config)
+    assert str(config) in line
+    assert told in line
 
 
-def test_unknown_subcommands_and_flags_get_a_suggestion(capsys):
-    assert "unknown subcommand 'represnt': did you mean 'represent'?" in sentence(capsys, "represnt")
-    assert "unknown flag '--mappping': did you mean '--mapping'?" in sentence(capsys, "align", "--mappping", "prefix")
-    assert "--top_k" in sentence(capsys, "represent", "--top_k", "many")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["represnt"], "unknown subcommand 'represnt': did you mean 'represent'?"),
+        (["align", "--mappping", "prefix"], "unknown flag '--mappping': did you mean '--mapping'?"),
+        (["align", "--mapping", "prefix"], "required: --pivot_representation"),
+        (["align", "--config"], "argument --config: expected one argument. See fusechat-fuse align --help."),
+        (["represent", "--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(capsys, arguments, told):
+    assert told in sentence(capsys, *arguments)
 
 
 @pytest.mark.parametrize(

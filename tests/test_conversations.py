@@ -192,18 +192,29 @@ def test_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert len(load_conversations(tmp_path / "data.json")) == 2
 
 
-def test_bytes_that_are_no_text_missing_files_splits_and_names(tmp_path):
+def test_bytes_that_are_no_text_are_said(tmp_path):
     (tmp_path / "d.json").write_bytes(b'["\xff"]')
     with pytest.raises(InputError, match="expected UTF-8 text, got byte 2 that is none"):
         load_conversations(tmp_path / "d.json")
-    for name in ("missing.json", "./missing", str(tmp_path / "missing")):
-        with pytest.raises(InputError, match="got nothing there"):
-            load_conversations(name)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "./missing", "/nowhere/missing"])
+def test_missing_files_are_said(name):
+    with pytest.raises(InputError, match="got nothing there"):
+        load_conversations(name)
+
+
+def test_missing_splits_are_said(tmp_path):
     as_splits(tmp_path / "s", [MESSAGES])
     with pytest.raises(InputError, match="expected one of train, got 'test'"):
         load_conversations(tmp_path / "s", split="test")
-    (tmp_path / "empty").mkdir()
+
+
+def test_directory_of_no_data_is_said(tmp_path):
     with pytest.raises(InputError, match="got none of them"):
-        load_conversations(tmp_path / "empty")
+        load_conversations(tmp_path)
+
+
+def test_unknown_hub_name_is_said():
     with pytest.raises(InputError, match=r"data for nobody/no-such-data: expected a file, directory or Hub dataset"):
         load_conversations("nobody/no-such-data")

@@ -147,15 +147,24 @@ def test_directory_with_a_vocabulary_file_alone_gives_a_warning(tmp_path, caplog
     assert loaded("Hello").input_ids[-1] == 22557
 
 
-def test_what_is_no_tokenizer_is_said(tmp_path, openchat):
-    with pytest.raises(InputError, match="expected a model directory or a Hub name, got neither"):
-        load_fast_tokenizer(tmp_path / "nothing")
-    with pytest.raises(InputError, match="got no tokenizer"):
-        load_fast_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match=r"expected a readable tokenizer.json"):
-        load_fast_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="expected a fast tokenizer"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nothing", "expected a model directory or a Hub name, got neither"),
+        ("bare", "expected tokenizer.json in it, got no tokenizer"),
+        ("broken", "expected a readable tokenizer.json, got"),
+    ],
+)
+def test_directory_of_no_tokenizer_is_said(tmp_path, given, message):
+    for name in ("bare", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=f"tokenizer for {tmp_path / given}: {message}"):
+        load_fast_tokenizer(tmp_path / given)
+
+
+def test_what_else_is_no_tokenizer_is_said(hub, openchat):
+    with pytest.raises(InputError, match="tokenizer for object: expected a fast tokenizer"):
         load_fast_tokenizer(object())
     with pytest.raises(InputError, match="expected a model directory or a Hub name with a tokenizer"):
         load_fast_tokenizer("nobody/nothing-of-this-name")
