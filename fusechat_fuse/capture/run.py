@@ -84,8 +84,8 @@ def represent(
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
-    Source: arXiv 2408.07990, section 3.2. Differs from the released code, which keeps top-k logits of all positions,
-        prompts and padding included, without their normalizer.
+    Source: `docs/method.md`, "Representations"; arXiv 2408.07990, section 3.2. Differs from the released code, which
+        keeps top-k logits of all positions, prompts and padding included, without their normalizer.
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}

@@ -5,7 +5,7 @@ beside each, `identity.json` (what makes this run this run: a directory is never
 are there, `state.json` and `dataset_info.json`, with which `datasets.load_from_disk` opens it, and last
 `manifest.json`. Every file is written under a temporary name, flushed to disk and renamed, so what carries a final name
 is whole; a kill costs at most the shard in the making. Bytes depend on the rows alone: no clock, no
-random name, no host.
+random name, no host. `docs/format.md` describes every file.
 """
 
 from __future__ import annotations
@@ -115,32 +115,38 @@ class ShardWriter:
             raise InputError(
                 f"data for {self.path}: expected at least one usable conversation, got none. See skipped.jsonl."
             )
-        totals = {key: sum(info[key] for info in infos) for key in ("rows", "tokens", "predicted_tokens", "bytes")}
-        counts: dict[str, int | float] = {"conversations": totals.pop("rows"), **totals}
-        counts["bytes_per_predicted_token"] = round(counts["bytes"] / max(counts["predicted_tokens"], 1), 3)
         shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
-        manifest |= {"counts": {**counts, **manifest.get("counts", {})}, "shards": shards}
-        fingerprint = hashlib.sha256(json_bytes(shards)).hexdigest()[:16]
-        state = {
-            "_data_files": [{"filename": name} for name, _ in files],
-            "_fingerprint": fingerprint,
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
-        features = {
-            field.name: {"dtype": str(field.type), "_type": "Value"} for field in _schema(self.path / files[0][0])
-        }
-        write_atomic(
-            self.path / "dataset_info.json", json_bytes({"features": features, "citation": "", "description": ""})
-        )
-        write_atomic(self.path / "state.json", json_bytes(state))
+        manifest |= {"counts": {**_totals(infos), **manifest.get("counts", {})}, "shards": shards}
+        for name, content in _for_datasets(shards, _schema(self.path / files[0][0])).items():
+            write_atomic(self.path / name, json_bytes(content))
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         write_atomic(self.path / "manifest.json", json_bytes(manifest))
+
+
+def _totals(infos: list[dict]) -> dict[str, int | float]:
+    """The manifest's counts out of those of the shards."""
+    names = {"rows": "conversations", "tokens": "tokens", "predicted_tokens": "predicted_tokens", "bytes": "bytes"}
+    counts: dict[str, int | float] = {name: sum(info[key] for info in infos) for key, name in names.items()}
+    counts["bytes_per_predicted_token"] = round(counts["bytes"] / max(counts["predicted_tokens"], 1), 3)
+    return counts
+
+
+def _for_datasets(shards: list[dict], schema) -> dict[str, dict]:
+    """The two files with which `datasets.load_from_disk` opens a directory, by name."""
+    features = {field.name: {"dtype": str(field.type), "_type": "Value"} for field in schema}
+    state = {
+        "_data_files": [{"filename": shard["file"]} for shard in shards],
+        "_fingerprint": hashlib.sha256(json_bytes(shards)).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    info = {"features": features, "citation": "", "description": ""}
+    return {"dataset_info.json": info, "state.json": state}
 
 
 def _arrow_stream(encoded: list[dict]) -> bytes:
