@@ -7,7 +7,30 @@ Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.0799
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from fusechat_fuse.alignment.combination import combine
+    from fusechat_fuse.alignment.run import align
+    from fusechat_fuse.capture.run import represent
+    from fusechat_fuse.store.shards import load_representation
+    from fusechat_fuse.text.conversations import load_conversations
+    from fusechat_fuse.training.collator import FusionCollator
+    from fusechat_fuse.training.config import FusionConfig
+    from fusechat_fuse.training.loss import fusion_loss
+    from fusechat_fuse.training.trainer import FusionTrainer
+
+__all__ = [
+    "FusionCollator",
+    "FusionConfig",
+    "FusionTrainer",
+    "align",
+    "combine",
+    "fusion_loss",
+    "load_conversations",
+    "load_representation",
+    "represent",
+]
 _HOME = {
     "load_conversations": "text.conversations",
     "represent": "capture.run",
@@ -19,7 +42,6 @@ _HOME = {
     "FusionCollator": "training.collator",
     "FusionTrainer": "training.trainer",
 }
-__all__ = list(_HOME)
 
 
 def __getattr__(name):
