@@ -271,6 +271,7 @@ def test_damaged_shard_is_made_again(two, tmp_path, monkeypatch, caplog):
     assert files_of(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path):
     write(tmp_path / "p", tiny_bpe, rows_for(tiny_bpe, repeat=6))
     write(tmp_path / "s", tiny_unigram, rows_for(tiny_unigram, seed=1, repeat=6))

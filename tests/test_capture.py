@@ -513,6 +513,7 @@ print(deaths)
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path, folder):
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder / "m"), load_fast_tokenizer(folder / "m")
     represent(model, folder / "data.json", tmp_path / "whole", shard_size=4, tokenizer=tokenizer)
@@ -524,6 +525,7 @@ def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.distributed
 def test_two_processes_write_the_files_of_one(tmp_path, folder):
     represent(folder / "m", folder / "data.json", tmp_path / "one", shard_size=3)
     (tmp_path / "run.py").write_text(

@@ -142,6 +142,7 @@ def test_page_escapes_what_it_shows(tiny_bpe, tiny_unigram, tmp_path):
     assert page.links == []
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; the structure is checked without it")
 def test_page_in_chromium_by_keyboard(aligned, tmp_path):
     file = tmp_path / "page.html"

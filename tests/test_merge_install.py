@@ -16,6 +16,7 @@ from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, recipe, write_family
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.install
 SOURCES = (
     "setup.py",
     "setup.cfg",

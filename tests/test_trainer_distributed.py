@@ -17,6 +17,7 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import run
 
+pytestmark = pytest.mark.distributed
 WORLD = 2
 CASES = ["ddp", "fsdp1", "fsdp1_own_head", "fully_shard", "fully_shard_own_head"]
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

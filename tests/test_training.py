@@ -230,6 +230,7 @@ train(pivot, data, config(output, **settings))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_it_had_not_been(pivot, data, tmp_path):
     command = [sys.executable, "-c", WORKER, str(pivot), str(data), str(tmp_path / "killed")]
     options = {"cwd": Path(__file__).parents[1], "env": {**os.environ, "PYTHONPATH": "."}}

@@ -5,11 +5,14 @@ is another one, on which the source is wrong, so MinCE must leave it to the pivo
 """
 
 import numpy as np
+import pytest
 import torch
 
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import config
+
+pytestmark = pytest.mark.slow
 
 V, HALF, T, K = 50, 20, 32, 10  # ids 5..24 speak skill A, 25..44 skill B
 
