@@ -47,7 +47,7 @@ def sce_merge(
     """Merge targets into their pivot by SCE.
 
     1. select: keep the floor(tau n) elements of largest variance over j of d_j (n = elements whose d_j are not all
-       equal, ties lowest index first), zero the others; tau = 1 keeps all
+       equal, ties lowest index first), zero the others; tau = 1 keeps all, tau = 0 none
     2. calculate: eta_j = w_j sum(d_j^2) / sum_j w_j sum(d_j^2); all zero gives the pivot
     3. erase: s = +1 where sum_j d_j >= 0, else -1; a d_j whose sign is not s is left out
     4. merged = pivot + sum_j eta_j d_j [kept] / sum_j eta_j [kept], and the pivot where none is kept
@@ -55,9 +55,9 @@ def sce_merge(
     Args:
         pivot: any shape, float32/float16/bfloat16/float64; borrowed.
         targets: M >= 1 tensors of the pivot's shape and device, any of these dtypes; borrowed.
-        select_topk: tau, in (0, 1].
+        select_topk: tau, in [0, 1]; 0 gives the pivot.
         select_scope: "all"; or "coefficients": step 1 serves step 2 only (as in the authors' FuseChat-7B-v2.0 code).
-        weights: M priors w_j >= 0, not all zero; None is 1 each.
+        weights: M priors w_j >= 0; None is 1 each, all zero gives the pivot.
 
     Returns:
         A new tensor with the pivot's shape, dtype and device.
@@ -161,7 +161,7 @@ def varm(
     plan = _calculate(pivot, targets, 1.0, weights, dtype)
     if granularity == "matrix":
         return plan.merge(None, lambda out: plan.passes.varm_matrix(plan.coefficients, out))
-    priors = [weight / max(weights) for weight in weights] if weights else [1.0] * len(targets)
+    priors = [weight / max(weights) for weight in weights] if weights and any(weights) else [1.0] * len(targets)
     return plan.merge(None, lambda out: plan.passes.varm_element(priors, out))
 
 
@@ -260,25 +260,23 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
                 f"got {tuple(tensor.shape)} on {tensor.device}. Pass tensors of one weight."
             )
     if weights is not None:
-        check_weights(weights, len(targets))
+        _check_weights(weights, len(targets))
 
 
-def check_weights(weights: Sequence[float], count: int) -> None:
-    """Raises ValueError unless these are `count` finite numbers >= 0 and not all are zero."""
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    """Raises ValueError unless these are `count` finite numbers >= 0."""
     if len(weights) != count:
         raise ValueError(f"weights for the targets: expected {count}, got {len(weights)}. Give one for each target.")
     if not all(0 <= float(weight) < float("inf") for weight in weights):
         raise ValueError(
             f"weights for the targets: expected numbers >= 0, got {list(weights)}. Use 0 to leave one out."
         )
-    if not any(weights):
-        raise ValueError("weights for the targets: expected at least one above 0, got all zero. Raise one.")
 
 
 def _check_tau(select_topk: float) -> None:
-    if not 0 < select_topk <= 1:
+    if not 0 <= select_topk <= 1:
         raise ValueError(
-            f"select_topk for sce: expected a number in (0, 1], got {select_topk}. Use 1.0 to select all elements."
+            f"select_topk for sce: expected a number in [0, 1], got {select_topk}. Use 1.0 to select all elements."
         )
 
 

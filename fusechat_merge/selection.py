@@ -48,7 +48,7 @@ def select(passes: Passes, tau: float) -> Selection | None:
 
     Args:
         passes: the pivot and the targets.
-        tau: `select_topk`, in (0, 1).
+        tau: `select_topk`, in [0, 1).
 
     Returns:
         The selection; None where a number, or the square of a difference, is not finite (not all such are found here).

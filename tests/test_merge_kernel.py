@@ -111,6 +111,27 @@ def test_sce_is_the_oracle(dtypes, tau):
             assert_promised(merged, exact, pivot, targets, tau)
 
 
+@by_both_passes
+@pytest.mark.parametrize("options", [{"select_topk": 0.0}, {"select_topk": 0, "select_scope": "coefficients"}])
+def test_nothing_selected_gives_the_pivot(options):
+    pivot, targets = family((300,), (BF16,) * 4)
+    assert torch.equal(sce_merge(pivot, targets, **options), pivot)
+    assert sce_coefficients(pivot, targets, select_topk=0).tolist() == [0.0] * 3
+    targets[1][5] = math.nan
+    with pytest.raises(NonFiniteError):
+        sce_merge(pivot, targets, **options)
+
+
+@by_both_passes
+@pytest.mark.parametrize(
+    "merge", [sce_merge, varm_merge, lambda *args, **kw: varm_merge(*args, granularity="element", **kw)]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_of_zero_give_the_pivot(merge, count):
+    pivot, targets = family((300,), (F32,) * (1 + count))
+    assert torch.equal(merge(pivot, targets, weights=[0.0] * count), pivot)
+
+
 @pytest.mark.parametrize("count", [compiled.MOST_TARGETS, compiled.MOST_TARGETS + 1])
 def test_many_targets(count):
     pivot, targets = family((300,), (BF16,) * (1 + count), seed=26)
@@ -457,13 +478,12 @@ def test_one_target_with_nan_is_named():
             "target 0: expected float32.*got float8_e4m3fn",
         ),
         ((torch.zeros(2, dtype=torch.int32), [torch.zeros(2)]), {}, "the pivot: expected float32.*got int32"),
-        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": 0.0}, r"expected a number in \(0, 1\], got 0.0"),
-        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": 1.5}, r"expected a number in \(0, 1\], got 1.5"),
-        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": float("nan")}, r"in \(0, 1\], got nan"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": -0.1}, r"expected a number in \[0, 1\], got -0.1"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": 1.5}, r"expected a number in \[0, 1\], got 1.5"),
+        ((torch.zeros(2), [torch.zeros(2)]), {"select_topk": float("nan")}, r"in \[0, 1\], got nan"),
         ((torch.zeros(2), [torch.zeros(2)]), {"select_scope": "some"}, "expected all or coefficients, got 'some'"),
         ((torch.zeros(2), [torch.zeros(2)]), {"weights": [1.0, 2.0]}, "expected 1, got 2"),
         ((torch.zeros(2), [torch.zeros(2)]), {"weights": [-1.0]}, r"expected numbers >= 0, got \[-1.0\]"),
-        ((torch.zeros(2), [torch.zeros(2)]), {"weights": [0.0]}, "expected at least one above 0, got all zero"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(arguments, options, message):
