@@ -2,8 +2,9 @@
 
 mergekit 0.1.5 has no plug-in discovery. `fusechat_merge.pth` calls `install()` when Python starts; it only puts a
 finder in front of `sys.meta_path`. Once `mergekit.merge_methods.registry` has been executed, the entry-point group
-`mergekit.merge_methods` is loaded and registered, in place of a built-in of the same name. A process that never imports
-mergekit pays for two small modules: the standard library's import machinery is enough, and what costs time
+`mergekit.merge_methods` is loaded and registered, in place of a built-in of the same name; once `mergekit.plan` has
+been, its planner is told to leave the inputs of our methods as they are stored (see `planning`). A process that never
+imports mergekit pays for two small modules: the standard library's import machinery is enough, and what costs time
 (importlib.metadata, mergekit, torch) is imported by mergekit's users only.
 
 Switched off by the environment variable FUSECHAT_MERGE_AUTOLOAD=0. It never raises: what cannot be registered becomes
@@ -15,6 +16,7 @@ import sys
 
 GROUP = "mergekit.merge_methods"
 REGISTRY = "mergekit.merge_methods.registry"
+PLANNER = "mergekit.plan"
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
 
@@ -22,16 +24,23 @@ _waiting = {}  # methods whose module was still being imported when the registry
 
 
 class Finder:
-    """Finds only mergekit's registry, as the other finders would, and has it followed by the registration."""
+    """Finds only these modules of mergekit, as the other finders would, and has each followed by what is to be done.
+
+    Args:
+        followers: name of a module -> what is called with it when it has been executed.
+    """
+
+    def __init__(self, followers):
+        self.followers = followers
 
     def find_spec(self, name, path=None, target=None):
-        if name != REGISTRY:
+        if name not in self.followers:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find else None
             if spec is not None and spec.loader is not None:
-                _follow(spec.loader)
+                _follow(spec.loader, self.followers[name])
                 return spec
         return None
 
@@ -39,12 +48,12 @@ class Finder:
 def install() -> None:
     """Put the finder in front, once, unless the switch is off."""
     if os.environ.get(SWITCH) != "0" and not installed():
-        sys.meta_path.insert(0, Finder())
+        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: follow_planner}))
 
 
 def installed() -> bool:
     """Whether the finder is in place in this process."""
-    return any(isinstance(finder, Finder) for finder in sys.meta_path)
+    return any(isinstance(finder, Finder) and REGISTRY in finder.followers for finder in sys.meta_path)
 
 
 def register() -> None:
@@ -52,19 +61,36 @@ def register() -> None:
     import importlib
 
     serve(importlib.import_module(REGISTRY), OWN)
+    if PLANNER in sys.modules:
+        follow_planner(sys.modules[PLANNER])
+    elif not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder({PLANNER: follow_planner}))
 
 
-def _follow(loader) -> None:
+def _follow(loader, follower) -> None:
     execute = loader.exec_module
 
     def exec_module(module):
         execute(module)
         try:
-            serve(module)
+            follower(module)
         except Exception as error:
             _warn(f"the merge methods of installed packages are not served: {error!r}")
 
     loader.exec_module = exec_module
+
+
+def follow_planner(plan) -> None:
+    """Have the planner leave the inputs of our methods as they are stored."""
+    try:
+        from fusechat_merge import planning
+
+        planning.follow(plan)
+    except Exception as error:
+        _warn(
+            f"its planner is not the one this version knows ({error!r}), so it rounds what is merged to the recipe's "
+            "`dtype` first. Write `dtype: float32` with the `out_dtype` you want"
+        )
 
 
 def serve(registry, also=()) -> None:

@@ -7,11 +7,14 @@ stored, so no converted copy of a whole tensor is made.
 
 import logging
 import math
+import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -27,14 +30,34 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
-from fusechat_merge import _autoload, kernel, report
+from fusechat_merge import _autoload, checkpoint, kernel, report
 
 logger = logging.getLogger(__name__)
+SLICE = re.compile(r"\.slices\[\d+\]$")  # mergekit's name of a slice that it plans
+NO_EFFECT = ("int8_mask", "normalize")  # parameters of sce
+_said: set[str] = set()  # what the log says once for an output
 
 
 def _refuse(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
     text = f"{name} for {method}: expected {expected}, got {value!r}. {remedy}"
     return PydanticCustomError("merge_parameter", "{text}", {"text": text})
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s", message)
+
+
+def _without_effect(name: str):
+    """A parameter of old recipes: any value is taken, and the log says that it changes nothing."""
+
+    def validate(value: Any) -> Any:
+        if value:
+            _say_once(f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8")
+        return value
+
+    return validate
 
 
 def _number(value: Any) -> float:
@@ -48,8 +71,8 @@ def _number(value: Any) -> float:
 
 
 def _select_topk(value: Any) -> float:
-    if not 0 < _number(value) <= 1:
-        raise _refuse("select_topk", "sce", "a number in (0, 1]", value, "Use 1.0 to select all elements.")
+    if not 0 <= _number(value) <= 1:
+        raise _refuse("select_topk", "sce", "a number in [0, 1]", value, "Use 1.0 to select all elements.")
     return _number(value)
 
 
@@ -79,12 +102,14 @@ WEIGHT = ParameterSpec(
     Annotated[Any, PlainValidator(_weight)],
     ParameterScope.INPUT,  # the pivot's too, to refuse it
     None,
-    "prior that multiplies a target's coefficient before the coefficients are normalised (default 1)",
+    "prior that multiplies a target's coefficient before normalising (default 1); 0 for all gives the pivot",
 )
 
 
 class PivotMerge(MergeMethod):
     """A merge of targets into the pivot (mergekit's base model), one tensor at a time."""
+
+    reads_as_stored = True  # for `planning`
 
     def __init__(self, name: str, pretty_name: str, reference_url: str, parameters: tuple[ParameterSpec, ...], compute):
         self.spec = MergeMethodSpec(
@@ -115,10 +140,19 @@ class PivotMerge(MergeMethod):
             raise ValueError(
                 f"inputs for {where}: expected at least one target beside the pivot {base_id}, got none. Add a target."
             )
+        repeated = next((key for index, key in enumerate(input_ids) if key in input_ids[:index]), None)
+        if repeated is not None:
+            raise ValueError(
+                f"inputs for {where}: expected each model once, got {repeated} twice. Remove one, or give it a weight."
+            )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if group_name and group_name.endswith(".slices[0]"):  # once for a planned output
-            ours, theirs = _autoload.versions()
-            logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
+        if group_name and SLICE.search(group_name):  # a slice is planned, and what it merges can be looked at
+            models = [model for model in input_ids if isinstance(model, ModelReference)]
+            _check_checkpoints(self.spec.name, models, base_id)
+            if group_name.endswith(".slices[0]"):  # once for a planned output
+                _said.clear()
+                ours, theirs = _autoload.versions()
+                logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
         # from Python a weight may be given for the targets only
@@ -155,7 +189,7 @@ class PivotMerge(MergeMethod):
     def _merge(self, group: TensorGroup, values: dict[str, Any], dtype: torch.dtype | None) -> torch.Tensor:
         pivot, targets = group.base, group.non_base
         assert pivot is not None  # `validate_inputs` refuses the group otherwise
-        weights = self._target_weights(group.metadata.name, pivot, targets, values.pop("weight"))
+        weights = self._target_weights(pivot, targets, values.pop("weight"))
         tensors = [entry.tensor for entry in targets]
         try:
             merge = self._compute(pivot.tensor, tensors, weights=weights, dtype=dtype, **values)
@@ -174,7 +208,6 @@ class PivotMerge(MergeMethod):
 
     def _target_weights(
         self,
-        tensor: str | None,
         pivot: TensorEntry,
         targets: Sequence[TensorEntry],
         given: Mapping[Hashable, float | None],
@@ -188,18 +221,48 @@ class PivotMerge(MergeMethod):
         if all(value is None for value in values):
             return None
         weights = [1.0 if value is None else value for value in values]
-        try:
-            kernel.check_weights(weights, len(values))
-        except ValueError as error:
-            raise ValueError(f"tensor {tensor}: {error}") from None
+        if len(set(weights)) > 1:
+            _say_once(
+                f"weight multiplies the coefficient that {self.spec.name} computes for a target, before they are "
+                f"normalised: {', '.join(f'{entry.id} {weight:g}' for entry, weight in zip(targets, weights))} change "
+                "the result. Leave weight out to merge as published (it is not the share that it is for linear or ties)"
+            )
         return weights
+
+
+def _check_checkpoints(method: str, models: Sequence[ModelReference], pivot: Hashable) -> None:
+    """Refuse, while mergekit plans, what cannot be merged or would be merged as something else.
+
+    Raises:
+        ValueError: a weights file is cut off, weights are quantised, or the output layer of a model that does not share
+            it with the embeddings is missing (mergekit would take the embeddings for it).
+    """
+    cache = LoaderCache()
+    outputs: dict[ModelReference, set[str]] = {}
+    configs = {}
+    for model in models:
+        index = cache.get(model).index
+        files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
+        stored = checkpoint.stored_dtypes(files) if index.is_safetensors else {}
+        configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
+        shown = checkpoint.quantised(stored, configs[model].to_dict())
+        if shown is not None and model.lora is None:
+            raise ValueError(f"model {model} for {method}: {checkpoint.quantised_sentence(shown)}")
+        outputs[model] = {name for name in index.tensor_paths if name.endswith(checkpoint.OUTPUT_LAYERS)}
+    for model in models:
+        missing = outputs.get(pivot, set()) - outputs[model]
+        if missing and not getattr(configs[model], "tie_word_embeddings", True):
+            raise ValueError(
+                f"weights for {method}, model {model}: expected {min(missing)}, as its config.json says "
+                "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
+            )
 
 
 def _names(ids: Sequence[Hashable]) -> str:
     return ", ".join(str(key) for key in ids) or "none"
 
 
-def _sce(pivot, targets, *, int8_mask, **options) -> kernel.Merge:
+def _sce(pivot, targets, *, int8_mask, normalize, **options) -> kernel.Merge:
     return kernel.sce(pivot, targets, **options)
 
 
@@ -208,14 +271,16 @@ sce = PivotMerge(
     "SCE",
     "https://arxiv.org/abs/2408.07990",
     (
-        _shared("select_topk", _select_topk, 1.0, "share of the elements that are selected, in (0, 1]"),
+        _shared(
+            "select_topk", _select_topk, 1.0, "share of the elements that are selected, in [0, 1]; 0 gives the pivot"
+        ),
         _shared(
             "select_scope",
             _choice("select_scope", "sce", kernel.SELECT_SCOPES),
             "all",
             "what the selection serves: all (the paper) or coefficients (the code of FuseChat-7B-v2.0)",
         ),
-        _shared("int8_mask", lambda value: value, False, "accepted for old recipes; has no effect"),
+        *(_shared(name, _without_effect(name), False, "accepted for old recipes; has no effect") for name in NO_EFFECT),
     ),
     _sce,
 )

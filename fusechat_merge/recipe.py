@@ -1,30 +1,65 @@
 """Read a mergekit configuration as mergekit does, and name what mergekit would pass over in silence.
 
-mergekit 0.1.5 ignores parameters that the method does not know, and shared parameters set for a single model.
+mergekit 0.1.5 ignores parameters that the method does not know, shared parameters set for a single model and keys that
+come twice; it casts quantised weights without their scales. Models in local directories are looked at (see
+`checkpoint`), those of the Hub by mergekit's plan.
 """
 
 import difflib
+import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import ParameterScope
 from pydantic import ValidationError
+
+from fusechat_merge import checkpoint
+
+logger = logging.getLogger(__name__)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32"}
+NICKNAMES |= {"f32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
+DIGITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of the significand, in bits
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a key comes once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path) -> tuple[MergeConfiguration, str]:
     """(configuration, its YAML text), checked.
 
     Raises:
-        ValueError: no YAML, no merge configuration, an unknown merge method, an unknown, misspelt or misplaced
-            parameter, or a local model directory without a config.json.
+        ValueError: no YAML, no merge configuration, an unknown merge method or dtype, an unknown, misspelt or misplaced
+            parameter, or a local model directory that cannot be merged.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        document = yaml.safe_load(text)
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"configuration {path}: expected UTF-8, got the byte 0x{byte:02x} at {error.start}. Save it as UTF-8."
+        ) from None
+    try:
+        document = yaml.load(text, StrictLoader)
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(
+            f"configuration {path}: expected each key once, got {error.problem} in the mapping at line {line}. Mend it."
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"configuration {path}: expected YAML, got {str(error).splitlines()[0]}. Mend it.") from None
     if not isinstance(document, dict):
@@ -52,6 +87,10 @@ def check(config: MergeConfiguration, name: str) -> None:
     methods = [method.spec.name for method in registry.registered_methods()]
     if config.merge_method not in methods:
         raise ValueError(f"merge_method in {name}: " + _unexpected(config.merge_method, methods))
+    for key in ("dtype", "out_dtype"):
+        dtype = getattr(config, key)
+        if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, NICKNAMES.get(dtype.lower())))
     spec = registry.get(config.merge_method).spec
     shared = [p.name for p in spec.parameters if p.scope == ParameterScope.SHARED]
     known = [p.name for p in spec.parameters]
@@ -71,13 +110,60 @@ def check(config: MergeConfiguration, name: str) -> None:
                     f"parameters of {place} in {name}: expected no weight for the pivot {model}, got one. "
                     "Give weights to the targets only."
                 )
-    for model in config.referenced_models():
+    _check_models(config, name)
+
+
+def _check_models(config: MergeConfiguration, name: str) -> None:
+    """Raises ValueError for a local model directory that cannot be merged; a warning where `dtype` loses digits."""
+    layers, digits = {}, {}
+    for model in sorted(config.referenced_models(), key=str):
         path = model.model.path
-        local = os.path.isabs(path) or path.startswith((".", "~")) or os.path.isdir(path)
-        if local and not os.path.isfile(os.path.join(path, "config.json")):
+        if os.path.isabs(path) or path.startswith((".", "~")) or os.path.isdir(path):
+            layers[model], digits[model] = _layers_and_digits(model, name)
+    for holder in (config, *(config.modules or {}).values()):
+        _check_layers([config.base_model, *(entry.model for entry in holder.models or ())], layers, name)
+    narrowed = [model for model in digits if config.dtype and digits[model] > _digits(config.dtype)]
+    ours = config.merge_method in ("sce", "varm")  # whose inputs are read as they are stored
+    if narrowed and not (ours and config.out_dtype):
+        logger.warning(
+            "dtype %s in %s is narrower than the weights of %s: %s. Write `dtype: float32`%s.",
+            config.dtype,
+            name,
+            narrowed[0],
+            "the merged weights are rounded to it" if ours else "mergekit rounds the inputs to it first",
+            "" if config.out_dtype else f", with `out_dtype: {config.dtype}` for a small file",
+        )
+
+
+def _digits(dtype: str) -> int:
+    return DIGITS[dtype.removeprefix("torch.")]
+
+
+def _layers_and_digits(model: ModelReference, name: str) -> tuple[int | None, int]:
+    """(number of layers, None where config.json does not say; bits of the significand of its finest weights)."""
+    path = model.model.path
+    file = Path(path, "config.json")
+    if not file.is_file():
+        raise ValueError(
+            f"model {path} in {name}: expected a model directory with config.json, got "
+            f"{'one without' if os.path.isdir(path) else 'no such directory'}. Mend the path."
+        )
+    settings = checkpoint.read_json(file)
+    stored = checkpoint.stored_dtypes(checkpoint.weight_files(path))
+    shown = checkpoint.quantised(stored, settings)
+    if shown is not None and model.lora is None:
+        raise ValueError(f"model {path} in {name}: {checkpoint.quantised_sentence(shown)}")
+    floats = [_digits(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
+    return settings.get("num_hidden_layers") or settings.get("n_layer"), max(floats, default=0)
+
+
+def _check_layers(models: Sequence[ModelReference | None], layers: Mapping, name: str) -> None:
+    known = [model for model in models if layers.get(model)]
+    for model in known[1:]:
+        if layers[model] != layers[known[0]]:
             raise ValueError(
-                f"model {path} in {name}: expected a model directory with config.json, got "
-                f"{'one without' if os.path.isdir(path) else 'no such directory'}. Mend the path."
+                f"model {model} in {name}: expected {layers[known[0]]} layers as in {known[0]}, got {layers[model]}. "
+                "Merge models of one architecture."
             )
 
 
@@ -104,8 +190,8 @@ def _unexpected_key(key: str, method: str | None) -> str:
     return _unexpected(key, MergeConfiguration.model_fields)
 
 
-def _unexpected(word: str, known) -> str:
+def _unexpected(word: str, known, meant: str | None = None) -> str:
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    remedy = f"Did you mean {close[0]}?" if close else "Remove or rename it."
+    meant = meant or next(iter(difflib.get_close_matches(str(word).lower(), known, n=1)), None)
+    remedy = f"Did you mean {meant}?" if meant else "Remove or rename it."
     return f"expected one of {', '.join(known)}, got {word!r}. {remedy}"

@@ -224,7 +224,9 @@ def _share(part: Tensor, whole: Tensor) -> float | None:
 # --- the report of the merge that is running ------------------------------------------------------------------------
 
 _running: Report | None = None
+_earlier: list[Report] = []  # of the same output, where its slices have other pivots or targets
 _pinned = False
+_announced = False  # `end_announced` will say that the output is whole
 _lock = threading.Lock()
 
 
@@ -232,8 +234,8 @@ def running_for(method: str, pivot: str, targets: Sequence[str], tensor: str) ->
     """The report that a merged tensor is added to, None where there is none.
 
     A pinned report takes what its targets are in. Else, where FUSECHAT_MERGE_REPORT names a directory, a report is
-    opened in its next subfolder when a tensor begins a new output. mergekit does not say so: the tensor does when it
-    has been merged before, or when the running report is about another method, pivot or target.
+    opened in its next subfolder when a tensor begins a new output, or the running report is about another method,
+    pivot or target.
     """
     with _lock:
         if _pinned:
@@ -243,7 +245,10 @@ def running_for(method: str, pivot: str, targets: Sequence[str], tensor: str) ->
             return None
         report = _running
         if report is None or not report.continued_by(method, pivot, targets, tensor):
-            end()
+            if not _announced:
+                end()
+            elif report is not None:
+                _earlier.append(report)
             report = _open(Path(root), method, pivot, targets)
             use(report)
         report.begun.add(tensor)
@@ -267,10 +272,38 @@ def use(report: Report | None, pinned: bool = False) -> None:
     _running, _pinned = report, pinned
 
 
+def announce() -> bool:
+    """Whether the output that is being planned gets a report; then `end_announced` is to be called when it is whole."""
+    global _announced
+    if _pinned or not os.environ.get(SWITCH):
+        return False
+    end()
+    _announced = True
+    return True
+
+
+def end_announced() -> None:
+    """The output is whole: finish its reports."""
+    global _announced
+    _announced = False
+    end()
+
+
 @atexit.register
 def end() -> None:
-    """Finish the running report, if any."""
-    report = _running
+    """Finish the running reports; those of an output that was announced and is not whole get no summary."""
+    reports, failed = [*_earlier, *([_running] if _running else [])], _announced
+    forget()
+    for report in reports:
+        if failed:
+            logger.warning("merge report %s: the merge did not end, so it has no summary", report.directory)
+        else:
+            report.finish()
+
+
+def forget() -> None:
+    """Drop the running reports as they are: no summary, no pictures."""
+    global _announced
     use(None)
-    if report is not None:
-        report.finish()
+    _earlier.clear()
+    _announced = False

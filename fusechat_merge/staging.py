@@ -36,9 +36,8 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
         staged = staging / out.name  # mergekit takes the model's name from it
         run_yaml.main.main([str(config_path), str(staged), *flags], prog_name="mergekit-yaml", standalone_mode=False)
         staged.replace(out)
-        report.end()
     finally:
-        report.use(None)
+        report.forget()
         shutil.rmtree(staging, ignore_errors=True)
 
 

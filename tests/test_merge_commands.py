@@ -141,11 +141,16 @@ def test_pictures_of_any_number_of_targets(count, tmp_path):
         ({"parameters": {"select_top_k": 0.1}}, "got 'select_top_k'. Did you mean select_topk?"),
         (
             {"parameters": {"density": 0.1}},
-            "expected one of select_topk, select_scope, int8_mask, weight, got 'density'",
+            "expected one of select_topk, select_scope, int8_mask, normalize, weight, got 'density'",
         ),
         ({"select_topk": 0.1}, "expected select_topk under parameters, got it at the top level"),
         ({"merge_methode": "sce"}, "got 'merge_methode'. Did you mean merge_method?"),
         ({"merge_method": "sec"}, "got 'sec'. Did you mean sce?"),
+        ({"merge_method": "SCE"}, "got 'SCE'. Did you mean sce?"),
+        ({"dtype": "bf16"}, "dtype in .*: expected one of float32, .*, got 'bf16'. Did you mean bfloat16?"),
+        ({"out_dtype": "fp16"}, "out_dtype in .*: expected one of float32, .*, got 'fp16'. Did you mean float16?"),
+        ({"dtype": "Bfloat16"}, "got 'Bfloat16'. Did you mean bfloat16?"),
+        ({7: 1}, "got 7"),
         ({"merge_method": "ties", "parameters": {}}, "expected sce or varm, got ties"),
         ({"base_model": None}, "base_model in .*expected the pivot, got none"),
         (
@@ -188,12 +193,21 @@ def test_parameters_of_a_model_that_have_no_effect_are_errors(
         ("just words", "expected a mapping with merge_method and models, got str"),
         ("- 1\n- 2", "expected a mapping with merge_method and models, got list"),
         ("a: [1\nb: 2", "expected YAML, got while parsing a flow sequence"),
+        (
+            "merge_method: sce\ndtype: float32\nmerge_method: ties",
+            "expected each key once, got the key 'merge_method' twice",
+        ),
+        (
+            "merge_method: sce\nparameters:\n  select_topk: 1\n  select_topk: 0.1",
+            "'select_topk' twice in the mapping at line 3",
+        ),
+        ("# pr\xe9cis\nmerge_method: sce".encode("latin-1"), "expected UTF-8, got the byte 0xe9 at 4"),
         (None, "No such file"),
     ],
 )
 def test_what_is_no_configuration_is_named(tmp_path, capsys, text, message):
     if text is not None:
-        (tmp_path / "x.yml").write_text(text)
+        (tmp_path / "x.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
     sentence = fails(capsys, ["inspect", tmp_path / "x.yml", "--output", tmp_path / "r"])
     assert message in sentence
     assert str(tmp_path / "x.yml") in sentence
@@ -218,16 +232,17 @@ def test_shipped_recipes_merge_stand_ins(path, models, tmp_path):
     run_merge(config, str(tmp_path / "out"), options)
     merged, base, moved = read(tmp_path / "out"), read(pivot), [read(places[name]) for name in names]
     assert set(merged) == set(base)
-    dtype = getattr(torch, document["dtype"])
+    assert document["dtype"] == "float32"  # our targets are; a narrower one rounds them before they are compared
+    dtype = getattr(torch, document["out_dtype"])
     assert {t.dtype for t in merged.values()} == {dtype}
-    inputs = [m[NAME].to(dtype) for m in moved]
+    inputs = [m[NAME] for m in moved]
     if document["merge_method"] == "sce":
         topk = document["parameters"]["select_topk"]
-        assert torch.equal(merged[NAME], kernel.sce_merge(base[NAME].to(dtype), inputs, select_topk=topk))
+        assert torch.equal(merged[NAME], kernel.sce_merge(base[NAME], inputs, select_topk=topk).to(dtype))
     elif document["merge_method"] == "varm":
-        assert torch.equal(merged[NAME], kernel.varm_merge(base[NAME].to(dtype), inputs))
+        assert torch.equal(merged[NAME], kernel.varm_merge(base[NAME], inputs).to(dtype))
     elif document["merge_method"] == "linear":
-        assert torch.allclose(merged[NAME].float(), torch.stack(inputs).float().mean(0), atol=1e-4)
+        assert torch.allclose(merged[NAME].float(), torch.stack(inputs).mean(0), atol=1e-4)
 
 
 def test_the_released_recipes_are_there():
@@ -239,6 +254,63 @@ def test_the_released_recipes_are_there():
         models = [entry["model"] for entry in documents[name]["models"]]
         sources = ("Starling", "SOLAR", "InternLM", "Mixtral", "Qwen")
         assert models == [f"FuseAI/OpenChat-3.5-7B-{source}-v2.0" for source in sources]
+
+
+# --- what the checkpoints say ---------------------------------------------------------------------------------------
+
+
+def as_recipe(config, **changes):
+    document = yaml.safe_load(config.read_text()) | changes
+    config.write_text(yaml.safe_dump({key: value for key, value in document.items() if value is not None}))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            "the merged weights are rounded to it. Write `dtype: float32`, with `out_dtype: bfloat16`",
+        ),
+        ({"dtype": "bfloat16", "merge_method": "linear", "parameters": {"weight": 1}}, "rounds the inputs to it first"),
+        ({"dtype": "float16", "merge_method": "linear", "parameters": {"weight": 1}}, "dtype float16 in"),
+        ({"dtype": "bfloat16", "out_dtype": "bfloat16"}, None),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, None),
+        ({"dtype": None, "out_dtype": "bfloat16"}, None),
+    ],
+)
+def test_a_dtype_narrower_than_the_weights_is_a_warning(config, caplog, changes, said):
+    recipe.load(as_recipe(config, **changes))
+    assert (said in caplog.text) if said else not caplog.text
+
+
+@pytest.mark.parametrize("command", ["yaml", "inspect"])
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(config, models, tmp_path, capsys, command):
+    def refused(directory):
+        document = yaml.safe_load(config.read_text())
+        document["models"][1]["model"] = str(directory)
+        config.write_text(yaml.safe_dump(document))
+        before = sorted(tmp_path.rglob("*"))
+        out = [tmp_path / "out"] if command == "yaml" else ["--output", tmp_path / "out"]
+        sentence = fails(capsys, [command, config, *out])
+        assert sorted(tmp_path.rglob("*")) == before
+        return sentence
+
+    weights = read(models[1][1])
+    narrow = weights | {NAME: weights[NAME].to(torch.float8_e4m3fn)}
+    assert f"got F8_E4M3 in {NAME}" in refused(write_llama(tmp_path / "narrow", narrow))
+    shallow = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    sentence = refused(write_llama(tmp_path / "shallow", shallow, layers=1))
+    assert f"shallow in {config}: expected 2 layers as in {models[0]}, got 1" in sentence
+    cut = shutil.copytree(models[1][1], tmp_path / "cut") / "model.safetensors"
+    whole = cut.read_bytes()
+    for kept in (len(whole) - 5, 300, 8, 3, 0):
+        cut.write_bytes(whole[:kept])
+        assert str(cut) in refused(cut.parent)
+    cut.write_bytes(b"\xff" * 100)
+    assert f"weights file {cut}: expected a safetensors file" in refused(cut.parent)
+    (cut.parent / "config.json").write_text("{")
+    assert f"{cut.parent / 'config.json'}: expected a JSON mapping" in refused(cut.parent)
 
 
 # --- yaml -----------------------------------------------------------------------------------------------------------
@@ -290,11 +362,9 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     run_merge(document, str(tmp_path / "a"), options)
     first = tmp_path / "reports" / "001-sce-pivot"
-    assert (first / "coefficients.csv").exists()  # written as the tensors finish
-    assert not (first / "summary.json").exists()
+    assert (first / "coefficients.csv").exists()
+    assert (first / "summary.json").exists()  # the output is whole
     run_merge(document, str(tmp_path / "b"), options)
-    assert (first / "summary.json").exists()  # the next output has begun
-    report.end()
     second = tmp_path / "reports" / "002-sce-pivot"
     assert json.loads((second / "summary.json").read_text())["tensors"] == len(read(tmp_path / "a"))
     assert (second / "coefficients.csv").read_text() == (first / "coefficients.csv").read_text()
@@ -311,7 +381,7 @@ def test_a_merge_that_fails_at_its_start_leaves_no_report(failure, models, tmp_p
     monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
     pivot, targets = models
     if failure == "plan":  # the structure is fine, a value for the second layer is not
-        document, message = make_recipe(pivot, targets, select_topk=[0.5, 2]), r"expected a number in \(0, 1\], got 2"
+        document, message = make_recipe(pivot, targets, select_topk=[0.5, 2]), r"expected a number in \[0, 1\], got 2"
     else:
         broken = {name: tensor / 0 for name, tensor in read(targets[0]).items()}
         document = make_recipe(pivot, [write_llama(tmp_path / "damaged", broken), *targets[1:]])
@@ -325,7 +395,7 @@ def test_a_merge_that_fails_at_its_start_leaves_no_report(failure, models, tmp_p
 def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys):
     document = yaml.safe_load(config.read_text()) | {"parameters": {"select_topk": [0.5, 2]}}
     config.write_text(yaml.safe_dump(document))
-    assert "expected a number in (0, 1], got 2" in fails(capsys, ["inspect", config, "--output", tmp_path / "r"])
+    assert "expected a number in [0, 1], got 2" in fails(capsys, ["inspect", config, "--output", tmp_path / "r"])
     assert not (tmp_path / "r").exists()
 
 

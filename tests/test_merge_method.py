@@ -1,6 +1,8 @@
 """The methods as mergekit sees them: its Python functions, its runs on checkpoints, its parameters, and our errors."""
 
+import json
 import logging
+import shutil
 import threading
 
 import pytest
@@ -39,6 +41,11 @@ def tensors(shape=(50, 4), dtype=torch.float32, count=3):
 def merge(config, out, options=QUIET):
     run_merge(MergeConfiguration.model_validate(config), str(out), options)
     return read(out)
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # --- Python ---------------------------------------------------------------------------------------------------------
@@ -115,14 +122,13 @@ def test_int8_mask_is_accepted_and_changes_nothing():
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
     [
-        (sce, {"select_topk": 1.7}, r"select_topk for sce: expected a number in \(0, 1\], got 1.7"),
-        (sce, {"select_topk": 0}, r"select_topk for sce: expected a number in \(0, 1\], got 0"),
-        (sce, {"select_topk": True}, r"select_topk for sce: expected a number in \(0, 1\], got True"),
-        (sce, {"select_topk": "half"}, r"select_topk for sce: expected a number in \(0, 1\], got 'half'"),
+        (sce, {"select_topk": 1.7}, r"select_topk for sce: expected a number in \[0, 1\], got 1.7"),
+        (sce, {"select_topk": -0.1}, r"select_topk for sce: expected a number in \[0, 1\], got -0.1"),
+        (sce, {"select_topk": True}, r"select_topk for sce: expected a number in \[0, 1\], got True"),
+        (sce, {"select_topk": "half"}, r"select_topk for sce: expected a number in \[0, 1\], got 'half'"),
         (sce, {"select_scope": "half"}, "select_scope for sce: expected all or coefficients, got 'half'"),
         (varm, {"granularity": "row"}, "granularity for varm: expected matrix or element, got 'row'"),
         (sce, {"weight": [1, -1, 1]}, "weight for sce and varm: expected a number >= 0, got -1"),
-        (sce, {"weight": [0, 0, 0]}, "expected at least one above 0, got all zero"),
         (sce, {"weight": [0.5, 1, 1, 1]}, "weight for the pivot 0: expected none, got 0.5"),
         (sce, {"density": 0.5}, "density"),
     ],
@@ -185,15 +191,142 @@ def test_filters_and_gradients(models, tmp_path):
             assert torch.equal(merged[name], expected), name
 
 
+EMBEDDINGS_ALONE = [{"filter": "embed_tokens", "value": 0}, {"value": 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "left_alone"),
+    [
+        ({"select_topk": EMBEDDINGS_ALONE}, lambda name: "embed_tokens" in name),
+        ({"select_topk": EMBEDDINGS_ALONE, "select_scope": "coefficients"}, lambda name: "embed_tokens" in name),
+        ({"select_topk": 0}, lambda name: True),
+        ({"select_topk": [0, 1]}, lambda name: ".layers.1." not in name and ".layers.2." not in name),
+        ({"weight": EMBEDDINGS_ALONE}, lambda name: "embed_tokens" in name),
+        ({"weight": 0}, lambda name: True),
+    ],
+    ids=["topk by filter", "topk by filter, coefficients", "topk", "topk by gradient", "weight by filter", "weight"],
+)
+def test_where_nothing_is_selected_or_weighed_the_pivot_stays(models, tmp_path, parameters, left_alone):
+    pivot, targets = models
+    merged, base = merge(recipe(pivot, targets, **parameters), tmp_path / "out"), read(pivot)
+    assert {name for name in base if torch.equal(merged[name], base[name])} == {n for n in base if left_alone(n)}
+
+
+@pytest.mark.parametrize("method", ["sce", "varm"])
+def test_a_narrow_dtype_rounds_the_result_and_not_the_inputs(method, tmp_path):
+    pivot, targets = write_family(tmp_path / "m", scales=(4e-5, 6e-5, 8e-5))
+    config = recipe(pivot, targets, method)
+    exact = merge(config, tmp_path / "exact")
+    assert exact["lm_head.weight"].dtype == torch.float32
+    for changes in ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "out_dtype": "bfloat16"}, {"out_dtype": "bfloat16"}):
+        merged = merge(config | changes, tmp_path / "-".join([*changes, *changes.values()]))
+        assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in exact.items()), changes
+    kept = merge(config | {"dtype": "bfloat16", "out_dtype": "float32"}, tmp_path / "kept")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in exact.items())
+    doubled = merge(config | {"dtype": "float64"}, tmp_path / "doubled")  # adds digits, so the inputs are cast
+    inputs = [read(path)["lm_head.weight"].double() for path in (pivot, *targets)]
+    computed = kernel.sce_merge if method == "sce" else kernel.varm_merge
+    assert torch.equal(doubled["lm_head.weight"], computed(inputs[0], inputs[1:]))
+
+
+def test_other_methods_of_mergekit_read_as_before(tmp_path):
+    pivot, targets = write_family(tmp_path / "m")
+    config = recipe(pivot, targets, "linear", weight=1.0) | {"dtype": "bfloat16"}
+    config["models"] = config["models"][:1]
+    del config["base_model"]
+    merged = merge(config, tmp_path / "out")
+    assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in read(targets[0]).items())
+
+
+def test_an_embedding_that_the_tokenizer_permutes_is_read_as_stored(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pivot, targets = write_family(tmp_path / "m")
+    for path in (pivot, *targets):
+        words = models.WordLevel({f"word{index}": index for index in range(32)}, unk_token="word0")
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(path)
+    config = recipe(pivot, targets) | {"tokenizer": {"source": "base"}}
+    exact, narrow = (merge(config | {"dtype": d}, tmp_path / d) for d in ("float32", "bfloat16"))
+    assert torch.equal(narrow["model.embed_tokens.weight"], exact["model.embed_tokens.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("recipe_dtype", ["bfloat16", "float64", None])
+def test_quantised_targets_are_refused_while_mergekit_plans(dtype, recipe_dtype, models, tmp_path):
+    pivot, targets = models
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = read(targets[1])
+    weights[name] = (weights[name] * 100).to(dtype)
+    damaged = write_llama(tmp_path / "narrow", weights, layers=3)
+    stored = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8"}[dtype]
+    with pytest.raises(ValueError, match=rf"model .*narrow for sce: expected float32.*got {stored} in {name}"):
+        merge(recipe(pivot, [targets[0], damaged]) | {"dtype": recipe_dtype}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_checkpoint_is_known_by_its_config(models, tmp_path):
+    pivot, targets = models
+    weights = read(targets[1])
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    shutil.copytree(targets[1], tmp_path / "whole")
+    change_config(tmp_path / "whole", **settings)  # left over in a model that is whole again
+    merge(recipe(pivot, [targets[0], tmp_path / "whole"]), tmp_path / "merged")
+    weights["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(2, 2, dtype=torch.int32)
+    change_config(write_llama(tmp_path / "gptq", weights, layers=3), **settings)
+    with pytest.raises(
+        ValueError, match=r"model .*gptq for sce: .*got quantization_config \(gptq\) in its config.json"
+    ):
+        merge(recipe(pivot, [targets[0], tmp_path / "gptq"]), tmp_path / "out")
+
+
+def test_a_missing_output_layer_is_refused_where_it_is_not_shared(models, tmp_path):
+    pivot, targets = models
+    weights = read(targets[1])
+    del weights["lm_head.weight"]
+    headless = write_llama(tmp_path / "headless", weights, layers=3)
+    with pytest.raises(ValueError, match=r"model .*headless: expected lm_head.weight, as .*false, got none"):
+        merge(recipe(pivot, [targets[0], headless]), tmp_path / "out")
+    change_config(headless, tie_word_embeddings=True)  # then it is the embeddings
+    merged = merge(recipe(pivot, [targets[0], headless]), tmp_path / "tied")
+    inputs = [read(targets[0])["lm_head.weight"], weights["model.embed_tokens.weight"]]
+    assert torch.equal(merged["lm_head.weight"], kernel.sce_merge(read(pivot)["lm_head.weight"], inputs))
+
+
+def test_a_target_given_twice_is_named(models, tmp_path):
+    pivot, targets = models
+    with pytest.raises(ValueError, match=r"inputs for sce, default.*expected each model once, got .*target1 twice"):
+        merge(recipe(pivot, [*targets, targets[1]]), tmp_path / "out")
+
+
+def test_parameters_of_other_recipes_are_one_log_line_each(models, tmp_path, caplog):
+    pivot, targets = models
+    plain, weighted = (merge(recipe(pivot, targets), tmp_path / "plain"), recipe(pivot, targets))
+    for entry, weight in zip(weighted["models"], (0.2, 0.6, 0.2)):
+        entry["parameters"] = {"weight": weight}
+    for run in range(2):
+        caplog.clear()
+        ignored = merge(recipe(pivot, targets, normalize=True, int8_mask=True), tmp_path / f"ignored{run}")
+        for word in ("normalize", "int8_mask"):
+            assert caplog.text.count(f"{word} has no effect on sce") == 1
+        assert all(torch.equal(ignored[name], tensor) for name, tensor in plain.items())
+        merge(weighted, tmp_path / f"weighted{run}")
+        assert caplog.text.count("weight multiplies the coefficient that sce computes") == 1
+        assert "target1 0.6" in caplog.text
+    caplog.clear()
+    merge(recipe(pivot, targets, weight=0.2, normalize=False), tmp_path / "equal")
+    assert "weight multiplies" not in caplog.text
+    assert "has no effect" not in caplog.text
+
+
 def test_varm_and_out_dtype(models, tmp_path):
     pivot, targets = models
     config = recipe(pivot, targets, "varm", granularity=[{"filter": "mlp", "value": "element"}, {"value": "matrix"}])
     merged = merge(config | {"dtype": "bfloat16", "out_dtype": "float32"}, tmp_path / "out")
     base, moved = read(pivot), [read(target) for target in targets]
     for name, granularity in (("model.layers.1.mlp.up_proj.weight", "element"), ("lm_head.weight", "matrix")):
-        inputs = [t[name].bfloat16() for t in (base, *moved)]
-        expected = kernel.varm_merge(inputs[0], inputs[1:], granularity=granularity)
-        assert torch.equal(merged[name], expected.float())
+        expected = kernel.varm_merge(base[name], [m[name] for m in moved], granularity=granularity)
+        assert torch.equal(merged[name], expected)
 
 
 def test_sliced_configuration(models, tmp_path):
@@ -256,8 +389,8 @@ def test_adapters_are_inputs(models, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parameters": {"select_topk": 1.7}}, r"select_topk for sce: expected a number in \(0, 1\], got 1.7"),
-        ({"parameters": {"select_topk": [0.5, 2]}}, r"expected a number in \(0, 1\], got 2"),
+        ({"parameters": {"select_topk": 1.7}}, r"select_topk for sce: expected a number in \[0, 1\], got 1.7"),
+        ({"parameters": {"select_topk": [0.5, 2]}}, r"expected a number in \[0, 1\], got 2"),
         ({"parameters": {"select_scope": "none"}}, "expected all or coefficients, got 'none'"),
         ({"base_model": None}, r"base_model for sce, default.slices\[0\]: expected the pivot, got none"),
     ],

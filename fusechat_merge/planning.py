@@ -1,0 +1,75 @@
+"""What mergekit's planner does otherwise for a method with `reads_as_stored`.
+
+mergekit casts every input to the recipe's `dtype` when it reads it. With `dtype: bfloat16` the float32 weights of a
+target are rounded before its task vector is taken, and a task vector of a fine-tuning is smaller than that rounding.
+Here the inputs are read as they are stored, and `dtype` is the dtype of the result (`out_dtype`, where given, is). For
+`dtype: float64` the cast stays: there it adds digits.
+
+A plan whose merge writes a report ends with a task that says the output is done.
+"""
+
+import functools
+from typing import Any
+
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel, GatherTensors
+
+from fusechat_merge import report
+
+NARROW = ("float32", "float16", "bfloat16")
+
+
+class ReportDone(Task[None]):
+    """Finishes the running report once the output is whole."""
+
+    output: Task
+
+    def arguments(self) -> dict[str, Task]:
+        return {"output": self.output}
+
+    def execute(self, **_outputs: Any) -> None:
+        report.end_announced()
+
+    def main_thread_only(self) -> bool:
+        return True
+
+
+def follow(plan: Any) -> None:
+    """Wrap the planner of `mergekit.plan` (the module); calling it again changes nothing."""
+    planner = plan.MergePlanner
+    if getattr(planner, "followed_by_fusechat", False):
+        return
+    plan_tensor, plan_to_disk = planner.plan_tensor, planner.plan_to_disk
+
+    @functools.wraps(plan_tensor)
+    def plan_tensor_as_stored(self, *args, **kwargs):
+        planned = len(self._tensors)
+        plan_tensor(self, *args, **kwargs)
+        if getattr(self._method, "reads_as_stored", False):
+            added = [(weight, as_stored(weight, task, self.config)) for weight, task in self._tensors[planned:]]
+            self._tensors[planned:] = added
+
+    @functools.wraps(plan_to_disk)
+    def plan_to_disk_with_report(self, *args, **kwargs):
+        tasks = plan_to_disk(self, *args, **kwargs)
+        if getattr(self._method, "reads_as_stored", False) and report.announce():
+            tasks += [ReportDone(output=task) for task in tasks if isinstance(task, FinalizeModel)]
+        return tasks
+
+    planner.plan_tensor, planner.plan_to_disk = plan_tensor_as_stored, plan_to_disk_with_report
+    planner.followed_by_fusechat = True
+
+
+def as_stored(weight: Any, task: Any, config: Any) -> Any:
+    """The task of one merged tensor, its inputs not cast and its result in the recipe's dtype."""
+    dtype = (config.dtype or "").removeprefix("torch.")
+    if weight.force_dtype or dtype not in NARROW:
+        return task
+    inputs = _without_cast(task.gather_tensors)
+    return task.model_copy(update={"gather_tensors": inputs, "out_dtype": config.out_dtype or dtype})
+
+
+def _without_cast(inputs: Any) -> Any:
+    if isinstance(inputs, GatherTensors):
+        return inputs.model_copy(update={"dtype": None})
+    return inputs.model_copy(update={"gather_tensors": _without_cast(inputs.gather_tensors)})  # vocabulary tasks
