@@ -26,19 +26,21 @@ Worked example: for two bfloat16 targets and no selection, `erase_and_merge_loop
 Shape letters: M targets, n elements of a tensor.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import overload
 from torch import Tensor
 
 from fusechat_merge.chunks import map_threads, split
 
+logger = logging.getLogger(__name__)
 BLOCK = 1024  # elements whose squares are added first; here and not imported: numba looks at the date of this file only
 CHUNK = 1 << 18  # elements of a chunk: large beside Python's cost of a call
 MOST_TARGETS = 16  # beyond, the compiler gives up on doing several elements at once
@@ -50,17 +52,51 @@ Result = TypeVar("Result")
 
 def serves(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether these tensors can be read, and a result of this dtype written, here."""
+    if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1
+        return False
     here = all(tensor.device.type == "cpu" and tensor.dtype in STORED for tensor in tensors)
     return here and dtype in STORED and len(tensors) <= 1 + MOST_TARGETS
 
 
-def compile_loop(function: Callable, **options) -> Any:
-    """`function` compiled by numba, kept on disk where there is a directory for that."""
-    options |= {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory can be written to
-        return njit(**options)(function)
+class Loop:
+    """`function` compiled by numba and kept on disk, or compiled without the disk where that fails.
+
+    A cache file that is cut off, a full disk or a directory that cannot be written is no reason to stop a merge: a call
+    that fails is made again by a loop compiled for this process alone. It writes the same elements again.
+    """
+
+    def __init__(self, function: Callable, **options):
+        options |= {"nogil": True, "error_model": "numpy"}
+        self._uncached = njit(**options)(function)
+        self._call = self._uncached
+        try:
+            self._call = njit(cache=True, **options)(function)
+        except (RuntimeError, OSError) as error:  # no directory can be written to
+            logger.debug("loops are compiled for this process alone: %r", error)
+
+    def __call__(self, *arguments):
+        call = self._call
+        try:
+            return call(*arguments)
+        except Exception as error:
+            if call is self._uncached:
+                raise
+            result = self._uncached(*arguments)
+            if self._call is not self._uncached:
+                self._call = self._uncached
+                _warn_of_cache(call.stats.cache_path, repr(error))
+            return result
+
+
+@cache
+def _warn_of_cache(directory: str, error: str) -> None:
+    """Say it once for a directory and an error, whatever the number of loops."""
+    logger.warning(
+        "numba's cache in %s cannot be used (%s): the loops are compiled again in every process. Delete it, make room, "
+        "or name another directory in NUMBA_CACHE_DIR.",
+        directory,
+        error,
+    )
 
 
 # --- one element ---------------------------------------------------------------------------------------------------
@@ -240,7 +276,7 @@ def compile_add_squares(sums, rows, base, keep, i):
 # --- loops over the elements of a chunk ----------------------------------------------------------------------------
 
 
-@partial(compile_loop, fastmath={"reassoc"})  # sums of one block in whatever order the processor likes
+@partial(Loop, fastmath={"reassoc"})  # sums of one block in whatever order the processor likes
 def square_sums_loop(pivot, rows, keep, zeros, sums):
     for block in range(sums.shape[1]):
         added, start = zeros, np.uint64(block * BLOCK)
@@ -251,7 +287,7 @@ def square_sums_loop(pivot, rows, keep, zeros, sums):
             sums[j, block] = added[j]
 
 
-@compile_loop
+@Loop
 def classify_loop(first, others, low, high, classes):
     differing, above, targets = 0, 0, np.float64(len(others) + 1)
     for i in range(len(classes)):
@@ -263,7 +299,7 @@ def classify_loop(first, others, low, high, classes):
     return differing, above
 
 
-@compile_loop
+@Loop
 def erase_and_merge_loop(pivot, rows, keep, coefficients, out):
     for i in range(len(out)):
         base = read(pivot[i])
@@ -272,14 +308,14 @@ def erase_and_merge_loop(pivot, rows, keep, coefficients, out):
         out[i] = round_to(base + sign * update / (divisor if divisor > TINY else TINY), out)
 
 
-@compile_loop
+@Loop
 def varm_matrix_loop(pivot, rows, ratios, out):
     for i in range(len(out)):
         base = read(pivot[i])
         out[i] = round_to(base + weighted_sum(rows, base, i, ratios), out)
 
 
-@compile_loop
+@Loop
 def varm_element_loop(pivot, rows, priors, out):
     for i in range(len(out)):
         base = read(pivot[i])

@@ -1,9 +1,14 @@
 """The kernel against the float64 oracle, by the tolerances it promises, and what must not change a bit of it."""
 
+import errno
 import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 
+import numba
 import pytest
 import torch
 
@@ -451,14 +456,56 @@ def test_the_precision_of_matrix_products_is_not_ours():
         torch.set_float32_matmul_precision(before)
 
 
-def test_compiles_where_nothing_can_be_kept_on_disk(monkeypatch):
-    def refuse(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (function, options["nogil"])
+def double(x):
+    return 2 * x
 
-    monkeypatch.setattr(compiled, "njit", refuse)
-    assert compiled.compile_loop(abs) == (abs, True)
+
+def test_compiles_where_nothing_can_be_kept_on_disk(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(directory))
+        assert compiled.Loop(double)(3.0) == 6.0
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("left", [0, 30, 200])
+def test_a_damaged_cache_is_one_warning(monkeypatch, tmp_path, caplog, suffix, left):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert compiled.Loop(double)(3.0) == 6.0
+    for path in tmp_path.rglob(f"*double*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:left])
+    assert not caplog.text
+    for loop in (compiled.Loop(double), compiled.Loop(double)):
+        assert [loop(3.0), loop(4), loop(3.0)] == [6.0, 8, 6.0]
+    assert caplog.text.count("cannot be used") == 1
+    assert str(tmp_path) in caplog.text
+
+
+def test_a_full_disk_is_one_warning(monkeypatch, tmp_path, caplog):
+    def refuse(self, *data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_save_data", refuse)
+    assert compiled.Loop(double)(3.0) == 6.0
+    assert "No space left on device" in caplog.text
+
+
+def test_an_error_of_the_call_itself_is_raised():
+    with pytest.raises(numba.core.errors.TypingError):
+        compiled.Loop(double)({})
+
+
+def test_without_numba_s_compiler_the_portable_passes_serve():
+    code = (
+        "import torch; from fusechat_merge import kernel, portable; from tests.test_merge_kernel import *\n"
+        "pivot, targets = family((300,), (F32,) * 4)\n"
+        "[passes] = kernel.available_passes(pivot, targets, F32); assert isinstance(passes, portable.Portable)\n"
+        "exact, _ = reference_merge.sce(pivot, targets, 0.5)\n"
+        "assert_promised(sce_merge(pivot, targets, select_topk=0.5), exact, pivot, targets, 0.5)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=False)
+    assert result.returncode == 0
 
 
 @by_both_passes
