@@ -1,7 +1,7 @@
 """The command `fusechat-merge`: is the plug-in in place, what would a merge do, a merge that leaves nothing half done.
 
 Exit codes: 0 done, 1 the run failed, 2 bad arguments or bad input (one sentence on standard error; `--debug` shows the
-traceback).
+traceback), 130 interrupted.
 """
 
 import argparse
@@ -20,9 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         return arguments.run(arguments) or 0
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):  # click wraps it
+            print("fusechat-merge: interrupted", file=sys.stderr)
+            return 130
         print(f"fusechat-merge: {_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | OSError) or type(error).__module__.startswith("click") else 1
 

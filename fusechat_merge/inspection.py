@@ -4,6 +4,8 @@ mergekit plans and reads as it would for the merge, so filters, gradients, slice
 merged tensor is dropped as soon as its row is written.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from fusechat_merge import recipe, report
@@ -46,20 +48,37 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-    report.use(running, pinned=True)
-    try:
-        planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
-        saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only the merged tensors are run
-        planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
-        device = torch.device(options.device or "cpu")
-        storage = device if options.low_cpu_memory else torch.device("cpu")
-        executor = Executor(targets=planned, math_device=device, storage_device=storage)
-        for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
-            pass
-    finally:
-        report.use(None)
-    running.finish()
+    with _whole_or_not_at_all(running.directory):
+        report.use(running, pinned=True)
+        try:
+            planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
+            saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
+            planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
+            device = torch.device(options.device or "cpu")
+            storage = device if options.low_cpu_memory else torch.device("cpu")
+            executor = Executor(targets=planned, math_device=device, storage_device=storage)
+            for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
+                pass
+        finally:
+            report.use(None)
+        running.finish()
     return running
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(directory: Path) -> Iterator[None]:
+    """Remove what was written to this directory, new or empty now, where the block fails; and the directories made."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if directory.is_dir():
+            for file in directory.iterdir():
+                file.unlink()
+        with contextlib.suppress(OSError):  # one is not there, or has been put to another use
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def _targets(config) -> list[str]:

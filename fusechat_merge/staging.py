@@ -16,7 +16,8 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     """Register our methods, check the recipe, run mergekit-yaml with `flags` and put the result at `out_path`.
 
     Raises:
-        ValueError: see `recipe.load`; `out_path` exists and is not an empty directory.
+        ValueError: see `recipe.load`; `out_path` exists and is not an empty directory, or is one that nothing can be
+            renamed to; the merge report would lie in it.
     """
     import fusechat_merge
 
@@ -25,9 +26,16 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
 
     from fusechat_merge import recipe, report
 
-    out = Path(out_path).absolute()
+    out = Path(out_path).resolve()  # where a symbolic link leads: it stays a link
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Name another.")
+    if out.is_mount():
+        raise ValueError(f"output {out_path}: expected a directory, got a mount point. Name a directory in it.")
+    reports = os.environ.get(report.SWITCH)
+    if reports and out in (resolved := Path(reports).resolve(), *resolved.parents):
+        raise ValueError(
+            f"{report.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Name another."
+        )
     recipe.load(config_path)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)

@@ -353,6 +353,54 @@ def test_yaml_leaves_nothing_of_a_merge_that_fails(config, models, tmp_path, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_yaml_follows_an_output_that_is_a_symbolic_link(config, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, real in (("empty", tmp_path / "disk" / "a"), ("dangling", tmp_path / "disk" / "b")):
+        link = tmp_path / name
+        link.symlink_to(real)
+        if name == "empty":
+            real.mkdir()
+        assert cli.main(["yaml", str(config), str(link), "--quiet", "--no-copy-tokenizer"]) == 0
+        assert link.is_symlink()
+        assert NAME in read(real)
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/reports", "link/reports"])
+def test_yaml_refuses_a_report_inside_the_output(config, tmp_path, capsys, monkeypatch, place):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / place))
+    before = sorted(tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out"])
+    assert f"FUSECHAT_MERGE_REPORT: expected a directory outside the output {tmp_path / 'out'}" in sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_yaml_refuses_a_mount_point(config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "out")
+    assert "expected a directory, got a mount point" in fails(capsys, ["yaml", config, tmp_path / "out"])
+
+
+@pytest.mark.parametrize("command", ["yaml", "inspect"])
+def test_an_interrupted_command_ends_with_130_and_leaves_nothing(config, tmp_path, capsys, monkeypatch, command):
+    merged, before = [], sorted(tmp_path.iterdir())
+
+    def interrupted(*arguments, **options):
+        if len(merged) == 3:
+            raise KeyboardInterrupt
+        merged.append(kernel.sce(*arguments, **options))
+        return merged[-1]
+
+    monkeypatch.setattr(fusechat_merge.sce, "_compute", lambda *a, int8_mask, normalize, **kw: interrupted(*a, **kw))
+    out = [str(tmp_path / "below" / "out")]
+    assert cli.main([command, str(config), *(["--output"] if command == "inspect" else []), *out, "--quiet"]) == 130
+    assert len(merged) == 3
+    assert capsys.readouterr().err.strip().endswith("fusechat-merge: interrupted")
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "below"] == before
+    assert not any(tmp_path.glob("below/*"))
+
+
 # --- reports of running merges --------------------------------------------------------------------------------------
 
 
@@ -390,6 +438,40 @@ def test_a_merge_that_fails_at_its_start_leaves_no_report(failure, models, tmp_p
     with pytest.raises(ValueError, match=message):
         run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
     assert not (tmp_path / "reports").exists()
+
+
+def damaged_late(models, directory):
+    """A recipe whose third target holds infinity in the last tensor that is merged."""
+    pivot, targets = models
+    broken = read(targets[2])
+    broken["model.norm.weight"][0] = float("inf")
+    return make_recipe(pivot, [*targets[:2], write_llama(directory / "damaged", broken)])
+
+
+def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    document = damaged_late(models, tmp_path)
+    with pytest.raises(ValueError, match=r"model.norm.weight of .*damaged: expected finite"):
+        run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
+    report.end()  # as when the process ends
+    [first] = (tmp_path / "reports").iterdir()
+    assert [path.name for path in first.iterdir()] == ["coefficients.csv"]
+    assert "the merge did not end, so it has no summary" in caplog.text
+    document["models"] = document["models"][:2]
+    run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "mended"), options)
+    assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_inspection_that_fails_midway_leaves_nothing(existed, models, config, tmp_path, capsys):
+    config.write_text(yaml.safe_dump(damaged_late(models, tmp_path)))
+    if existed:
+        (tmp_path / "a" / "r").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    sentence = fails(capsys, ["inspect", config, "--output", tmp_path / "a" / "r", "--quiet"])
+    assert "model.norm.weight of" in sentence
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys):
@@ -459,6 +541,16 @@ def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsy
     assert "base_model" not in front  # local directories have no name on the Hub
     assert "expected a directory with mergekit_config.yml" in fails(capsys, ["card", tmp_path])
     assert "expected a directory with summary.json" in fails(capsys, ["card", out, "--report", tmp_path])
+
+
+def test_card_says_which_parameters_had_no_effect(config, tmp_path):
+    document = yaml.safe_load(config.read_text())
+    document["parameters"] |= {"normalize": True, "int8_mask": False}
+    config.write_text(yaml.safe_dump(document))
+    assert cli.main(["yaml", str(config), str(tmp_path / "merged"), "--quiet", "--no-copy-tokenizer"]) == 0
+    assert cli.main(["card", str(tmp_path / "merged")]) == 0
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "`normalize` in the recipe had no effect." in text
 
 
 def test_card_names_models_of_the_hub(config, tmp_path):
