@@ -115,6 +115,22 @@ def test_register_by_hand_serves_the_methods_with_the_hook_off(site):
     assert python(site, code, FUSECHAT_MERGE_AUTOLOAD="0") == ("ours ours too", "")
 
 
+def test_an_unknown_planner_is_one_warning_with_the_remedy(site):
+    (site / "mergekit" / "plan.py").write_text("class Planner:\n    pass\n")
+    out, err = python(site, "import mergekit.plan; print('goes on')")
+    assert out == "goes on"
+    assert err.count("RuntimeWarning") == 1
+    assert "its planner is not the one this version knows" in err
+    assert "Write `dtype: float32` with the `out_dtype` you want" in err
+
+
+def test_registering_by_hand_follows_the_planner_before_or_after_its_import(tmp_path):
+    code = "import fusechat_merge; {}; import mergekit.plan as plan; {}; print(plan.MergePlanner.followed_by_fusechat)"
+    for places in (("fusechat_merge.register()", ""), ("", "fusechat_merge.register()")):
+        filled = code.format(*(place or "pass" for place in places)).replace("; pass", "")
+        assert python(tmp_path, filled, FUSECHAT_MERGE_AUTOLOAD="0") == ("True", "")
+
+
 ORDERS = {
     "our module first": "from fusechat_merge.method import sce, varm; import mergekit.merge_methods as m",
     "mergekit first": "import mergekit.merge_methods as m; from fusechat_merge import sce, varm",
@@ -125,8 +141,11 @@ ORDERS = {
 def test_real_mergekit_serves_ours_in_any_order_of_import(tmp_path, order):
     points = "sce = fusechat_merge.method:sce\nvarm = fusechat_merge.method:varm\n"
     distribution(tmp_path, "fusechat", "0.1.0", f"[mergekit.merge_methods]\n{points}")
-    code = f"{ORDERS[order]}\nprint(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce)"
-    assert python(tmp_path, code) == ("True True True", "")
+    code = f"{ORDERS[order]}\nfrom mergekit.plan import MergePlanner\n"
+    code += (
+        "print(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce, MergePlanner.followed_by_fusechat)"
+    )
+    assert python(tmp_path, code) == ("True True True True", "")
 
 
 def test_imports_stay_light():
