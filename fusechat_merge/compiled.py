@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 def serves(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether these tensors can be read, and a result of this dtype written, here."""
-    if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1
+    if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]  # NUMBA_DISABLE_JIT=1
         return False
     here = all(tensor.device.type == "cpu" and tensor.dtype in STORED for tensor in tensors)
     return here and dtype in STORED and len(tensors) <= 1 + MOST_TARGETS

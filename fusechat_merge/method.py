@@ -238,7 +238,7 @@ def _check_checkpoints(method: str, models: Sequence[ModelReference], pivot: Has
             it with the embeddings is missing (mergekit would take the embeddings for it).
     """
     cache = LoaderCache()
-    outputs: dict[ModelReference, set[str]] = {}
+    outputs: dict[Hashable, set[str]] = {}
     configs = {}
     for model in models:
         index = cache.get(model).index

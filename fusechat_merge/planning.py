@@ -19,7 +19,7 @@ from fusechat_merge import report
 NARROW = ("float32", "float16", "bfloat16")
 
 
-class ReportDone(Task[None]):
+class ReportDone(Task[None], frozen=True):
     """Finishes the running report once the output is whole."""
 
     output: Task
