@@ -13,13 +13,13 @@ from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
 from tests.helpers import reference_alignment as reference
 from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
-from tests.test_tokens import random_texts
+from tests.helpers.random_texts import random_texts
 
 PAIRS = [
     ("openchat", "qwen"),
     ("qwen", "openchat"),
-    ("openchat", "llama3"),
-    ("qwen", "llama3"),
+    pytest.param("openchat", "llama3", marks=pytest.mark.slow),
+    pytest.param("qwen", "llama3", marks=pytest.mark.slow),
     ("tiny_bpe", "tiny_unigram"),
     ("tiny_unigram", "tiny_bpe"),
 ]

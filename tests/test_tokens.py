@@ -1,8 +1,6 @@
 """Bytes and spans of tokens on real tokenizers: text in, the same bytes out, whatever the text."""
 
 import json
-import random
-import unicodedata
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import same_vocabulary, token_bytes, tokenizer_hash
+from tests.helpers.random_texts import random_texts
 
 REAL = ("openchat", "qwen", "llama3")
 ALL = (*REAL, "tiny_bpe", "tiny_unigram")
@@ -29,19 +28,6 @@ TEXTS = (
     "1234567890 3.14159 0xDEADBEEF",
     "pneumonoultramicroscopicsilicovolcanoconiosis" * 5,
 )
-
-
-def random_texts(seed: int, count: int) -> list[str]:
-    rng = random.Random(seed)
-    blocks = ((32, 126), (9, 13), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x52F), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF))
-    blocks += ((1, 0xD7FF), (0xE000, 0x10FFFF), (32, 32), (32, 32), (0x2580, 0x2582))
-    texts = []
-    for _ in range(count):
-        text = "".join(
-            chr(rng.randint(*block)) * rng.choice((1, 1, 1, 4)) for block in rng.choices(blocks, k=rng.randint(1, 60))
-        )
-        texts.append(unicodedata.normalize("NFC", text))
-    return texts
 
 
 def check(tokenizer, text):
