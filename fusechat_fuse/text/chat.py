@@ -1,14 +1,16 @@
 """Messages to token ids, with the predicted tokens and where each lies in its message.
 
 A chat template is asked twice. Once with probe contents, per sequence of roles: that shows the text the template puts
-around each content, whether it trims contents, and whether the beginning of a conversation reads the same once it goes
-on. And once with the real contents: the result must be exactly the probed pieces with the contents between them, else
-the conversation is refused. So every content's place is known by construction, whatever the text says, and no piece is
-ever tokenized alone: the whole text is, once, by the tokenizer as it is.
+around each content, whether it trims contents, and which answers stand in the whole conversation as they stood when
+they were the last in it: those alone are predicted, the others are context (Qwen3 keeps a think block in the last
+answer only). An end of turn is predicted where it is the one that ends the last answer. And once with the real
+contents: the result must be exactly the probed pieces with the contents between them, else the conversation is refused.
+So every content's place is known by construction, whatever the text says, and no piece is ever tokenized alone: the
+whole text is, once, by the tokenizer as it is.
 
 A template of another family (`template="pivot"`) is rendered as its own tokenizer would; then, in the pieces around the
-contents only, its BOS and end of turn are replaced by the model's own. A content that holds the text of one of the
-model's special tokens is refused: it must not become one.
+contents only, its BOS and end of turn are replaced by the model's own; a model's BOS also stands before a template that
+has none. A content that holds the text of one of the model's special tokens is refused: it must not become one.
 
 Refusals (`Unusable`, counted by name): `special_token`, `template` (it raises, changes, drops or moves a content),
 `bytes` (the tokens do not give the text back), `too_long` (nothing predicted within max_length).
@@ -42,7 +44,8 @@ class Encoded:
 
     input_ids int32 [T]; predicted int32 [P], indices into it, ascending and > 0; message int16 [P]; start, end int32
     [P], UTF-8 bytes of that message's content, the end of turn at len(content), len(content) + 1; truncated: whether
-    max_length cut tokens off.
+    max_length cut tokens off; context_answers: answers that are not predicted because the template renders them
+    otherwise once the conversation goes on.
     """
 
     input_ids: np.ndarray
@@ -51,16 +54,21 @@ class Encoded:
     start: np.ndarray
     end: np.ndarray
     truncated: bool
+    context_answers: int = 0
 
 
 @dataclass(frozen=True)
 class _Shape:
     """What a template does with one sequence of roles: `pieces[n]` stands before the n-th content in the text, the last
-    piece at the end; `order` says whose content that is; `trims` which sides of it are trimmed (left, right)."""
+    piece at the end; `order` says whose content that is; `trims` which sides of it are trimmed (left, right);
+    `predicted` whether it is an answer that stands as it stood when it was the last, `ended` whether the end of turn
+    follows."""
 
     pieces: tuple[str, ...]
     order: tuple[int, ...]
     trims: tuple[tuple[bool, bool], ...]
+    predicted: tuple[bool, ...]
+    ended: tuple[bool, ...]
 
 
 class ConversationEncoder:
@@ -102,7 +110,8 @@ class ConversationEncoder:
         """Ids, predicted tokens and byte spans of one conversation.
 
         Args:
-            messages: {role, content} each, as `read_conversations` leaves them; borrowed.
+            messages: {role, content} each, as `read_conversations` leaves them (an answer of `weight` 0 is not
+                predicted); borrowed.
         Raises: Unusable naming the rule and the message.
         """
         for n, message in enumerate(messages):
@@ -145,8 +154,7 @@ class ConversationEncoder:
     def _probe(self, roles: tuple[str, ...]) -> _Shape:
         """Where the template puts each content, found by rendering contents that occur nowhere else."""
         marks = [f"QZ{n}ZQ" for n in range(len(roles))]
-        plain = self.template.render([{"role": r, "content": m} for r, m in zip(roles, marks)])
-        padded = self.template.render([{"role": r, "content": f" \n\t{m}\t\n "} for r, m in zip(roles, marks)])
+        plain, padded = self._render(roles, marks), self._render(roles, [f" \n\t{mark}\t\n " for mark in marks])
         for n, mark in enumerate(marks):
             if plain.count(mark) != 1:
                 times = "leaves out" if mark not in plain else "repeats"
@@ -154,29 +162,33 @@ class ConversationEncoder:
         order = tuple(sorted(range(len(roles)), key=lambda n: plain.index(marks[n])))
         pieces = tuple(re.split("|".join(marks), plain))
         trims = tuple((f" \n\t{marks[n]}" not in padded, f"{marks[n]}\t\n " not in padded) for n in order)
-        for n, role in enumerate(roles[:-1]):
-            if role == "assistant":
-                self._check_prefix(plain, roles[: n + 1], marks)
-        for place, n in enumerate(order):
-            if roles[n] == "assistant" and not pieces[place + 1].lstrip().startswith(self.template.end_of_turn):
-                raise Unusable("template", f"the chat template puts no end of turn after message {n}")
         if not self.template.end_of_turn:
             raise Unusable("template", "the chat template ends no turn with a token of the vocabulary")
-        return _Shape(pieces, order, trims)
-
-    def _check_prefix(self, whole: str, roles: tuple[str, ...], marks: list[str]) -> None:
-        """The conversation up to an answer must read the same when it goes on: that is what the model saw."""
-        beginning = self.template.render([{"role": r, "content": m} for r, m in zip(roles, marks)])
-        upto = beginning[: beginning.index(marks[len(roles) - 1]) + len(marks[len(roles) - 1])]
-        if not whole.startswith(upto):
+        ended = tuple(piece.lstrip().startswith(self.template.end_of_turn) for piece in pieces[1:])
+        answers = [n for n, role in enumerate(roles) if role == "assistant"]
+        if answers and not ended[order.index(answers[-1])]:
+            raise Unusable("template", f"the chat template puts no end of turn after message {answers[-1]}")
+        stand = {n for n in answers if self._stands(plain, roles[: n + 1], marks)}
+        if answers and not stand:
             raise Unusable(
                 "template",
-                f"the chat template renders the first {len(roles)} messages differently once the conversation goes on "
-                "(it moves or strips text); a built-in template may serve",
+                f"the chat template renders the first {answers[-1] + 1} messages differently once the conversation "
+                "goes on (it moves or strips text)",
             )
+        return _Shape(pieces, order, trims, tuple(n in stand for n in order), ended)
+
+    def _stands(self, whole: str, roles: tuple[str, ...], marks: list[str]) -> bool:
+        """Whether the conversation up to an answer reads the same when it goes on: that is what the model saw."""
+        mark = marks[len(roles) - 1]
+        beginning, found, _ = self._render(roles, marks).partition(mark)
+        return bool(found) and whole.startswith(beginning + mark)
+
+    def _render(self, roles: tuple[str, ...], contents: list[str]) -> str:
+        return self.template.render([{"role": role, "content": content} for role, content in zip(roles, contents)])
 
     def _check_rendering(self, shape: _Shape, contents: list[str], messages: list[dict[str, str]]) -> None:
-        text, position = self.template.render(messages), 0
+        text = self._render(tuple(m["role"] for m in messages), [m["content"] for m in messages])
+        position = 0
         for n, piece, content in zip([*shape.order, len(messages) - 1], shape.pieces, [*contents, ""]):
             if not text.startswith(piece + content, position):
                 raise Unusable("template", f"the chat template changes the text of or around message {n}")
@@ -186,33 +198,46 @@ class ConversationEncoder:
 
     def _own_pieces(self, pieces: tuple[str, ...]) -> list[str]:
         """The template's pieces with this model's BOS and end of turn in place of its own."""
-        own = list(pieces)
-        if self.template.end_of_turn != self.end_of_turn:
-            own = [piece.replace(self.template.end_of_turn, self.end_of_turn) for piece in own]
-        if self.template.bos != self.bos:
-            own[0] = self.bos + own[0].removeprefix(self.template.bos)
-        return own
+        theirs = self.template
+        if (theirs.bos, theirs.end_of_turn) == (self.bos, self.end_of_turn):
+            return list(pieces)
+        ours = {theirs.bos: self.bos, theirs.end_of_turn: self.end_of_turn}  # some put BOS before each question
+        marks = re.compile("|".join(re.escape(mark) for mark in sorted(ours, key=len, reverse=True) if mark))
+        own = [pieces[0].removeprefix(theirs.bos), *pieces[1:]]
+        own = [marks.sub(lambda found: ours[found[0]], piece) for piece in own]
+        return [self.bos + own[0], *own[1:]]
 
     def _locate(self, ids, start, end, places, shape: _Shape, messages) -> Encoded:
-        special = np.isin(ids, self._special_ids)
+        special, turns = np.isin(ids, self._special_ids), np.flatnonzero(ids == self.end_of_turn_id)
         predicted, message, begins, ends = [], [], [], []
-        for (first, last), n, trims in zip(places, shape.order, shape.trims):
+        context_answers = 0
+        for (first, last), n, trims, stands, ended in zip(
+            places, shape.order, shape.trims, shape.predicted, shape.ended
+        ):
             low, high = np.searchsorted(end, first, side="right"), np.searchsorted(start, last, side="left")
             low = self._with_empty_tokens(low, start, end, first, last)
             if special[low:high].any():
                 raise Unusable("special_token", f"message {n} joins its surroundings to a special token")
-            if messages[n]["role"] != "assistant":
+            if messages[n]["role"] != "assistant" or messages[n].get("weight") == 0:
+                continue
+            if not stands:
+                context_answers += 1
                 continue
             content = messages[n]["content"]
             lead = len(content.encode()) - len(content.lstrip().encode()) if trims[0] else 0
             size = len(content.encode())
-            turn = next((t for t in range(high, len(ids)) if ids[t] == self.end_of_turn_id), None)
-            if turn is None:
-                raise Unusable("template", f"no end-of-turn token follows message {n}")
-            predicted += [*range(low, high), turn]
-            message += [n] * (high - low + 1)
-            begins += [*(np.clip(start[low:high], first, last) - first + lead), size]
-            ends += [*(np.clip(end[low:high], first, last) - first + lead), size + 1]
+            while not ended and low < high and end[high - 1] > last:
+                high -= 1  # it runs into what follows: no prediction of the content alone
+            predicted += range(low, high)
+            begins += list(np.clip(start[low:high], first, last) - first + lead)
+            ends += list(np.clip(end[low:high], first, last) - first + lead)
+            if ended:
+                if (at := np.searchsorted(turns, high)) == len(turns):
+                    raise Unusable("template", f"no end-of-turn token follows message {n}")
+                predicted.append(int(turns[at]))
+                begins.append(size)
+                ends.append(size + 1)
+            message += [n] * (len(predicted) - len(message))
         keep = [k for k, t in enumerate(predicted) if 0 < t < self.max_length]
         if not keep:
             raise Unusable("too_long", f"no predicted token within {self.max_length} tokens (of {len(ids)})")
@@ -220,7 +245,7 @@ class ConversationEncoder:
             np.array(values, dtype)[keep]
             for values, dtype in ((predicted, np.int32), (message, np.int16), (begins, np.int32), (ends, np.int32))
         )
-        return Encoded(ids[: self.max_length], *arrays, truncated=len(ids) > self.max_length)
+        return Encoded(ids[: self.max_length], *arrays, len(ids) > self.max_length, context_answers)
 
     @staticmethod
     def _with_empty_tokens(low: int, start, end, first: int, last: int) -> int:

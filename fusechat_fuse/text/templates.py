@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
@@ -13,14 +15,16 @@ from fusechat_fuse.models import first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.conversations import Unusable
 
-_DATE = "26 Jul 2024"  # what Llama-3.1's template prints by default; templates must not depend on the day
+_TODAY = datetime(2024, 7, 26)  # what Llama-3.1's template prints by default; templates must not depend on the day
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """A Jinja template with what its own family puts into it.
 
-    `bos` and `end_of_turn` are the texts it renders ("" for no BOS), `variables` the special tokens it may name.
+    `bos` and `end_of_turn` are the texts it renders ("" for no BOS), `variables` the special tokens it may name. A
+    token that opens every turn is no BOS, whatever the tokenizer calls it.
     """
 
     name: str
@@ -40,16 +44,16 @@ class ChatTemplate:
 
 
 def _render(source: str, variables: dict, messages: list[dict[str, str]]) -> str:
+    """As transformers renders it, but on a fixed day."""
     import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
+    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
     try:
-        texts, _ = render_jinja_template(
-            conversations=[messages], chat_template=source, date_string=_DATE, add_generation_prompt=False, **variables
-        )
+        return _compile_jinja_template(source).render(**context, **today, **variables)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise Unusable("template", f"the chat template refuses the conversation ({first_line(error)})") from error
-    return texts[0]
 
 
 def own_variables(tokenizer) -> dict[str, str]:
@@ -100,8 +104,14 @@ def _own(name: str, source: str, tokenizer) -> ChatTemplate:
     head, _, tail = text.partition("QZ1ZQ")
     end_of_turn = _first_of([text for text in added_texts(tokenizer) if not text.isspace()], tail) or ""
     bos = variables.get("bos_token", "")
-    bos = bos if bos and head.startswith(bos) else ""
+    if not bos or not head.startswith(bos) or _opens_turns(bos, head, end_of_turn):
+        bos = ""
     return ChatTemplate(name, source, bos, end_of_turn, tuple(sorted(variables.items())))
+
+
+def _opens_turns(bos: str, head: str, end_of_turn: str) -> bool:
+    """Whether a text that opens the conversation opens its answer too (ChatML with `<|im_start|>` as BOS)."""
+    return bos != end_of_turn and bos in head.removeprefix(bos)
 
 
 def _built_in(name: str) -> ChatTemplate:
@@ -182,13 +192,17 @@ def end_of_turn_of(tokenizer) -> str:
 
 def bos_of(tokenizer) -> str:
     """The text of the BOS a tokenizer begins a conversation with, "" where it uses none: a token that its template or
-    its post-processor puts first."""
+    its post-processor puts first, and that does not open every turn."""
     bos = tokenizer.bos_token
     if not bos:
         return ""
-    if list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id]:
-        return bos
     try:
-        return bos if native_template(tokenizer).bos == bos else ""
+        template = native_template(tokenizer)
     except InputError:
-        return ""
+        template = None
+    if template is not None:
+        if template.bos == bos:
+            return bos
+        if _opens_turns(bos, template.render(_PROBE).partition("QZ1ZQ")[0], template.end_of_turn):
+            return ""
+    return bos if list(tokenizer("a").input_ids[:1]) == [tokenizer.bos_token_id] else ""
