@@ -21,7 +21,11 @@ from fusechat_fuse.processes import end_process_group, speaks
 def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
     add_flag(
-        parser, "data_path", required=True, help="chat data: JSON, JSONL, Parquet, a datasets directory or a Hub name"
+        parser,
+        "data_path",
+        required=True,
+        nargs="+",
+        help="chat data: JSON, JSONL (.gz), Parquet, globs, directories or Hub names, several at once",
     )
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
     add_flag(parser, "pivot_name_or_path", help="the pivot, whose chat template --template pivot takes")
@@ -35,6 +39,8 @@ def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
     add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
     add_flag(parser, "split", "train", help="of a data set with several")
+    add_flag(parser, "limit", type=int, help="read so many usable conversations")
+    add_flag(parser, "messages_column", help="holds the messages, where it is not messages or conversations")
     add_flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
     add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
 

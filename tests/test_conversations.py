@@ -1,5 +1,6 @@
 """Chat data of every shape becomes one; what is not usable is skipped by rule, counted, and named when asked."""
 
+import gzip
 import json
 import logging
 
@@ -91,7 +92,7 @@ SKIPPED = {
     "empty": [{"messages": []}, {"conversations": []}],
     "not_text": [
         {"messages": [{"role": "user", "content": None}, ANSWER]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ANSWER]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}, ANSWER]},
         {"messages": [{"content": "no role"}, ANSWER]},
         {"messages": ["x", ANSWER]},
         {"prompt": 3, "completion": "x"},
@@ -103,11 +104,27 @@ SKIPPED = {
         {"messages": [SYSTEM, SYSTEM, USER, ANSWER]},
     ],
     "repeated_role": [{"messages": [USER, USER, ANSWER]}, {"messages": [USER, ANSWER, ANSWER]}],
-    "no_answer": [{"messages": [USER]}, {"messages": [SYSTEM]}, {"messages": [ANSWER]}, {"messages": [ANSWER, USER]}],
+    "no_answer": [
+        {"messages": [USER]},
+        {"messages": [SYSTEM]},
+        {"messages": [ANSWER]},
+        {"messages": [ANSWER, USER]},
+        {"messages": [USER, {**ANSWER, "weight": 0}]},
+    ],
+    "tool_calls": [
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f"}}]}]},
+        {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+    ],
 }
 REPAIRED = {
     "leading_assistant": ({"messages": [SYSTEM, ANSWER, ANSWER, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
     "trailing_user": ({"messages": [USER, ANSWER, USER]}, [USER, ANSWER]),
+    "tools": ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, [USER, ANSWER]),
+    "documents": ({"messages": [USER, ANSWER], "documents": [{"text": "x"}]}, [USER, ANSWER]),
+    "images": ({"messages": [USER, ANSWER], "images": ["x.png"]}, [USER, ANSWER]),
+    "reasoning_content": ({"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]}, [USER, ANSWER]),
+    "system_column": ({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."}, [SYSTEM, USER, ANSWER]),
+    "weight": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, [USER, ANSWER]),
     "duplicate_id": ({"id": "good", "messages": [USER, ANSWER]}, [USER, ANSWER]),
 }
 
@@ -151,6 +168,191 @@ def test_empty_contents_are_conversation():
     assert report.counts() == {"rows": 1, "skipped": {}, "repaired": {}}
 
 
+def test_fields_that_hold_nothing_are_no_loss():
+    bare = {"tool_calls": None, "reasoning_content": None, "weight": None}
+    row = {"messages": [{**USER, **bare}, {**ANSWER, **bare, "weight": 1}], "tools": None, "images": [], "system": ""}
+    found, report = read_conversations([row, {**row, "id": 2, "tools": "[]"}], strict=True)
+    assert found[0].messages == [USER, ANSWER]
+    assert report.counts() == {"rows": 2, "skipped": {}, "repaired": {}}
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row", [{"messages": [USER, ANSWER]}, PROMPT, {"conversations": SHAREGPT["conversations"][1:]}]
+)
+def test_system_column_is_the_system_message(column, row):
+    found, report = read_conversations([{**row, column: "Be brief."}, {**MESSAGES, column: "Be brief."}], strict=True)
+    assert found[0].messages == found[1].messages == [SYSTEM, USER, ANSWER]
+    assert report.counts()["repaired"] == {}
+
+
+def test_answers_of_weight_0_stay_as_context_and_are_read_again(tmp_path):
+    light = {**ANSWER, "weight": 0}
+    as_json(tmp_path / "d.json", [{"messages": [USER, light, USER, {**ANSWER, "weight": 1.0}, USER, light]}, MESSAGES])
+    data = load_conversations(tmp_path / "d.json")
+    found, report = read_conversations(data)
+    assert found[0].messages == [USER, light, USER, ANSWER]
+    assert found[1].messages == [SYSTEM, USER, ANSWER]
+    assert data["id"][0] == found[0].content_hash == content_hash(found[0].messages)
+    assert found[0].content_hash != content_hash([USER, ANSWER, USER, ANSWER])
+    assert not report.repaired
+
+
+def test_ids_are_unique_whatever_names_the_rows_bring():
+    rows = [{"id": name, "messages": [USER, ANSWER]} for name in ("0", "0", "0#2", "0", "0#2#2", "0#2")]
+    found, report = read_conversations(rows)
+    names = [c.id for c in found]
+    assert len(set(names)) == 6
+    assert names[:4] == ["0", "0#2", "0#2#2", "0#3"]
+    assert report.counts()["repaired"] == {"duplicate_id": 5}
+
+
+def parts(text):
+    return [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{**m, "content": parts(m["content"])} for m in (SYSTEM, USER, ANSWER)]},
+        {"messages": [{**SYSTEM, "role": "developer"}, USER, ANSWER]},
+        {"messages": [], "conversations": SHAREGPT["conversations"]},
+        {"messages": None, "conversations": SHAREGPT["conversations"]},
+        {"messages": SHAREGPT["conversations"]},
+        {"prompt": [SYSTEM, USER], "completion": "Hi"},
+        {"prompt": "Hello 你好", "completion": [ANSWER], "system": "Be brief."},
+    ],
+    ids=["parts", "developer", "empty_messages", "no_messages", "from_value", "prompt_list", "completion_list"],
+)
+def test_shapes_that_people_have(row):
+    found, report = read_conversations([row], strict=True)
+    assert found[0].messages == [SYSTEM, USER, ANSWER]
+    assert not report.repaired
+
+
+def test_messages_column_by_name():
+    row = {"id": "a", "dialog": SHAREGPT["conversations"], "messages": "no list"}
+    assert read_conversations([row], messages_column="dialog")[0][0].messages == [SYSTEM, USER, ANSWER]
+    with pytest.raises(InputError, match="expected a list in column dialogue, got id, dialog, messages"):
+        read_conversations([row], messages_column="dialogue")
+
+
+def test_limit_reads_no_further_than_so_many_usable_conversations():
+    def rows():
+        yield {"messages": []}
+        for n in range(3):
+            yield {"id": n, "messages": [USER, ANSWER]}
+        pytest.fail("read on")
+
+    found, report = read_conversations(rows(), limit=2)
+    assert [c.id for c in found] == ["0", "1"]
+    assert report.counts() == {"rows": 3, "skipped": {"empty": 1}, "repaired": {}}
+    for limit in (0, -1, "2", True):
+        with pytest.raises(InputError, match="limit for chat data: expected an integer from 1, got"):
+            read_conversations([MESSAGES], limit=limit)
+
+
+def named(name):
+    return [{"id": name, "messages": [USER, ANSWER]}]
+
+
+def ids_in(data, **options):
+    return load_conversations(data, **options)["id"][:]
+
+
+def test_texts_of_every_usual_kind_compressed_or_not(tmp_path):
+    as_jsonl(tmp_path / "a.ndjson", named("a"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(named("b")[0]).encode()))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(named("c")).encode()))
+    as_json(tmp_path / "d.json", {"train": named("d"), "test": named("e")})
+    as_json(tmp_path / "f.json", {"version": "1", "data": named("f")})
+    for file in ("a.ndjson", "b.jsonl.gz", "c.json.gz", "d.json", "f.json"):
+        assert ids_in(tmp_path / file) == [file[0]]
+    assert ids_in(tmp_path / "d.json", split="test") == ["e"]
+
+
+def test_several_files_and_globs_and_objects_with_splits(tmp_path):
+    for name in "abc":
+        as_jsonl(tmp_path / f"{name}.jsonl", named(name))
+    assert ids_in([tmp_path / "c.jsonl", str(tmp_path / "a.jsonl")]) == ["c", "a"]
+    assert ids_in(str(tmp_path / "[ab]*.jsonl")) == ["a", "b"]
+    assert ids_in([str(tmp_path / "*.jsonl")], limit=2) == ["a", "b"]
+    with pytest.raises(InputError, match=r"expected files of this pattern, got none"):
+        ids_in(str(tmp_path / "*.parquet"))
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(named("a")), "test": datasets.Dataset.from_list(named("b"))}
+    )
+    assert (ids_in(splits), ids_in(splits, split="test")) == (["a"], ["b"])
+    assert ids_in({"train": named("a")}) == ["a"]
+    with pytest.raises(InputError, match="split for the given rows: expected one of train, test, got 'dev'"):
+        ids_in(splits, split="dev")
+    as_jsonl(tmp_path / "b.jsonl", [{"id": "good", "messages": [USER, ANSWER]}, {"messages": []}])
+    with pytest.raises(InputError, match=r"conversation for \S*b.jsonl, row 1: "):
+        ids_in([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], strict=True)
+
+
+def test_directory_is_read_by_split_and_what_is_left_out_is_said(tmp_path, caplog):
+    for name in ("train", "test"):
+        as_jsonl(tmp_path / f"{name}.jsonl", named(name))
+    (tmp_path / "train-2.jsonl.gz").write_bytes(gzip.compress(json.dumps(named("gz")[0]).encode()))
+    as_json(tmp_path / "dataset_infos.json", {"default": {"features": {}}})
+    (tmp_path / "more.csv").write_text("a,b")
+    (tmp_path / "README.md").write_text("# Data\n")
+    with caplog.at_level(logging.WARNING):
+        assert ids_in(tmp_path) == ["gz", "train"]
+    assert "2 files are split 'train'; left out: test.jsonl" in caplog.text
+    assert "left out files of kinds that are not read: more.csv" in caplog.text
+    assert ids_in(tmp_path, split="test") == ["test"]
+    with pytest.raises(InputError, match="expected one of test, train, got 'validation'"):
+        ids_in(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "want"),
+    [
+        (["chat.jsonl", "more.jsonl"], "train", ["chat", "more"]),
+        (["chat.jsonl", "eval.jsonl"], "train", ["chat"]),
+        (["chat.jsonl", "eval.jsonl"], "test", ["eval"]),
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
+         "train", ["train-00000-of-00002", "train-00001-of-00002"]),
+        (["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"], "train_sft",
+         ["train_sft-00000-of-00001"]),
+        (["train/a.jsonl", "validation/a2.jsonl", ".cache/a3.jsonl"], "validation", ["a2"]),
+        (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train",
+         ["part-00000-of-00002", "part-00001-of-00002"]),
+        (["latest.jsonl", "contest.jsonl"], "train", ["contest", "latest"]),
+    ],
+)  # fmt: skip
+def test_split_of_a_file_is_what_its_path_names(tmp_path, files, split, want):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        as_jsonl(tmp_path / file, named(file.rsplit("/")[-1].split(".")[0]))
+    assert ids_in(tmp_path, split=split) == want
+
+
+def test_split_that_one_file_or_data_set_does_not_have_is_refused(tmp_path):
+    as_jsonl(tmp_path / "chat.jsonl", named("a"))
+    as_json(tmp_path / "chat.json", named("a"))
+    as_saved(tmp_path / "saved", named("a"))
+    for name in ("chat.jsonl", "chat.json", "saved"):
+        with pytest.raises(InputError, match=f"{name}: expected none, as its data has none, got 'test'. Leave it out"):
+            ids_in(tmp_path / name, split="test")
+    as_jsonl(tmp_path / "test.jsonl", named("b"))
+    assert ids_in(tmp_path / "test.jsonl") == ids_in(tmp_path / "test.jsonl", split="test") == ["b"]
+
+
+def test_clone_of_a_hub_data_set_is_read_as_its_readme_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "clone"
+    (folder / "data").mkdir(parents=True)
+    for name in ("one", "two"):
+        as_jsonl(folder / "data" / f"{name}.jsonl", named(name))
+    listed = "- split: train\n    path: data/one.jsonl\n  - split: test\n    path: data/two.jsonl\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n  {listed}---\n# Data\n")
+    assert ids_in(folder) == ["one"]
+    assert ids_in(folder, split="test") == ["two"]
+
+
 def test_roles_by_their_usual_names():
     turns = [("human", "Assistant"), ("USER", "gpt"), ("user", "model"), (" human ", "chatgpt"), ("user", "bot")]
     for user, assistant in turns:
@@ -177,7 +379,10 @@ def test_result_is_read_again_unchanged(tmp_path):
         ("d.jsonl", '{"messages": []}\n{"mess', r"d.jsonl, line 2: expected JSON, got .* Mend the line."),
         ("d.jsonl", "\x00", r"d.jsonl, line 1: expected JSON"),
         ("d.parquet", "PAR", "expected a Parquet file, got"),
-        ("d.csv", "a,b", r"expected a file ending in .json, .jsonl, .parquet, got '.csv'"),
+        ("d.jsonl.gz", "{}", "expected a gzip file, got"),
+        ("d.json", '{"train": [], "test": []}', "expected at least one usable conversation, got no rows"),
+        ("d.json", '{"test": []}', "expected one of test, got 'train'"),
+        ("d.csv", "a,b", r"expected a file ending in .json, .jsonl, .ndjson, .parquet .*, got '.csv'"),
     ],
 )
 def test_files_that_are_no_chat_data_get_one_sentence(tmp_path, name, text, message):

@@ -52,6 +52,8 @@ def represent(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     split: str = "train",
+    limit: int | None = None,
+    messages_column: str | None = None,
     strict: bool = False,
     encoding: str = "plain",
     tokenizer=None,
@@ -63,7 +65,7 @@ def represent(
 
     Args:
         model: directory, Hub name, or loaded causal language model (then give `tokenizer`).
-        conversations: path or Hub name as `load_conversations` takes it, its result, or rows of {id, messages}.
+        conversations: paths or Hub names as `load_conversations` takes them, its result, or rows of {id, messages}.
         output_dir: made if missing; an earlier start of the same run is continued.
         pivot: the pivot's directory, Hub name or tokenizer, for template="pivot"; None: the model is the pivot.
         template: pivot (the pivot's chat template with the model's own BOS and end of turn), native (the model's own),
@@ -76,7 +78,7 @@ def represent(
         device_map: e.g. auto, one model over several devices; not together with several processes.
         attn_implementation: as transformers takes it.
         trust_remote_code: run code from the model's repository.
-        split: of a data set with several.
+        split, limit, messages_column: as `load_conversations` takes them.
         strict: rows that would be skipped or repaired, and conversations the tokenizer or template refuses, are errors.
         encoding: plain (about 61 bytes per predicted token at k = 10 and prompts half the tokens) or compact (below 40,
             log-probabilities rounded within 1e-3 max(1, |lp|), ce within 1e-4).
@@ -92,7 +94,8 @@ def represent(
     process = Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
-    found, report = read_conversations(conversations, split=split, strict=strict)
+    reading = {"split": split, "limit": limit, "messages_column": messages_column}
+    found, report = read_conversations(conversations, strict=strict, **reading)
     if strict:
         _refuse_unusable(encoder, found, report)
     made_from = identify(model)

@@ -1,15 +1,17 @@
 """Chat data of the usual shapes, read into one: an id and a list of {role, content} per conversation.
 
-Read: ShareGPT (`conversations: [{from, value}]`), OpenAI / Hugging Face (`messages: [{role, content}]`), `prompt` and
-`completion`; as .json, .jsonl, .parquet, a directory that `datasets` saved, a directory of such files, or a Hub name.
+Read: ShareGPT (`conversations: [{from, value}]`), OpenAI / Hugging Face (`messages: [{role, content}]`, a content may
+be a list of text parts), `prompt` and `completion`, each beside a column `system` or `system_prompt`; from files,
+directories, globs and Hub names (`data_files.py`). An answer of `weight` 0 is context: nothing in it is predicted.
 
 Rules, each counted by its name and listed with the row:
 - repaired: `leading_assistant` (messages before the first user message that an assistant wrote are left out),
   `trailing_user` (what follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row
-  of the same id becomes ID#2).
-- skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is no string),
+  of the same id becomes ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a
+  message), `system_column` (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
+- skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is no text),
   `lone_surrogate` (no valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
-  in a row), `no_answer` (no assistant message).
+  in a row), `no_answer` (no assistant message that counts), `tool_calls` (an answer that is more than its text).
 With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
 """
 
@@ -19,12 +21,13 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.text.data_files import data_rows
+from fusechat_fuse.text.data_files import Source, data_sources
 
 ROLES = {
     "user": "user",
@@ -35,7 +38,12 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "system",
 }
+SYSTEM_COLUMNS = ("system", "system_prompt")
+LEFT_OUT_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+CALL_FIELDS = ("tool_calls", "function_call")
 SLICE_COLUMNS = ("slice", "dataset", "source", "category")
 logger = logging.getLogger(__name__)
 
@@ -51,11 +59,11 @@ class Unusable(InputError):
 @dataclass
 class Conversation:
     """One usable conversation: messages alternate user and assistant, perhaps after a system message, and end with an
-    assistant; `content_hash` is the SHA-256 of the messages, its first 16 hexadecimal digits; `row` its place in the
-    data."""
+    assistant; an answer that is not to be predicted has `weight` 0; `content_hash` is the SHA-256 of the messages, its
+    first 16 hexadecimal digits; `row` its place in the data."""
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     content_hash: str
     slice: str | None = None
     row: int = -1
@@ -64,13 +72,14 @@ class Conversation:
 @dataclass
 class ReadReport:
     """What happened to the rows of one data set: `skipped` and `repaired` hold {row, id, reason, detail} each; with
-    `strict` nothing may happen to them."""
+    `strict` nothing may happen to them. `begins` are the files and which row is the first of each."""
 
     name: str
     strict: bool = False
     rows: int = 0
     skipped: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
+    begins: list[tuple[str, int]] = field(default_factory=list)
 
     def note(self, action: str, row: int, name: str | None, reason: str, detail: str) -> None:
         """Count a row as one to `skip` or `repair`.
@@ -78,8 +87,9 @@ class ReadReport:
         Raises: InputError that names it, where the reading is strict.
         """
         if self.strict:
+            file, first = next(((f, n) for f, n in reversed(self.begins) if n <= row), (self.name, 0))
             raise InputError(
-                f"conversation for {self.name}, row {row}: {detail} ({reason}). "
+                f"conversation for {file}, row {row - first}: {detail} ({reason}). "
                 f"Mend the row, or leave strict off to {action} it."
             )
         entries = {"skip": self.skipped, "repair": self.repaired}[action]
@@ -99,83 +109,129 @@ def count_reasons(entries: list[dict]) -> dict[str, int]:
     return dict(sorted(Counter(entry["reason"] for entry in entries).items()))
 
 
-def content_hash(messages: list[dict[str, str]]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents."""
-    plain = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=True, separators=(",", ":"))
+def content_hash(messages: list[dict[str, Any]]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (and weights of 0)."""
+    fields = [[m["role"], m["content"], *([0] if m.get("weight") == 0 else [])] for m in messages]
+    plain = json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
-def _raw_messages(row: Any) -> list:
-    """The row's messages as [{role, content}], whatever its shape; contents unchecked."""
+def _raw_messages(row: Any, column: str | None) -> list:
+    """The row's messages as they are, whatever its shape."""
     if not isinstance(row, dict):
         raise Unusable("not_chat", f"expected an object, got {type(row).__name__}")
-    if isinstance(row.get("messages"), list):
-        return row["messages"]
-    if isinstance(row.get("conversations"), list):
-        turns = row["conversations"]
-        return [
-            {"role": t.get("from", t.get("role")), "content": t.get("value", t.get("content"))}
-            if isinstance(t, dict)
-            else t
-            for t in turns
-        ]
-    if "prompt" in row and "completion" in row:
+    there = [row[name] for name in ([column] if column else ("messages", "conversations")) if name in row]
+    if lists := [value for value in there if isinstance(value, list)]:
+        return next((value for value in lists if value), [])
+    if "prompt" in row and "completion" in row and not column:
         prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return prompt + completion
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+        return asked + said
     columns = ", ".join(map(str, row)) or "none"
-    raise Unusable("not_chat", f"expected a column messages, conversations, or prompt and completion, got {columns}")
+    expected = f"a list in column {column}" if column else "a column messages, conversations, or prompt and completion"
+    raise Unusable("not_chat", f"expected {expected}, got {columns}")
 
 
-def _checked(position: int, message: Any) -> dict[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+def _checked(position: int, message: Any) -> dict[str, Any]:
+    """One message as {role, content, weight}."""
+    if isinstance(message, dict) and message.get("role") is None:
+        message = {**message, "role": message.get("from")}
+    if not isinstance(message, dict) or not isinstance(message["role"], str):
         raise Unusable("not_text", f"message {position}: expected a role and a content, got {message!r:.80}")
-    role, content = ROLES.get(message["role"].strip().lower()), message.get("content")
+    role = ROLES.get(message["role"].strip().lower())
     if role is None:
         known = ", ".join(ROLES)
         raise Unusable("unknown_role", f"message {position}: expected a role among {known}, got {message['role']!r}")
-    if not isinstance(content, str):
-        kind = type(content).__name__
-        raise Unusable("not_text", f"message {position}: expected the content as a string, got {kind}")
+    if calls := next((name for name in CALL_FIELDS if message.get(name)), None):
+        raise Unusable("tool_calls", f"message {position}: expected an answer of text alone, got {calls} as well")
+    content = _text_of(position, message.get("value") if message.get("content") is None else message["content"])
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise Unusable("lone_surrogate", f"message {position}: character {error.start} is a lone surrogate") from error
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, "weight": message.get("weight")}
 
 
-def clean_messages(row: Any) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+def _text_of(position: int, content: Any) -> str:
+    """A content that is text, or a list of text parts."""
+    if isinstance(content, list):
+        texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        raise Unusable("not_text", f"message {position}: expected parts of text alone, got {content!r:.80}")
+    if not isinstance(content, str):
+        kind = type(content).__name__
+        raise Unusable("not_text", f"message {position}: expected the content as a string, got {kind}")
+    return content
+
+
+def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]) -> list[dict]:
+    """The messages, after the system text of the row's own column if there is one and they have none."""
+    column = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
+    if column is None:
+        return messages
+    text = row[column]
+    own = messages[0]["content"] if messages[0]["role"] == "system" else None
+    if not isinstance(text, str) or (own is not None and text.strip() and own != text):
+        got = "no text" if not isinstance(text, str) else "another text than the system message"
+        repairs.append(("system_column", f"column {column} left out: it holds {got}"))
+    elif own is None and text.strip():
+        return [_checked(0, {"role": "system", "content": text}), *messages]
+    return messages
+
+
+def _left_out(row: dict, raw: list, messages: list[dict]) -> list[tuple[str, str]]:
+    """Repairs: what of a row is not used, though a model might have seen it."""
+    columns = [name for name in LEFT_OUT_COLUMNS if row.get(name) not in (None, "", "[]", "{}", [], {})]
+    repairs = [(LEFT_OUT_COLUMNS[name], f"column {name} left out") for name in columns]
+    thought = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
+    if thought:
+        repairs.append(("reasoning_content", f"reasoning of message {', '.join(thought)} left out"))
+    weights = {n: message["weight"] for n, message in enumerate(messages) if message["role"] == "assistant"}
+    if odd := {n: weight for n, weight in weights.items() if weight not in (None, 0, 1)}:
+        repairs.append(("weight", f"weights by message {odd} taken as 1"))
+    return repairs
+
+
+def _plain(message: dict) -> dict[str, Any]:
+    """{role, content}, and the weight of an answer that is not to be predicted."""
+    weight = {"weight": 0} if message["role"] == "assistant" and message["weight"] == 0 else {}
+    return {"role": message["role"], "content": message["content"], **weight}
+
+
+def clean_messages(row: Any, column: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The usable messages of one row and the repairs made to them.
 
     Args:
-        row: one record of any shape read here.
-    Returns: messages as {role, content} with roles system, user, assistant; [(rule, detail)] of repairs.
+        row: one record of any shape read here. column: that holds the messages, where it has a name of its own.
+    Returns: messages as {role, content} with roles system, user, assistant, and `weight` 0 where an answer is not to
+        be predicted; [(rule, detail)] of repairs.
     Raises: Unusable naming the rule.
     """
-    raw = _raw_messages(row)
+    raw = _raw_messages(row, column)
     if not raw:
         raise Unusable("empty", "expected at least one message, got none")
-    messages, repairs = [_checked(n, message) for n, message in enumerate(raw)], []
+    messages = [_checked(n, message) for n, message in enumerate(raw)]
+    repairs = _left_out(row, raw, messages)
+    messages = [_plain(message) for message in _with_system(row, messages, repairs)]
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
     for n, message in enumerate(body):
         if message["role"] == "system":
             raise Unusable("system_not_first", f"message {n + len(head)}: expected system text first only")
-    if not any(message["role"] == "assistant" for message in body):
-        raise Unusable("no_answer", "expected an assistant message, got none")
+    answers = [n for n, message in enumerate(body) if message["role"] == "assistant" and message.get("weight") != 0]
+    if not answers:
+        raise Unusable("no_answer", "expected an assistant message that counts, got none")
     first = next((n for n, message in enumerate(body) if message["role"] == "user"), len(body))
+    if first > answers[-1]:
+        got = "assistant messages alone" if first == len(body) else "none after the first user message"
+        raise Unusable("no_answer", f"expected an answer to a user message, got {got}")
     if first:
-        if first == len(body):
-            raise Unusable("no_answer", "expected an answer to a user message, got assistant messages alone")
         repairs.append(("leading_assistant", f"{first} message(s) before the first user message left out"))
-        body = body[first:]
-    last = max((n for n, message in enumerate(body) if message["role"] == "assistant"), default=-1)
-    if last < 0:
-        raise Unusable("no_answer", "expected an answer after the first user message, got none")
-    if last + 1 < len(body):
-        repairs.append(("trailing_user", f"{len(body) - last - 1} message(s) after the last answer left out"))
-        body = body[: last + 1]
+    if left := len(body) - answers[-1] - 1:
+        repairs.append(("trailing_user", f"{left} message(s) after the last answer left out"))
+    body = body[first : answers[-1] + 1]
     for n in range(1, len(body)):
         if body[n]["role"] == body[n - 1]["role"]:
             raise Unusable("repeated_role", f"two {body[n]['role']} messages in a row (message {n + len(head)})")
@@ -192,29 +248,39 @@ def _slice_of(row: dict) -> str | None:
     return next((name for name in named if isinstance(name, str) and name), None)
 
 
-def read_conversations(data, *, split: str = "train", strict: bool = False) -> tuple[list[Conversation], ReadReport]:
+def read_conversations(
+    data, *, split: str = "train", strict: bool = False, limit: int | None = None, messages_column: str | None = None
+) -> tuple[list[Conversation], ReadReport]:
     """Like `load_conversations`, as a list, with the report of what was skipped and repaired and why.
 
     Args:
-        data: path, Hub name, `datasets.Dataset`, or an iterable of rows.
+        data: path, glob, Hub name, several of them, `datasets.Dataset` or `DatasetDict`, or an iterable of rows.
     """
-    named = isinstance(data, str | Path)
-    report = ReadReport(str(data) if named else "the given rows", strict)
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
+    sources = data_sources(data, split)
+    names = {name for name, _ in sources}
+    several = f"{sources[0][0]} and {len(names) - 1} more" if len(names) > 1 else sources[0][0]
+    report = ReadReport(str(data) if isinstance(data, str | Path) else several, strict)
     found, seen = [], Counter()
-    for number, row in enumerate(data_rows(str(data), split) if named else data):
+    for number, row in _numbered(sources, report):
+        if limit is not None and len(found) == limit:
+            break
         report.rows += 1
         name = _row_name(row)
         try:
-            messages, repairs = clean_messages(row)
+            messages, repairs = clean_messages(row, messages_column)
         except Unusable as problem:
             report.note("skip", number, name, problem.reason, str(problem))
             continue
         digest = content_hash(messages)
-        name = name or digest
+        given = name = name or digest
+        while name in seen:  # a given ID#2 may be there before the second ID is
+            seen[given] += 1
+            name = f"{given}#{seen[given]}"
         seen[name] += 1
-        if seen[name] > 1:
-            repairs.append(("duplicate_id", f"{name!r} appears again"))
-            name = f"{name}#{seen[name]}"
+        if name != given:
+            repairs.append(("duplicate_id", f"{given!r} appears again"))
         for rule, detail in repairs:
             report.note("repair", number, name, rule, detail)
         found.append(Conversation(name, messages, digest, _slice_of(row), number))
@@ -230,23 +296,49 @@ def read_conversations(data, *, split: str = "train", strict: bool = False) -> t
     return found, report
 
 
-def load_conversations(path_or_name, *, split: str = "train", strict: bool = False):
+def _numbered(sources: list[Source], report: ReadReport) -> Iterator[tuple[int, Any]]:
+    """All rows with their numbers through all sources; the report learns where each source begins."""
+    number = 0
+    for name, rows in sources:
+        report.begins.append((name, number))
+        for row in rows:
+            yield number, row
+            number += 1
+
+
+def load_conversations(
+    path_or_name,
+    *,
+    split: str = "train",
+    strict: bool = False,
+    limit: int | None = None,
+    messages_column: str | None = None,
+):
     """Read chat data of any usual shape into one.
 
     Args:
-        path_or_name: .json, .jsonl or .parquet file, directory (saved by `datasets`, or of such files), or Hub name.
-        split: of a data set with several.
+        path_or_name: .json, .jsonl, .ndjson (also .gz) or .parquet file, glob of such, directory (saved by `datasets`,
+            of such files, or a clone of a Hub data set), or Hub name; several of them in a list; a `DatasetDict`.
+        split: of a data set with several; in a directory of files their names tell it.
         strict: make every row that would be skipped or repaired an error that names file and row.
+        limit: read no further once so many usable conversations are found.
+        messages_column: the column that holds the messages, where it is neither `messages` nor `conversations`.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
-        of {role, content}; system first if any, then user and assistant by turns, an answer last); where a row has one,
-        `slice` (string or None: the row's own `slice`, `dataset`, `source` or `category`).
+        of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight`, 0 or none,
+        where an answer is not to be predicted); where a row has one, `slice` (string or None: the row's own `slice`,
+        `dataset`, `source` or `category`).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets
 
-    found, _ = read_conversations(path_or_name, split=split, strict=strict)
+    found, _ = read_conversations(
+        path_or_name, split=split, strict=strict, limit=limit, messages_column=messages_column
+    )
     text = datasets.Value("string")
-    features = {"id": text, "messages": datasets.List({"role": text, "content": text})}
+    message = {"role": text, "content": text}
+    if any("weight" in each for conversation in found for each in conversation.messages):
+        message["weight"] = datasets.Value("int32")
+    features = {"id": text, "messages": datasets.List(message)}
     if any(conversation.slice for conversation in found):
         features["slice"] = text
     columns = {key: [getattr(conversation, key) for conversation in found] for key in features}

@@ -1,37 +1,148 @@
-"""Rows of chat data out of files, directories and Hub data sets, whatever their shape."""
+"""Rows of chat data out of files, directories and Hub data sets, whatever their shape.
+
+A directory of files is read as `datasets` reads one: files that name a split (`train.jsonl`, `data/test-00000-of-00002.
+parquet`, `validation/part.json`) belong to it, files that name none to `train`, unless another one names it. One whose
+README.md lists its files, as on the Hub, is opened by `datasets` itself.
+"""
 
 from __future__ import annotations
 
+import glob
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+import logging
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+_KINDS = f"{', '.join(SUFFIXES)} or .gz of these texts"
+_UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+_ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+_SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+_SPLIT_WORDS |= {"evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLIT_WORDS |= {"dev": "validation"}
+Source = tuple[str, Iterable[Any]]  # what errors name, and its rows
+logger = logging.getLogger(__name__)
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
+def data_sources(data, split: str) -> list[Source]:
+    """The rows of a data set, unchecked, each file's beside its name.
+
+    Args:
+        data: file (.json, .jsonl, .ndjson, also .gz, or .parquet), glob, directory (saved by `datasets`, or of such
+            files), Hub name, several of these in a list, a mapping of split to rows (`datasets.DatasetDict`), or rows.
+        split: of a data set with several.
+    Raises: InputError where nothing is there or it cannot be read; of a file, while its rows are taken.
+    """
+    if isinstance(data, str | Path):
+        return _named(str(data), split)
+    if isinstance(data, Mapping):
+        return [("the given rows", _of_split("the given rows", data, split))]
+    if isinstance(data, list | tuple) and data and all(isinstance(entry, str | Path) for entry in data):
+        return [source for entry in data for source in _named(str(entry), split)]
+    return [("the given rows", data)]
+
+
+def _named(name: str, split: str) -> list[Source]:
+    path = Path(name)
+    if path.is_file():
+        return [_file(path, path.parent, split)]
+    if path.is_dir():
+        return _directory(path, split)
+    if glob.has_magic(name):
+        found = sorted(entry for entry in map(Path, glob.glob(name, recursive=True)) if entry.is_file())
+        if not found:
+            raise InputError(f"data for {name}: expected files of this pattern, got none. Check the pattern.")
+        return [_file(entry, entry.parent, split) for entry in found]
+    if _kind(path) or path.is_absolute() or name.startswith("."):
+        raise InputError(f"data for {path}: expected a file or directory, got nothing there. Check the path.")
+    return [(name, _loaded(name, split))]
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix by which a file is read, None where it is not."""
+    name = path.name.lower().removesuffix(".gz")
+    kind = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return None if kind == ".parquet" and path.suffix.lower() == ".gz" else kind
+
+
+def _file(path: Path, root: Path, split: str) -> Source:
+    """One file; by its path from `root` it may be named after a split."""
+    kind = _kind(path)
+    if kind is None:
+        raise InputError(f"data for {path}: expected a file ending in {_KINDS}, got {path.suffix!r}. Convert it.")
+    wanted = _SPLIT_WORDS.get(split.lower(), split)
+    is_it = wanted in ("train", _split_named(path.relative_to(root), split))
+    if kind == ".json":
+        return str(path), _json_rows(path, split, is_it)
+    if not is_it:
+        raise _no_splits(path, split)
+    return str(path), _parquet_rows(path) if kind == ".parquet" else _lines_of(path)
+
+
+def _no_splits(path: Path, split: str) -> InputError:
+    return InputError(f"split for {path}: expected none, as its data has none, got {split!r}. Leave it out.")
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        rows = parquet.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
+    yield from rows
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"data for {path}: expected a gzip file, got {error}. Replace it.") from error
+    try:
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"data for {path}: expected UTF-8 text, got byte {error.start} that is none. Convert it."
         ) from error
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            if "Extra data" not in str(error):
-                raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
-        else:
-            rows = rows.get("data", rows) if isinstance(rows, dict) else rows
-            if not isinstance(rows, list):
-                kind = "a single object" if isinstance(rows, dict) else type(rows).__name__
-                raise InputError(f"data for {path}: expected a list of conversations, got {kind}. Put it into a list.")
-            yield from rows
-            return
+
+
+def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
+    """The rows of a .json file: a list, {"data": list}, {split: list}, or lines."""
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
+        yield from _lines(path, text)
+        return
+    chat = {"messages", "conversations", "prompt", "completion"}
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    elif isinstance(rows, dict) and rows and not chat & set(rows) and all(isinstance(v, list) for v in rows.values()):
+        rows, is_split = _of_split(path, rows, split), True
+    if not isinstance(rows, list):
+        kind = "a single object" if isinstance(rows, dict) else type(rows).__name__
+        raise InputError(f"data for {path}: expected a list of conversations, got {kind}. Put it into a list.")
+    if not is_split:
+        raise _no_splits(path, split)
+    yield from rows
+
+
+def _lines_of(path: Path) -> Iterator[Any]:
+    yield from _lines(path, _text(path))
+
+
+def _lines(path: Path, text: str) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -42,60 +153,88 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 ) from error
 
 
-def _file_rows(path: Path) -> Iterable[Any]:
-    if path.suffix in (".json", ".jsonl"):
-        return _json_rows(path)
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
+def _of_split(name, splits: Mapping, split: str) -> Any:
+    if split not in splits:
+        there = ", ".join(map(str, splits))
+        raise InputError(f"split for {name}: expected one of {there}, got {split!r}. Give one of them.")
+    return splits[split]
 
 
-def data_rows(path_or_name: str, split: str) -> Iterable[Any]:
-    """The rows of a data set, unchecked.
-
-    Args:
-        path_or_name: .json, .jsonl or .parquet file, directory (saved by `datasets`, or of such files), or Hub name.
-        split: of a data set with several.
-    Raises: InputError where nothing is there or it cannot be read; of a file, while its rows are taken.
-    """
-    path = Path(path_or_name)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            kinds = ", ".join(SUFFIXES)
-            raise InputError(f"data for {path}: expected a file ending in {kinds}, got {path.suffix!r}. Convert it.")
-        return _file_rows(path)
-    if path.is_dir():
-        return _directory_rows(path, split)
-    if path.suffix in SUFFIXES or path.is_absolute() or path_or_name.startswith("."):
-        raise InputError(f"data for {path}: expected a file or directory, got nothing there. Check the path.")
+def _loaded(name: str, split: str) -> Any:
+    """What `datasets` makes of a Hub name, or of a directory laid out like one."""
     import datasets
 
     try:
-        return datasets.load_dataset(path_or_name, split=split)
+        return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean the name cannot be loaded
         first = str(error).strip().split("\n")[0]
-        raise InputError(f"data for {path_or_name}: expected a file, directory or Hub dataset, got {first}") from error
+        raise InputError(f"data for {name}: expected a file, directory or Hub dataset, got {first}") from error
 
 
-def _directory_rows(path: Path, split: str) -> Iterable[Any]:
+def _directory(path: Path, split: str) -> list[Source]:
     import datasets
 
-    if (path / "state.json").exists():
-        return datasets.load_from_disk(str(path))
     if (path / "dataset_dict.json").exists():
-        splits = datasets.load_from_disk(str(path))
-        assert isinstance(splits, datasets.DatasetDict), path  # what the file says
-        if split not in splits:
-            there = ", ".join(map(str, splits))
-            raise InputError(f"split for {path}: expected one of {there}, got {split!r}. Give one of them.")
-        return splits[split]
-    inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if not inside:
-        raise InputError(
-            f"data for {path}: expected .json, .jsonl, .parquet files or a saved dataset, got none of them."
-        )
-    return (row for file in inside for row in _file_rows(file))
+        return [(str(path), _of_split(path, datasets.load_from_disk(str(path)), split))]
+    if (path / "state.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        if split not in ("train", str(saved.split)):
+            raise _no_splits(path, split)
+        return [(str(path), saved)]
+    if _lists_its_files(path / "README.md"):
+        return [(str(path), _loaded(str(path), split))]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_visible(file.relative_to(path)))
+    unread = [file.name for file in files if not _kind(file) and file.suffix.lower() in _UNREAD]
+    files = [file for file in files if _kind(file) and file.name not in _ABOUT_DATA]
+    if not files:
+        raise InputError(f"data for {path}: expected {_KINDS} files or a saved dataset, got none of them.")
+    if unread:
+        logger.warning("%s: left out files of kinds that are not read: %s", path, ", ".join(unread))
+    return [_file(file, path, split) for file in _files_of_split(path, files, split)]
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _lists_its_files(readme: Path) -> bool:
+    """Whether a README begins with the Hub's description of which files make which split."""
+    import yaml
+
+    if not readme.is_file():
+        return False
+    head = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        about = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return False
+    configs = about.get("configs") if isinstance(about, dict) else None
+    return isinstance(configs, list) and any(isinstance(c, dict) and "data_files" in c for c in configs)
+
+
+def _files_of_split(path: Path, files: list[Path], split: str) -> list[Path]:
+    named = {file: _split_named(file.relative_to(path), split) for file in files}
+    if "train" not in named.values():
+        named = {file: name or "train" for file, name in named.items()}
+    wanted = _SPLIT_WORDS.get(split.lower(), split)
+    chosen = [file for file in files if named[file] == wanted]
+    if not chosen:
+        there = ", ".join(sorted(name for name in set(named.values()) if name))
+        raise InputError(f"split for {path}: expected one of {there}, got {split!r}. Give one of them.")
+    if others := [str(file.relative_to(path)) for file in files if file not in chosen]:
+        logger.warning("%s: %d files are split %r; left out: %s", path, len(chosen), split, ", ".join(others))
+    return chosen
+
+
+def _split_named(path: Path, split: str) -> str | None:
+    """The split that a file's path names, by the file's own name before its folders'."""
+    stem = path.name.split(".")[0]
+    numbered = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?", stem)
+    stem = numbered[1] if numbered else stem
+    if stem == split:
+        return _SPLIT_WORDS.get(split.lower(), split)
+    for part in (stem, *reversed(path.parts[:-1])):
+        words = [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word in _SPLIT_WORDS]
+        if words:  # train_sft-00000-of-00003 is a split of that very name
+            return part if numbered and part == stem and part.lower() not in _SPLIT_WORDS else _SPLIT_WORDS[words[0]]
+    return None
