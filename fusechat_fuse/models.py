@@ -157,7 +157,8 @@ def load_model(
     Args:
         name_or_path: directory or Hub name.
         dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
-    Raises: InputError where there is no such model.
+    Raises: InputError where there is no such model, or its files lack a tensor of it (transformers would leave random
+        numbers there).
     """
     from transformers import AutoModelForCausalLM
 
@@ -165,11 +166,18 @@ def load_model(
     options |= {"device_map": device_map} if device_map else {}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(str(name_or_path), **options).eval()
+        model, told = AutoModelForCausalLM.from_pretrained(str(name_or_path), output_loading_info=True, **options)
     except _UNREADABLE as error:
         raise InputError(
             f"weights for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the model."
         ) from error
+    if missing := sorted(told["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
+            f"{', '.join(missing[:3])}{more}. Give a whole checkpoint with its own config.json."
+        )
+    return model.eval()
 
 
 def identify(model) -> Identity:

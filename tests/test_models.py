@@ -3,10 +3,12 @@
 import importlib.resources
 import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from fusechat_fuse.capture.run import represent
@@ -88,6 +90,42 @@ def test_weights_that_are_missing_are_said(folder, hub):
     cache_model(hub, NAME, folder, leave_out=("model.safetensors",))
     with pytest.raises(InputError, match=f"weights for {NAME}: expected a causal language model, got"):
         load_model(NAME, dtype="auto")
+
+
+def without(folder, name, target):
+    """A copy of a model directory whose weights lack one tensor."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(folder, tmp_path, name):
+    partial = without(folder, name, tmp_path / "partial")
+    sentence = f"weights for {partial}: expected every tensor of LlamaForCausalLM, got files without {name}. Give a"
+    for read in (load_model, lambda path, dtype: PivotFiles(str(path)).load_model(dtype=dtype)):
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            read(partial, dtype="auto")
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        represent(partial, CHATS, tmp_path / "r")
+
+
+def test_configuration_of_another_architecture_is_refused_with_the_missing_tensors(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    tiny_model("Mixtral", vocab_size=640).config.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        InputError, match=r"every tensor of MixtralForCausalLM, got files without model\..* and \d+ more"
+    ):
+        load_model(tmp_path / "m", dtype="auto")
+
+
+def test_tied_checkpoint_without_a_head_of_its_own_is_whole(tmp_path):
+    tiny_model("Llama-tied").save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = load_model(tmp_path, dtype="float32")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_represent_and_train_know_a_hub_name_by_the_same_identity(folder, hub, tmp_path, caplog):
