@@ -259,9 +259,7 @@ def read_conversations(
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
     sources = data_sources(data, split)
-    names = {name for name, _ in sources}
-    several = f"{sources[0][0]} and {len(names) - 1} more" if len(names) > 1 else sources[0][0]
-    report = ReadReport(str(data) if isinstance(data, str | Path) else several, strict)
+    report = ReadReport(_name_of(data), strict)
     found, seen = [], Counter()
     for number, row in _numbered(sources, report):
         if limit is not None and len(found) == limit:
@@ -294,6 +292,13 @@ def read_conversations(
     if report.skipped or report.repaired:
         logger.warning("%s: %s", report.name, report.counts())
     return found, report
+
+
+def _name_of(data) -> str:
+    entries = data if isinstance(data, list | tuple) else [data]
+    if not entries or not all(isinstance(entry, str | Path) for entry in entries):
+        return "the given rows"
+    return f"{entries[0]}" + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
 
 
 def _numbered(sources: list[Source], report: ReadReport) -> Iterator[tuple[int, Any]]:
