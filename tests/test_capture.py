@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from fusechat_fuse.capture.batches import plan_batches
@@ -457,6 +458,104 @@ def test_directory_of_no_whole_model_is_said(tmp_path, folder, tiny_bpe, written
     (tmp_path / "m" / "config.json").write_text(written)
     with pytest.raises(InputError, match=message):
         represent(tmp_path / "m", folder / "data.json", tmp_path / "r")
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + THINKS
+
+
+def test_answers_that_are_context_only_are_counted_and_said(tmp_path, folder, caplog):
+    (tmp_path / "t.jinja").write_text(THINKS)
+    with caplog.at_level(logging.WARNING):
+        stored = represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
+    turns = [sum(m["role"] == "assistant" for m in row["messages"]) for row in conversations()]
+    assert len(stored) == len(turns)
+    assert [len(set(row["message"].tolist())) for row in stored] == [1] * len(turns)
+    assert stored.manifest["counts"]["context_answers"] == sum(turns) - len(turns)
+    assert f"{sum(turns) - len(turns)} answers are context only" in caplog.text
+    assert stored.manifest["template"]["of"] == "t.jinja"
+
+
+def test_template_that_refuses_many_conversations_is_said_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
+    (tmp_path / "t.jinja").write_text(NO_SYSTEM)
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(InputError) as caught:
+        represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
+    assert str(caught.value) == (
+        "chat template for the data: expected to leave out at most 10%, got 8 of 23 conversations that it does not "
+        "keep (the chat template refuses the conversation (no system)). Give template a built-in name or a .jinja file "
+        "that keeps them."
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_template_that_changes_many_contents_stops_the_run_and_few_are_said(tmp_path, folder, caplog):
+    (tmp_path / "t.jinja").write_text(THINKS)
+    rows = [{"id": str(n), "messages": conversations(2)[1]["messages"]} for n in range(20)]
+    for count, row in enumerate(rows[:3]):
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "<think>hm</think>yes"}]
+        if count == 1:
+            with caplog.at_level(logging.WARNING):
+                stored = represent(folder / "m", rows, tmp_path / "few", template=str(tmp_path / "t.jinja"))
+            assert stored.manifest["counts"]["skipped"] == {"template": 2}
+            assert (
+                "2 conversations skipped, as the chat template changes the text of or around message 1" in caplog.text
+            )
+    with pytest.raises(
+        InputError, match=r"got 3 of 20 .*\(the chat template changes the text of or around message 1\)"
+    ):
+        represent(folder / "m", rows, tmp_path / "r", template=str(tmp_path / "t.jinja"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_directory_of_a_run_that_failed_before_its_first_shard_is_free(tmp_path, folder):
+    data, out = folder / "data.json", tmp_path / "r"
+    for made in (False, True):  # a directory of the user's stays
+        if made:
+            out.mkdir()
+        with pytest.raises(InputError, match="weights for"):
+            represent(folder / "m", data, out, attn_implementation="nonsense")
+        assert out.exists() == made
+    # killed while the model was loaded: its claim is all there is
+    (out / "identity.json").write_text(json.dumps({"options": {"top_k": 3}}))
+    assert represent(folder / "m", data, out)[0]["topk_ids"].shape[1] == 10
+    with pytest.raises(InputError, match=r"options\.top_k"):
+        represent(folder / "m", data, out, top_k=3)
+
+
+def test_directory_where_no_conversation_was_usable_is_free_for_the_mended_data(tmp_path, folder):
+    rows = conversations(3)
+    bad = [{**row, "messages": [{"role": "user", "content": "<|endoftext|>"}, row["messages"][-1]]} for row in rows]
+    with pytest.raises(InputError, match=r"expected at least one usable conversation, got none. See skipped.jsonl"):
+        represent(folder / "m", bad, tmp_path / "r")
+    assert (tmp_path / "r" / "skipped.jsonl").exists()
+    stored = represent(folder / "m", rows, tmp_path / "r")
+    assert len(stored) == 3
+    assert stored.manifest["counts"]["skipped"] == {}
+    assert files(tmp_path / "r") == files(represent(folder / "m", rows, tmp_path / "s").path)
+
+
+def test_what_is_there_and_which_template_are_said(tmp_path, folder, tiny_bpe, caplog):
+    data = folder / "data.json"
+    with caplog.at_level(logging.INFO):
+        stored = represent(folder / "m", data, tmp_path / "r", shard_size=6)
+        assert "Chat template: m's own, as the pivot's. A source sees the pivot's if pivot is given." in caplog.text
+        assert "shards there" not in caplog.text
+        assert stored.manifest["template"]["of"] == "m"
+        (tmp_path / "r" / "shard-00001.json").unlink()
+        represent(folder / "m", data, tmp_path / "r", shard_size=6)
+        assert f"{tmp_path / 'r'}: 3 of 4 shards there, going on with the rest." in caplog.text
+        represent(folder / "m", data, tmp_path / "r", shard_size=6)
+        assert "4 of 4 shards there, nothing is left to compute." in caplog.text
+        bare = PreTrainedTokenizerFast(tokenizer_object=tiny_bpe.backend_tokenizer, eos_token="<|im_end|>")
+        pivot = represent(make_model(), data, tmp_path / "b", tokenizer=bare, pivot=bare)
+    assert "the pivot has no chat template: the built-in one of its family, qwen, is taken." in caplog.text
+    assert pivot.manifest["template"]["built_in"] == "qwen"
+    assert caplog.text.count("Chat template: ") == 3
 
 
 def test_strict_names_the_row_that_the_tokenizer_refuses(tmp_path, folder):

@@ -272,6 +272,24 @@ def test_another_run_is_refused_with_the_difference_and_nothing_changes(tmp_path
     assert files(tmp_path) == good
 
 
+def test_directory_without_a_row_is_free_and_its_earlier_owner_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    first = ShardWriter(tmp_path / "r", {"top_k": 3}, kind="representation")
+    first.write(0, [], {"skipped": []})
+    second = ShardWriter(tmp_path / "r", {"top_k": 10}, kind="representation")
+    assert not second.holds(0)
+    with pytest.raises(InputError, match="expected this run's, got another's"):
+        first.write(1, [make_row(rng, "a")])
+    second.write(0, [make_row(rng, "a")])
+    second.release()  # nothing to give up any more
+    with pytest.raises(InputError, match="top_k = 10 there and 3 here"):
+        ShardWriter(tmp_path / "r", {"top_k": 3}, kind="representation")
+    ShardWriter(tmp_path / "s", {"top_k": 3}, kind="representation")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="top_k = 3 there and 10 here"):
+        ShardWriter(tmp_path / "s", {"top_k": 10}, kind="representation")
+
+
 def test_directory_with_other_files_or_a_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(InputError, match=r"got other files \('model.safetensors'\)"):

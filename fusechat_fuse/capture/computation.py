@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusechat_fuse.capture.batches import BatchRunner
-from fusechat_fuse.capture.manifest import check_finite
+from fusechat_fuse.capture.manifest import check_finite, check_template
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
@@ -49,8 +49,8 @@ def compute(
         model: causal language model in evaluation mode; borrowed.
         shards: the conversations of the whole run. mine: numbers of the shards to be computed, at least one.
         show: whether to show progress.
-    Raises: InputError where the tokenizer is not the model's or a conversation does not fit into memory; RuntimeError
-        where too many conversations have logits that are not finite.
+    Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
+        not fit into memory; RuntimeError where too many conversations have logits that are not finite.
     """
     from tqdm.auto import tqdm
 
@@ -58,7 +58,7 @@ def compute(
 
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     runner = BatchRunner(PredictionHead(model, np.arange(16) % vocab_size), top_k, tokens_per_batch)
-    total, non_finite = sum(map(len, shards)), 0
+    total, non_finite, skipped = sum(map(len, shards)), 0, []
     progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
     with progress, ThreadPoolExecutor(1) as background:
         upcoming = background.submit(_encode, encoder, shards[mine[0]])
@@ -67,6 +67,8 @@ def compute(
             shard = upcoming.result()
             if following is not None:
                 upcoming = background.submit(_encode, encoder, shards[following])
+            skipped += shard.skipped
+            check_template(skipped, total)
             _check_ids(shard.encoded, vocab_size)
             padded = runner.padded
             rows = _rows(shard, runner(shard.encoded, progress))
@@ -75,6 +77,7 @@ def compute(
                 "vocab_size": vocab_size,
                 "skipped": shard.skipped,
                 "truncated": sum(one.truncated for one in shard.encoded),
+                "context_answers": sum(one.context_answers for one in shard.encoded),
                 "padded_tokens": runner.padded - padded,
                 "run_tokens": sum(len(one.input_ids) for one in shard.encoded),
             }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import Identity, library_versions
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import ShardWriter
@@ -14,6 +16,8 @@ from fusechat_fuse.text.conversations import ReadReport, count_reasons
 
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
+MAX_TEMPLATE_SHARE = 0.1
+_OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps them"
 
 
 def check_finite(non_finite: int, total: int) -> None:
@@ -24,29 +28,48 @@ def check_finite(non_finite: int, total: int) -> None:
         )
 
 
+def check_template(skipped: list[dict], total: int) -> None:
+    """Raise InputError where the chat template refuses too many of the conversations."""
+    refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == "template")
+    if (count := refused.total()) > MAX_TEMPLATE_SHARE * total:
+        raise InputError(
+            f"chat template for the data: expected to leave out at most {MAX_TEMPLATE_SHARE:.0%}, got {count} of "
+            f"{total} conversations that it does not keep ({refused.most_common(1)[0][0]}). {_OTHER_TEMPLATE}."
+        )
+
+
 def finish(
-    writer: ShardWriter, num_shards: int, report: ReadReport, encoder: ConversationEncoder, made_from: Identity
+    writer: ShardWriter,
+    num_shards: int,
+    report: ReadReport,
+    encoder: ConversationEncoder,
+    made_from: Identity,
+    template_of: str,
 ) -> None:
     """Put the shards' accounts together, once all are there; `manifest.json` is the last file.
 
     Args:
         report: what became of the rows that were read. encoder: what turned them into ids. made_from: the model.
+        template_of: whose chat template it is.
     """
     infos = [writer.info(n)["info"] for n in range(num_shards)]
     skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
     _write_skipped(writer, skipped, report.repaired)
     by_reason = count_reasons(skipped)
     check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
+    check_template(skipped, report.rows - len(report.skipped))
+    context_answers = sum(info.get("context_answers", 0) for info in infos)
     waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
     counts = {
         "rows_read": report.rows,
         "skipped": by_reason,
         "repaired": count_reasons(report.repaired),
         "truncated": sum(info["truncated"] for info in infos),
+        "context_answers": context_answers,
         "padding_share": waste,
     }
     save_tokenizer(encoder.tokenizer, writer.path)
-    made = _made(writer.identity, encoder, made_from, infos[0]["vocab_size"])
+    made = _made(writer.identity, encoder, made_from, template_of, infos[0]["vocab_size"])
     writer.finish(num_shards, {**made, "versions": library_versions(), "counts": counts})
     if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
         logger.warning(
@@ -54,6 +77,14 @@ def finish(
             "filters NaN is needed.",
             100 * share,
         )
+    if context_answers:
+        logger.warning(
+            "%d answers are context only: the chat template renders them otherwise once the conversation goes on. %s.",
+            context_answers,
+            _OTHER_TEMPLATE,
+        )
+    for detail, count in Counter(e["detail"] for e in skipped if e["reason"] == "template").most_common(1):
+        logger.warning("%d conversations skipped, as %s. %s.", count, detail, _OTHER_TEMPLATE)
     if skipped:
         logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)
@@ -65,7 +96,7 @@ def _write_skipped(writer: ShardWriter, skipped: list[dict], repaired: list[dict
     write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
 
 
-def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, vocab_size: int) -> dict:
+def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, template_of: str, vocab_size: int) -> dict:
     """What made the representation, as the manifest says it."""
     tokenizer = encoder.tokenizer
     return {
@@ -78,6 +109,11 @@ def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, voc
             "eos_id": tokenizer.eos_token_id,
             "end_of_turn_id": encoder.end_of_turn_id,
         },
-        "template": {**identity["template"], "source": encoder.template.source},
+        "template": {
+            **identity["template"],
+            "of": template_of,
+            "built_in": encoder.template.built_in,
+            "source": encoder.template.source,
+        },
         "data": identity["data"],
     }

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
+from pathlib import Path
 
 from fusechat_fuse.capture.computation import compute
-from fusechat_fuse.capture.manifest import finish
+from fusechat_fuse.capture.manifest import check_template, finish
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import (
     Identity,
@@ -98,19 +100,28 @@ def represent(
     found, report = read_conversations(conversations, strict=strict, **reading)
     if strict:
         _refuse_unusable(encoder, found, report)
+    _check_shapes(encoder, found)
     made_from = identify(model)
+    template_of = _template_of(template, encoder, made_from["name"], pivot)
     identity = _identity(made_from, options, encoder, found)
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
     shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
     mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
-    if mine:
-        loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
-        running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
-        compute(loaded, encoder, shards, mine, writer, **running)
+    if process.first:
+        _say_which_template(template, encoder, template_of, pivot)
+        _say_what_is_there(writer, len(shards), mine)
+    try:
+        if mine:
+            loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+            loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
+            running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
+            compute(loaded, encoder, shards, mine, writer, **running)
+    except Exception:
+        writer.release()
+        raise
     process.wait()
     if process.first:
-        finish(writer, len(shards), report, encoder, made_from)
+        finish(writer, len(shards), report, encoder, made_from, template_of)
     process.wait()
     return load_representation(output_dir)
 
@@ -155,6 +166,42 @@ def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, 
         "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
         "data": digest.hexdigest()[:16],
     }
+
+
+def _check_shapes(encoder: ConversationEncoder, found: list[Conversation]) -> None:
+    """Raise InputError, before the model is loaded, where the template refuses too many sequences of roles."""
+    refused = []
+    for roles, count in Counter(tuple(m["role"] for m in conversation.messages) for conversation in found).items():
+        try:
+            encoder.check_roles(roles)
+        except Unusable as problem:
+            refused += [{"reason": problem.reason, "detail": str(problem)}] * count
+    check_template(refused, len(found))
+
+
+def _template_of(template: str, encoder: ConversationEncoder, model: str, pivot) -> str:
+    """Whose chat template the encoder has."""
+    if template not in ("pivot", "native"):
+        return encoder.template.name
+    if template == "native" or pivot is None:
+        return model
+    return Path(pivot).name if is_named(pivot) else getattr(pivot, "name_or_path", "") or "the pivot"
+
+
+def _say_which_template(template: str, encoder: ConversationEncoder, template_of: str, pivot) -> None:
+    if template in ("pivot", "native") and (name := encoder.template.built_in):
+        logger.info("%s has no chat template: the built-in one of its family, %s, is taken.", template_of, name)
+    if template == "pivot" and pivot is None:
+        logger.info(
+            "Chat template: %s's own, as the pivot's. A source sees the pivot's if pivot is given.", template_of
+        )
+
+
+def _say_what_is_there(writer: ShardWriter, num_shards: int, mine: list[int]) -> None:
+    there = sum(n not in mine and writer.holds(n) for n in range(num_shards))
+    if there:
+        end = "nothing is left to compute" if there == num_shards else "going on with the rest"
+        logger.info("%s: %d of %d shards there, %s.", writer.path, there, num_shards, end)
 
 
 def _loaded(model, device: str | None, *, device_map, **loading):

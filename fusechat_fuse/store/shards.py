@@ -35,7 +35,8 @@ class ShardWriter:
     """Writes a store shard by shard, from any number of processes that share the directory.
 
     Args:
-        output_dir: made if missing; must be empty or hold an earlier start of the same run.
+        output_dir: made if missing; must be empty, hold an earlier start of the same run, or of any run that ended
+            before it had a shard with rows.
         identity: JSON-able; what decides the content (options, fingerprints, number of conversations).
         kind: representation, aligned or combined.
         encoding: plain or compact (see `store.rows`).
@@ -54,13 +55,39 @@ class ShardWriter:
         self._claim()
 
     def _claim(self) -> None:
+        self.is_new = not self.path.exists()
+        self._take_over()
         file = self.path / "identity.json"
         for _ in range(2):  # checked again once it is written: another run may have been as fast
-            check_claim(self.path, self.identity, lambda: read_json(file, "identity"), remedy=" or the same options")
+            check_claim(self.path, self.identity, self._claimed, remedy=" or the same options")
             if file.exists():
                 return
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json_bytes(self.identity))
+
+    def _claimed(self) -> dict | None:
+        return read_json(self.path / "identity.json", "identity")
+
+    def _take_over(self) -> None:
+        """Make the directory this run's where another one left nothing in it but its claim and empty shards."""
+        if not self.path.is_dir() or self._claimed() in (None, self.identity):
+            return
+        entries = [entry for entry in self.path.iterdir() if entry.suffix != ".tmp"]
+        left = [entry for entry in entries if entry.match("shard-*.json") or entry.name == "skipped.jsonl"]
+        if {entry.name for entry in entries} <= {"identity.json", "tokenizer", *(entry.name for entry in left)}:
+            for entry in left:
+                entry.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tokenizer", ignore_errors=True)
+            write_atomic(self.path / "identity.json", json_bytes(self.identity))
+
+    def release(self) -> None:
+        """Give the directory up where no shard was written: as it was before, or gone if this run made it."""
+        if any(self.path.glob("shard-*.json")) or self._claimed() != self.identity:
+            return
+        (self.path / "identity.json").unlink(missing_ok=True)
+        if self.is_new:
+            with contextlib.suppress(OSError):  # something else has come into it
+                self.path.rmdir()
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self.path / f"shard-{shard:05d}.{suffix}"
@@ -68,6 +95,10 @@ class ShardWriter:
     def info(self, shard: int) -> dict:
         """What was written with the shard: rows, bytes, sha256, counts and the writer's own `info`."""
         return json.loads(self._file(shard, "json").read_bytes())
+
+    def holds(self, shard: int) -> bool:
+        """Whether the shard is there, whole or damaged."""
+        return self._file(shard, "json").exists()
 
     def done(self, shard: int) -> bool:
         """Whether the shard is there and whole; a damaged one is named in a warning and answers False."""
@@ -91,6 +122,8 @@ class ShardWriter:
             rows: documented rows (`encode_row` says which names), at least zero.
             info: JSON-able, kept beside the shard (e.g. what was skipped) and found again by `.info(shard)`.
         """
+        if self._claimed() != self.identity:
+            raise InputError(f"output directory for {self.path}: expected this run's, got another's. Choose another.")
         encoded = [encode_row(row, self.encoding) for row in rows]
         record = {"rows": len(rows), "bytes": 0, "sha256": None, "info": info or {}}
         record["tokens"] = sum(row["num_tokens"] for row in encoded)

@@ -141,6 +141,10 @@ class ConversationEncoder:
         content = content.lstrip() if trims[0] else content
         return content.rstrip() if trims[1] else content
 
+    def check_roles(self, roles: tuple[str, ...]) -> None:
+        """Raise Unusable where the template does not keep conversations of these roles."""
+        self._shape(roles)
+
     def _shape(self, roles: tuple[str, ...]) -> _Shape:
         if roles not in self._shapes:
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,7 +15,6 @@ from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.conversations import Unusable
 
 _TODAY = datetime(2024, 7, 26)  # what Llama-3.1's template prints by default; templates must not depend on the day
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class ChatTemplate:
     """A Jinja template with what its own family puts into it.
 
     `bos` and `end_of_turn` are the texts it renders ("" for no BOS), `variables` the special tokens it may name. A
-    token that opens every turn is no BOS, whatever the tokenizer calls it.
+    token that opens every turn is no BOS, whatever the tokenizer calls it. `built_in` names the one that was taken
+    because the tokenizer has none.
     """
 
     name: str
@@ -32,6 +31,7 @@ class ChatTemplate:
     bos: str
     end_of_turn: str
     variables: tuple[tuple[str, str], ...]
+    built_in: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -116,7 +116,7 @@ def _opens_turns(bos: str, head: str, end_of_turn: str) -> bool:
 
 def _built_in(name: str) -> ChatTemplate:
     family = BUILT_IN[name]
-    return ChatTemplate(name, family.source, family.bos, family.end_of_turn, (("bos_token", family.bos),))
+    return ChatTemplate(name, family.source, family.bos, family.end_of_turn, (("bos_token", family.bos),), name)
 
 
 def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
