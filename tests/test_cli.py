@@ -89,6 +89,24 @@ def test_represent_align_combine_train(world, tmp_path, capsys):
     assert target.get_input_embeddings().weight.shape[0] == len(tiny_bpe()) + 8
 
 
+def test_represent_takes_several_files_a_limit_and_a_column_by_name(world, tmp_path):
+    rows = [{"id": row["id"], "dialog": row["conversations"]} for row in CHATS]
+    for name, part in (("a", rows[:4]), ("b", rows[4:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    flags = represent_flags(world, "pivot", tmp_path / "out", limit=6, messages_column="dialog")
+    at = flags.index("--data_path") + 1
+    flags[at : at + 1] = [str(tmp_path / "a.json"), str(tmp_path / "[b-z].json")]
+    assert main(flags) == 0
+    assert load_representation(tmp_path / "out").ids == [row["id"] for row in CHATS[:6]]
+
+
+def test_represent_that_fails_on_an_argument_leaves_nothing_behind(world, tmp_path, capsys):
+    flags = represent_flags(world, "pivot", tmp_path / "out")
+    assert "weights for" in sentence(capsys, *flags, "--attn_implementation", "none_such")
+    assert not (tmp_path / "out").exists()
+    assert main(flags) == 0
+
+
 def test_flags_win_over_the_configuration_file(world, tmp_path):
     config = tmp_path / "represent.yml"
     flags = represent_flags(world, "pivot", tmp_path / "out")[1:]
