@@ -117,7 +117,8 @@ def represent(
             running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
             compute(loaded, encoder, shards, mine, writer, **running)
     except Exception:
-        writer.release()
+        if process.first:
+            writer.release()
         raise
     process.wait()
     if process.first:
