@@ -271,6 +271,20 @@ def test_damaged_shard_is_made_again(two, tmp_path, monkeypatch, caplog):
     assert files_of(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("role", ["pivot", "source"])
+def test_one_flipped_bit_in_what_is_aligned_is_refused(role, two, tmp_path):
+    shard = tmp_path / role / "shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    for at in np.random.default_rng(0).integers(0, len(data), 20):
+        data[at] ^= 4
+        shard.write_bytes(data)
+        os.utime(shard, ns=(0, int(at)))  # the clock of a file may be coarser than this loop
+        with pytest.raises(InputError, match=rf"{role}/shard-00000.arrow: expected the file the manifest lists"):
+            align(two[0].path, two[1].path, tmp_path / "out", mapping="prefix")
+        data[at] ^= 4
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path):
     write(tmp_path / "p", tiny_bpe, rows_for(tiny_bpe, repeat=6))

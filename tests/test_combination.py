@@ -1,5 +1,7 @@
 """`combine`: which source a conversation takes, mixtures, and that a combination stands for its sources."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -193,4 +195,15 @@ def test_another_pivot_is_refused(three, tmp_path, tiny_bpe):
     align(other.path, three[0].parent / "source0", tmp_path / "foreign", cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match="another pivot representation"):
         combine([three[0], tmp_path / "foreign"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_shard_is_named(three, tmp_path):
+    shutil.copytree(three[1], tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "shard-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[-300] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged/shard-00000.arrow: expected the file the manifest lists"):
+        combine([three[0], tmp_path / "damaged"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

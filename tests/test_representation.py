@@ -11,8 +11,9 @@ import pytest
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.fields import decode_ids, encode_ids
+from fusechat_fuse.store.files import file_sha256
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.store.shards import ShardWriter, load_representation
+from fusechat_fuse.store.shards import ShardWriter, _sha256_once, load_representation
 from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
 
@@ -244,14 +245,26 @@ def test_damaged_shard_is_named_and_written_again(tmp_path, caplog, damage):
         file.with_suffix(".json").write_text("{")
     if damage != "json":
         assert load_representation(tmp_path).verify() == ["shard-00001.arrow"]
-    if damage in ("truncate", "remove"):
-        with pytest.raises(InputError, match=r"shard-00001.arrow: expected the file the manifest lists"):
-            load_representation(tmp_path)[5]
+        for read in (lambda store: store[5], lambda store: store.check()):
+            with pytest.raises(InputError, match=r"shard-00001.arrow: expected the file the manifest lists"):
+                read(load_representation(tmp_path))
+        assert load_representation(tmp_path)[0]["id"] == rows[0]["id"]
     with caplog.at_level(logging.WARNING):
         write(tmp_path, rows)
     assert "shard-00001.arrow is damaged" in caplog.text
     assert "shard-00000" not in caplog.text
     assert files(tmp_path) == good
+
+
+def test_the_sum_of_a_shard_is_taken_once_a_process(tmp_path, monkeypatch):
+    write(tmp_path, make_rows())
+    taken = []
+    monkeypatch.setattr("fusechat_fuse.store.shards.file_sha256", lambda file: taken.append(file.name) or file_sha256(file))
+    _sha256_once.cache_clear()
+    for _ in range(2):
+        store = load_representation(tmp_path).check()
+        assert [row["id"] for row in store] == store.ids
+    assert sorted(taken) == [shard["file"] for shard in store.manifest["shards"]]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,14 @@ def test_a_directory_with_other_files_is_refused_and_left_as_it_is(pivot, data, 
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def with_a_flipped_bit(folder: Path) -> Path:
+    shard = next(aligned_directory(folder / "flipped").glob("*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    return shard.parent
+
+
 def another_tokenizer(pivot: Path, folder: Path) -> Path:
     shutil.copytree(pivot, folder / "other-tokenizer")
     real_tokenizers.tiny_unigram().save_pretrained(folder / "other-tokenizer")
@@ -143,6 +151,10 @@ BAD_INPUT = {  # what is changed of pivot, data and options, given the pivot and
     "data that is not aligned": (
         lambda pivot, folder: {"data": aligned_directory(folder / "plain", kind="representation")},
         "expected aligned data, got a representation",
+    ),
+    "damaged data": (
+        lambda pivot, folder: {"data": with_a_flipped_bit(folder)},
+        "shard for .*flipped.*arrow: expected the file the manifest lists",
     ),
     "no data": (
         lambda pivot, folder: {"data": folder / "nowhere"},

@@ -139,7 +139,7 @@ def _open_all(aligned_dirs, function: str, ce_unit: str) -> list[Representation]
                 f"combination for {part.path}: expected function {function} by {ce_unit}, got "
                 f"{part.manifest['options']['function']} by {part.manifest['options']['ce_unit']}. Use the same."
             )
-    return parts
+    return [part.check() for part in parts]
 
 
 def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:

@@ -121,7 +121,7 @@ def _open(path, role: str) -> Representation:
             f"{role} representation for {opened.path}: expected what `represent` wrote, got "
             f"{opened.manifest.get('kind')} data. Give the {role}'s own representation."
         )
-    return opened
+    return opened.check()
 
 
 def _fingerprint(parts: list) -> str:

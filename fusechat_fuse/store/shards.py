@@ -14,9 +14,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +207,17 @@ def _schema(file: Path):
         return pa.ipc.open_stream(source).schema
 
 
+@cache
+def _sha256_once(file: Path, size: int, modified: int) -> str:
+    """A file's SHA-256, taken once a process as long as size and time of change stay the same."""
+    return file_sha256(file)
+
+
 class Representation:
     """A finished store, memory-mapped: `len`, `[i]`, iteration, `.ids`; a map-style dataset that pickles and forks.
 
-    `[i]` is the documented row as numpy arrays (`store.rows.decode_row`). A truncated file is found on opening, any
-    other damage by `verify()`.
+    `[i]` is the documented row as numpy arrays (`store.rows.decode_row`). A row is read from a shard whose SHA-256 is
+    the manifest's, or refused with the shard's name; the sum is taken once a process.
     """
 
     def __init__(self, path):
@@ -230,20 +238,42 @@ class Representation:
             )
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
         self._batches: dict[int, tuple] = {}
+        self._checked: set[int] = set()
+
+    def check(self) -> Representation:
+        """Compare every shard with the manifest's SHA-256 (once a process, several at a time); returns itself.
+
+        Raises: InputError with the name of the first damaged one.
+        """
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for number, whole in enumerate(pool.map(self._is_whole, range(len(self._ends)))):
+                if not whole:
+                    raise self._damaged(number)
+        return self
+
+    def _is_whole(self, number: int) -> bool:
+        shard = self.manifest["shards"][number]
+        with contextlib.suppress(OSError):
+            file = self.path / shard["file"]
+            about = file.stat()
+            return _sha256_once(file.absolute(), about.st_size, about.st_mtime_ns) == shard["sha256"]
+        return False
+
+    def _damaged(self, number: int) -> InputError:
+        return InputError(
+            f"shard for {self.path / self.manifest['shards'][number]['file']}: expected the file the manifest lists, "
+            "got a missing or damaged one. Run the command that makes it once more to compute it again."
+        )
 
     def _shard(self, number: int) -> tuple:
         if number not in self._batches:
             import pyarrow as pa
 
-            shard = self.manifest["shards"][number]
-            file, batch = self.path / shard["file"], None
+            shard, batch = self.manifest["shards"][number], None
             with contextlib.suppress(OSError, pa.ArrowInvalid, StopIteration):
-                batch = pa.ipc.open_stream(pa.memory_map(str(file))).read_next_batch()
+                batch = pa.ipc.open_stream(pa.memory_map(str(self.path / shard["file"]))).read_next_batch()
             if batch is None or batch.num_rows != shard["rows"]:
-                raise InputError(
-                    f"shard for {file}: expected the file the manifest lists, got a missing or damaged one. "
-                    "Run the command that makes it once more to compute it again."
-                )
+                raise self._damaged(number)
             columns = [(f.name, batch.column(n), str(f.type) == "binary") for n, f in enumerate(batch.schema)]
             self._batches[number] = (batch, columns)
         return self._batches[number]
@@ -259,6 +289,10 @@ class Representation:
         index %= len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
         local = index - (int(self._ends[number - 1]) if number else 0)
+        if number not in self._checked:
+            if not self._is_whole(number):
+                raise self._damaged(number)
+            self._checked.add(number)
         _, columns = self._shard(number)
         return {
             name: column[local].as_buffer() if binary else column[local].as_py() for name, column, binary in columns
@@ -271,7 +305,7 @@ class Representation:
         return (self[index] for index in range(len(self)))
 
     def column(self, name: str) -> list:
-        """A stored field of every row, in order, as Python values (bytes for a binary one), without decoding rows."""
+        """A stored field of every row, in order, as Python values (bytes for a binary one); nothing is checked."""
         return [v for n in range(len(self._ends)) for v in self._shard(n)[0].column(name).to_pylist()]
 
     @cached_property

@@ -45,4 +45,4 @@ def _must_be_aligned(data: Representation) -> Representation:
             f"data for {data.path}: expected aligned data, got a {data.manifest['kind']}. Align it to a source's "
             "representation first: fusechat-fuse align."
         )
-    return data
+    return data.check()
