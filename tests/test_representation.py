@@ -259,7 +259,8 @@ def test_damaged_shard_is_named_and_written_again(tmp_path, caplog, damage):
 def test_the_sum_of_a_shard_is_taken_once_a_process(tmp_path, monkeypatch):
     write(tmp_path, make_rows())
     taken = []
-    monkeypatch.setattr("fusechat_fuse.store.shards.file_sha256", lambda file: taken.append(file.name) or file_sha256(file))
+    counted = lambda file: taken.append(file.name) or file_sha256(file)  # noqa: E731
+    monkeypatch.setattr("fusechat_fuse.store.shards.file_sha256", counted)
     _sha256_once.cache_clear()
     for _ in range(2):
         store = load_representation(tmp_path).check()

@@ -20,6 +20,8 @@ import numpy as np
 from fusechat_fuse.alignment.paths import PathTable, Spell
 from fusechat_fuse.alignment.sparse_rows import row_sums
 
+_MARK = "▁".encode()
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -204,18 +206,46 @@ def _text_read(pivot: Stream, source: Stream, vocab: Vocabularies, q: int, lengt
 
 
 def _literal_marks(own: bytes, width: int, start: int, pivot: Stream, vocab: Vocabularies) -> bytes:
-    """Text of a token some of whose blanks are literal '▁' (three bytes): the pivot's bytes say which."""
-    mark, readings = "▁".encode(), [b""]
-    for k in range(len(own)):
-        piece = own[k : k + 1]
-        readings = [r + alternative for r in readings for alternative in ((piece, mark) if piece == b" " else (piece,))]
-        readings = readings[:256]
-    readings = [reading for reading in readings if len(reading) == width] or [own.ljust(width)[:width]]
-    low = int(np.searchsorted(pivot.start, start, side="left"))
-    for p in range(low, min(low + width, len(pivot))):
-        piece, at = vocab.pivot_bytes[pivot.ids[p]], int(pivot.start[p] - start)
-        if piece is None or at >= width or len(piece) != pivot.end[p] - pivot.start[p]:
-            continue
-        fits = [reading for reading in readings if piece.startswith(reading[at : at + len(piece)])]
-        readings = fits or readings
-    return readings[0]
+    """Text of a token some of whose blanks are literal '▁' (three bytes): the pivot's bytes say which.
+
+    Of several readings that agree with the pivot's bytes the one whose marks come last.
+    """
+    known = _known_text(start, width, pivot, vocab)
+    return _reading(own, known) or _reading(own, [None] * width) or own.ljust(width)[:width]
+
+
+def _known_text(start: int, width: int, pivot: Stream, vocab: Vocabularies) -> list[int | None]:
+    """The bytes of a stretch of text, None where the pivot's tokens do not tell."""
+    known: list[int | None] = [None] * width
+    p = max(int(np.searchsorted(pivot.start, start, side="right")) - 1, 0)
+    while p < len(pivot) and pivot.start[p] < start + width:
+        piece, at = (vocab.pivot_bytes[pivot.ids[p]] or b"")[pivot.header[p] :], int(pivot.start[p]) - start
+        for text in (piece, piece.replace(b" ", _MARK)):  # between all blanks and all marks it does not tell
+            if len(text) == pivot.end[p] - pivot.start[p]:
+                for n in range(max(at, 0), min(at + len(text), width)):
+                    known[n] = text[n - at]
+        p += 1
+    return known
+
+
+def _reading(own: bytes, known: list[int | None]) -> bytes | None:
+    """`own` with some blanks as marks, as long as `known` and equal to it where that is known; None: there is none.
+
+    Backwards, the places where the rest of `own` can begin: one of each where all is known, so this takes
+    O(bytes), and where nothing is O(bytes * marks). Then forwards along them, a blank wherever both go on.
+    """
+
+    def fits(text: bytes, at: int) -> bool:
+        return 0 <= at <= len(known) - len(text) and all(known[at + n] in (None, byte) for n, byte in enumerate(text))
+
+    forms = [(own[k : k + 1], _MARK) if own[k : k + 1] == b" " else (own[k : k + 1],) for k in range(len(own))]
+    begins = [{len(known)}]  # of the rest after the last byte, then after the one before it, ...
+    for several in reversed(forms):
+        begins.append({end - len(form) for end in begins[-1] for form in several if fits(form, end - len(form))})
+    begins.reverse()
+    if 0 not in begins[0]:
+        return None
+    text = b""
+    for several, after in zip(forms, begins[1:]):
+        text += next(form for form in several if len(text) + len(form) in after and fits(form, len(text)))
+    return text
