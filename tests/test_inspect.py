@@ -39,8 +39,31 @@ def test_terminal(aligned):
     text = inspect_path(aligned / "pivot", row="c2", tokens=3)
     assert "conversation c2" in text
     assert "more predicted tokens" in text
-    combine([aligned / "prefix", aligned / "statistics"], aligned / "both")
-    assert "taken" in inspect_path(aligned / "both")
+
+
+@pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
+def test_of_a_combination_it_shows_the_combination_and_who_won(function, aligned, tiny_unigram, tmp_path):
+    write(tmp_path / "source2", tiny_unigram, rows_for(tiny_unigram, seed=2))
+    align(aligned / "pivot", tmp_path / "source2", tmp_path / "other", cache_dir=aligned / "cache")
+    manifest = combine([aligned / "prefix", tmp_path / "other"], tmp_path / "both", function=function)
+    names, opened, won = ["made up #0", "made up #1"], load_representation(tmp_path / "both"), set()
+    for n, row in enumerate(opened):
+        text = inspect_path(tmp_path / "both", row=n, tokens=3)
+        index = int(row["source_index"][0])
+        won.add(index)
+        if function == "min_ce":
+            assert f"conversation c{n}, taken from source {index}, {names[index]}; " in text
+            assert all(
+                f"source {j}: {name}, taken {manifest['taken'][name]} times" in text for j, name in enumerate(names)
+            )
+        else:
+            assert f"conversation c{n}, a mixture of its sources; " in text
+        assert f"cross-entropy {row['source_ce']:.4f} (pivot {row['ce'].mean(dtype=float):.4f}) nats per token" in text
+        shown = [line for line in text.splitlines() if " mass " in line]
+        for line, mass, probs in zip(shown, row["mapped_mass"], row["source_probs"], strict=False):
+            assert f"mass {mass:.3f} " in line
+            assert f" {probs.max():.3f}" in line
+    assert won == ({0, 1} if function == "min_ce" else {-1})
 
 
 def test_terminal_without_the_source(aligned, tmp_path):

@@ -81,20 +81,17 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
     manifest = {
         **identity,
         "sources": sources,
-        "taken": {source["name"]: taken[str(n)] for n, source in _named(sources)},
+        "taken": {name: taken[str(n)] for n, name in enumerate(source_names(sources))},
     }
     manifest |= {key: first.get(key) for key in ("model", "tokenizer", "template", "versions")}
     writer.finish(len(shards), manifest)
     return load_representation(writer.path).manifest
 
 
-def _named(sources: list[dict]) -> list[tuple[int, dict]]:
-    """Sources with a name for the counts; equal names are told apart by their number."""
-    seen = Counter(source.get("model") for source in sources)
-    return [
-        (n, source | {"name": str(source.get("model")) + (f" #{n}" if seen[source.get("model")] > 1 else "")})
-        for n, source in enumerate(sources)
-    ]
+def source_names(sources: list[dict]) -> list[str]:
+    """Names of a combination's sources, as `taken` has them; equal ones are told apart by their number."""
+    names = [str(source.get("model")) for source in sources]
+    return [name + (f" #{n}" if names.count(name) > 1 else "") for n, name in enumerate(names)]
 
 
 def _key(source: dict) -> dict:

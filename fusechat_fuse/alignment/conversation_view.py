@@ -62,7 +62,7 @@ def conversation_view(opened: Representation, number: int, source_representation
         "models": [(manifest.get(key) or {}).get("name") for key in ("model", "source_model")],
     }
     if source is None:
-        return view | {"messages": None, "tokens": _stored_tokens(row, pivot_name)}
+        return view | {"messages": None, "tokens": stored_tokens(row, pivot_name)}
     pair = TokenizerPair.load(opened, source)
     batch = make_batch([row], [_matching(source, row)], pair)
     mapping = MAPPINGS[manifest["options"]["mapping"]]
@@ -140,7 +140,8 @@ def _matching(source: Representation, row: dict) -> dict:
     )
 
 
-def _stored_tokens(row: dict, name: Names) -> list[dict]:
+def stored_tokens(row: dict, name: Names) -> list[dict]:
+    """Tokens of an aligned or combined row as it is stored: text, class (answered or none), mass and the row."""
     tokens = []
     for n, t in enumerate(row["predicted"]):
         tokens.append(

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.certificate import summary_lines
-from fusechat_fuse.alignment.conversation_view import Names, conversation_view
+from fusechat_fuse.alignment.combination import source_names
+from fusechat_fuse.alignment.conversation_view import Names, conversation_view, stored_tokens
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.shards import Representation, load_representation
 
 _SHOWN = 40
@@ -35,10 +37,14 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
         InputError: no such row; a page was asked for but the source's representation cannot be read.
     """
     opened = load_representation(path)
+    kind = opened.manifest["kind"]
+    if html is not None and kind != "aligned":
+        raise InputError(
+            f"page for {opened.path}: expected an aligned directory, got a {kind}. Give a directory that align wrote."
+        )
     number = _row_number(opened, row)
     lines = _overview(opened)
-    record = opened[number]
-    if opened.manifest["kind"] == "aligned":
+    if kind == "aligned":
         view = conversation_view(opened, number, source_representation, required=html is not None)
         lines += _aligned_lines(view, tokens)
         if html is not None:
@@ -47,12 +53,8 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
             Path(html).write_text(page(view, summary_lines(opened.manifest["certificate"])), encoding="utf-8")
             lines.append(f"page written to {html}")
         return "\n".join(lines)
-    if html is not None:
-        raise InputError(
-            f"page for {opened.path}: expected an aligned directory, got a {opened.manifest['kind']}. "
-            "Give a directory that align wrote."
-        )
-    return "\n".join([*lines, *_representation_lines(opened, record, tokens)])
+    of_kind = _combined_lines if kind == "combined" else _representation_lines
+    return "\n".join([*lines, *of_kind(opened, opened[number], tokens)])
 
 
 def _row_number(opened: Representation, row) -> int:
@@ -83,7 +85,9 @@ def _overview(opened: Representation) -> list[str]:
         lines.append(f"source {manifest['source']['model']}; {join['joined']} conversations joined, {left}")
         lines += summary_lines(manifest["certificate"])
     if manifest["kind"] == "combined":
-        lines.append(f"taken {json.dumps(manifest['taken'])}")
+        for n, name in enumerate(source_names(manifest["sources"])):
+            taken = "mixed" if manifest["options"]["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
+            lines.append(f"source {n}: {name}, {taken}")
     return lines
 
 
@@ -100,14 +104,29 @@ def _representation_lines(opened: Representation, row: dict, tokens: int) -> lis
     return lines + _more(len(row["predicted"]), tokens)
 
 
+def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
+    """Who gave the conversation, at which cross-entropy, and the distributions that training takes from it."""
+    names, ce_unit, n = source_names(opened.manifest["sources"]), opened.manifest["options"]["ce_unit"], -1
+    if row.get("source_index") is not None:
+        n = int(row["source_index"][0])
+    who = f"taken from source {n}, {names[n]}" if n >= 0 else "a mixture of its sources"
+    ces = f"{source_cross_entropy(row, ce_unit):.4f} (pivot {pivot_cross_entropy(row, ce_unit):.4f})"
+    head = f"conversation {row['id']}, {who}; cross-entropy {ces} nats per {ce_unit}"
+    return [head, *_token_lines(stored_tokens(row, Names(opened.path)), tokens)]
+
+
 def _more(total: int, tokens: int) -> list[str]:
     return [f"... and {total - tokens} more predicted tokens"] if total > tokens else []
 
 
 def _aligned_lines(view: dict, tokens: int) -> list[str]:
-    lines = [f"conversation {view['id']}, {view['mapping']} mapping"]
-    for token in view["tokens"][:tokens]:
+    return [f"conversation {view['id']}, {view['mapping']} mapping", *_token_lines(view["tokens"], tokens)]
+
+
+def _token_lines(shown: list[dict], tokens: int) -> list[str]:
+    lines = []
+    for token in shown[:tokens]:
         top = "  ".join(f"{name} {p:.3f}" for name, p in token["row"][:4])
         safe = " safe" if token.get("safe") else ""
         lines.append(f"{token['text']:<16} {token['class'] + safe:<12} mass {token['mass']:.3f}   {top}")
-    return lines + _more(len(view["tokens"]), tokens)
+    return lines + _more(len(shown), tokens)
