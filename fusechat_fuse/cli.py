@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Any
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, describe_os_error
 from fusechat_fuse.flags import FlagParser, add_flag, unknown
 from fusechat_fuse.processes import end_process_group, speaks
 
@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        text = " ".join(text.split()) or type(error).__name__
         bad_input = isinstance(error, InputError)
         print(f"fusechat-fuse: {'error' if bad_input else 'failed: ' + type(error).__name__}: {text}", file=sys.stderr)
         return 2 if bad_input else 1

@@ -1,6 +1,8 @@
 """The command: the pipeline end to end on tiny models, configuration files, and one sentence for bad input."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -180,6 +182,44 @@ def test_another_runs_directory_is_left_alone(world, tmp_path, capsys):
     line = sentence(capsys, *represent_flags(world, "pivot", world / "pivot-representation", top_k=3))
     assert "top_k" in line
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("number", "got"),
+    [(errno.ENOSPC, "a full disk. Free some space"), (errno.EROFS, "a read-only file system. Choose another path")],
+)
+def test_a_place_that_cannot_be_written_is_named_and_left_empty(world, tmp_path, capsys, monkeypatch, number, got):
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    line = sentence(capsys, *align_flags(world, tmp_path / "a"))
+    assert f"error: access for {tmp_path / 'a' / 'identity.json'}: expected to be granted, got {got}" in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_in_the_way_is_named(world, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = sentence(capsys, *align_flags(world, tmp_path / "file" / "a"))
+    assert f"access for {tmp_path / 'file' / 'a'}" in line
+    assert "expected to be granted, got a file where a directory should be. Choose another path." in line
+
+
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(world, tmp_path, capsys, monkeypatch):
+    whole, calls = os.fsync, []
+
+    def refuse_the_third(handle):
+        calls.append(handle)
+        if len(calls) > 2:  # identity.json and its folder are written, the shard is not
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_the_third)
+    line = sentence(capsys, *align_flags(world, tmp_path / "a"), code=1)
+    assert f"access for {tmp_path / 'a' / 'shard-00000.arrow'}: expected to be granted, got a full disk" in line
+    assert list((tmp_path / "a").glob(".*")) == []
+    monkeypatch.setattr(os, "fsync", whole)
+    assert main(align_flags(world, tmp_path / "a")) == 0
 
 
 def test_an_unknown_mapping(world, tmp_path, capsys):

@@ -89,6 +89,14 @@ def test_page_only_of_aligned_data(aligned, tmp_path):
         inspect_path(aligned / "pivot", html=tmp_path / "x.html")
 
 
+def test_a_page_that_cannot_be_written_leaves_nothing(aligned, tmp_path):
+    with pytest.raises(InputError, match=r"access for .*nowhere/x.html: expected to be granted, got nothing there"):
+        inspect_path(aligned / "prefix", html=tmp_path / "nowhere" / "x.html")
+    with pytest.raises(InputError, match="expected a file's name"):
+        inspect_path(aligned / "prefix", html=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_readable():
     assert readable(b" a\n\t\r") == "·a⏎⇥␍"
     assert readable("你".encode()[:2]) == "\\xe4\\xbd"

@@ -13,8 +13,9 @@ import numpy as np
 from fusechat_fuse.alignment.certificate import summary_lines
 from fusechat_fuse.alignment.combination import source_names
 from fusechat_fuse.alignment.conversation_view import Names, conversation_view, stored_tokens
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, describe_os_error
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
+from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 
 _SHOWN = 40
@@ -48,13 +49,22 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
         view = conversation_view(opened, number, source_representation, required=html is not None)
         lines += _aligned_lines(view, tokens)
         if html is not None:
-            from fusechat_fuse.alignment.inspection_page import page
-
-            Path(html).write_text(page(view, summary_lines(opened.manifest["certificate"])), encoding="utf-8")
+            _write_page(Path(html), view, opened)
             lines.append(f"page written to {html}")
         return "\n".join(lines)
     of_kind = _combined_lines if kind == "combined" else _representation_lines
     return "\n".join([*lines, *of_kind(opened, opened[number], tokens)])
+
+
+def _write_page(file: Path, view: dict, opened: Representation) -> None:
+    from fusechat_fuse.alignment.inspection_page import page
+
+    if file.exists() and not file.is_file():
+        raise InputError(f"page for {opened.path}: expected a file's name, got {file}. Choose another.")
+    try:
+        write_atomic(file, page(view, summary_lines(opened.manifest["certificate"])).encode())
+    except OSError as error:
+        raise InputError(describe_os_error(error)) from error
 
 
 def _row_number(opened: Representation, row) -> int:

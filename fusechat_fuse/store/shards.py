@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, describe_os_error
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
 from fusechat_fuse.store.rows import ENCODINGS, decode_row, encode_row
@@ -42,7 +42,8 @@ class ShardWriter:
         identity: JSON-able; what decides the content (options, fingerprints, number of conversations).
         kind: representation, aligned or combined.
         encoding: plain or compact (see `store.rows`).
-    Raises: InputError naming the first key that differs where the directory holds another run's data.
+    Raises: InputError naming the first key that differs where the directory holds another run's data, or the path where
+        it cannot be made.
     """
 
     def __init__(self, output_dir, identity: dict, *, kind: str, encoding: str = "plain"):
@@ -54,7 +55,12 @@ class ShardWriter:
         self.path, self.kind, self.encoding = Path(output_dir), kind, encoding
         own = {"kind": kind, "encoding": encoding, "schema_version": SCHEMA_VERSION}
         self.identity = json.loads(json.dumps({**identity, **own}))
-        self._claim()
+        try:
+            self._claim()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # if it is empty
+            raise InputError(describe_os_error(error)) from error
 
     def _claim(self) -> None:
         self.is_new = not self.path.exists()

@@ -36,10 +36,10 @@ def _put(path: Path, fill: Callable[[Path], object]) -> None:
         fill(staging)
         staging.chmod(0o755)
         staging.rename(folder)
-    except OSError:
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
         if not folder.exists():  # else another process was faster
             raise
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_tokenizer(path):
