@@ -31,17 +31,23 @@ def readable(piece: bytes | None) -> str:
 
 
 class Names:
-    """Shows ids of one tokenizer: `names(id)`."""
+    """Shows ids of one tokenizer: `names(id)`; each is made readable once."""
 
-    def __init__(self, path):
+    def __init__(self, pieces: list[str | None], spelled: list[bytes | None]):
+        self.pieces, self.spelled, self._known = pieces, spelled, {}
+
+    @classmethod
+    def of(cls, path) -> Names:
+        """Those of the tokenizer that lies in a store."""
         table = token_table(read_tokenizer(path))
-        self.pieces, self.spelled = table.pieces, table.bytes
+        return cls(table.pieces, table.bytes)
 
     def __call__(self, i: int) -> str:
-        piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
-        if piece is None:
-            return f"#{i}"
-        return piece if self.spelled[i] is None else readable(self.spelled[i])
+        if i not in self._known:
+            piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
+            spelled = None if piece is None else self.spelled[i]
+            self._known[i] = f"#{i}" if piece is None else piece if spelled is None else readable(spelled)
+        return self._known[i]
 
 
 def conversation_view(opened: Representation, number: int, source_representation=None, *, required=True) -> dict:
@@ -55,14 +61,13 @@ def conversation_view(opened: Representation, number: int, source_representation
     """
     row, manifest = opened[number], opened.manifest
     source = _source_of(opened, source_representation, required)
-    pivot_name = Names(opened.path)
     view = {
         "id": row["id"],
         "mapping": manifest["options"]["mapping"],
         "models": [(manifest.get(key) or {}).get("name") for key in ("model", "source_model")],
     }
     if source is None:
-        return view | {"messages": None, "tokens": stored_tokens(row, pivot_name)}
+        return view | {"messages": None, "tokens": stored_tokens(row, Names.of(opened.path))}
     pair = TokenizerPair.load(opened, source)
     batch = make_batch([row], [_matching(source, row)], pair)
     mapping = MAPPINGS[manifest["options"]["mapping"]]
@@ -72,7 +77,8 @@ def conversation_view(opened: Representation, number: int, source_representation
     vocab = pair.vocabularies(mapping, counts)
     match, mapped, safe = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
     fates = mapping.fates(batch.pivot, batch.source, match, vocab)
-    source_name = Names(source.path)
+    pivot_name = Names(pair.pivot.pieces, pair.pivot.bytes)
+    source_name = Names(pair.source.pieces, pair.source.bytes)
     pivot_tokens, source_tokens = [], []
     for q in range(len(batch.source)):
         spelled = pair.source.bytes[batch.source.ids[q]]

@@ -102,7 +102,7 @@ def _overview(opened: Representation) -> list[str]:
 
 
 def _representation_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
-    name = Names(opened.path)
+    name = Names.of(opened.path)
     lines = [f"conversation {row['id']}: {len(row['input_ids'])} tokens, {len(row['predicted'])} predicted"]
     for n, t in enumerate(row["predicted"][:tokens]):
         top = "  ".join(
@@ -122,7 +122,7 @@ def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]
     who = f"taken from source {n}, {names[n]}" if n >= 0 else "a mixture of its sources"
     ces = f"{source_cross_entropy(row, ce_unit):.4f} (pivot {pivot_cross_entropy(row, ce_unit):.4f})"
     head = f"conversation {row['id']}, {who}; cross-entropy {ces} nats per {ce_unit}"
-    return [head, *_token_lines(stored_tokens(row, Names(opened.path)), tokens)]
+    return [head, *_token_lines(stored_tokens(row, Names.of(opened.path)), tokens)]
 
 
 def _more(total: int, tokens: int) -> list[str]:
