@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from fusechat_fuse.alignment.combination import combine
@@ -43,7 +44,10 @@ def test_terminal(aligned):
 
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
 def test_of_a_combination_it_shows_the_combination_and_who_won(function, aligned, tiny_unigram, tmp_path):
-    write(tmp_path / "source2", tiny_unigram, rows_for(tiny_unigram, seed=2))
+    rows = rows_for(tiny_unigram, seed=2)
+    for n, row in enumerate(rows):  # better and worse by turns
+        row["ce"] = row["ce"] + np.float32(9) if n % 2 else row["ce"] * np.float32(0.01)
+    write(tmp_path / "source2", tiny_unigram, rows)
     align(aligned / "pivot", tmp_path / "source2", tmp_path / "other", cache_dir=aligned / "cache")
     manifest = combine([aligned / "prefix", tmp_path / "other"], tmp_path / "both", function=function)
     names, opened, won = ["made up #0", "made up #1"], load_representation(tmp_path / "both"), set()
