@@ -45,6 +45,8 @@ def two(tmp_path, tiny_bpe, tiny_unigram):
 def test_align_writes_the_contract(mapping, two, tmp_path):
     manifest = align(two[0].path, two[1].path, tmp_path / "out", mapping=mapping)
     aligned = load_representation(tmp_path / "out")
+    assert max(row["source_probs"].sum(1, dtype=np.float64).max() for row in aligned) <= 1
+    assert max(row["mapped_mass"].max() for row in aligned) <= 1
     assert aligned.manifest == manifest
     assert manifest["kind"] == "aligned"
     assert aligned.ids == two[0].ids
@@ -128,6 +130,9 @@ def test_a_token_of_no_bytes_has_no_answer(mapping, two, tiny_bpe, tmp_path):
     row, whole = load_representation(tmp_path / "out")[0], load_representation(tmp_path / "whole")[0]
     assert (row["source_ids"][3] == -1).all()
     assert (row["source_token_ce"][3], row["mapped_mass"][3]) == (np.inf, 0)
+    figures = [load_representation(tmp_path / name).manifest["certificate"]["all"] for name in ("out", "whole")]
+    assert figures[0]["predicted_tokens"] == figures[1]["predicted_tokens"]  # it counts, as unanswered
+    assert figures[0]["coverage"] < figures[1]["coverage"]
     assert (row["source_probs"][-5:] == whole["source_probs"][-5:]).all()  # the others stay in their places
     assert (row["mapped_mass"][-5:] == whole["mapped_mass"][-5:]).all()
 

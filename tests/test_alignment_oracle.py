@@ -140,7 +140,9 @@ def check_prefix(request, pair, pivot, source, **options):
             assert mapped.mass[n] < 1 + 2e-3  # the stored float16 log-probabilities may add up to a little over 1
         own = [None if a is None else a[1][t["id"]] for a, t in zip(expected, pivot_tokens)]
         bits = reference.gap(pivot_tokens, source_tokens, own)
-        counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, 1)
+        counted = tally(
+            batch.pivot, batch.source, match, mapped, safe, batch.conversation, np.array([len(p["predicted"])])
+        )
         assert counted["covered_bytes"][0] == bits[2]
         assert counted["source_bits"][0] == pytest.approx(bits[0], rel=1e-9, abs=1e-9)
         assert counted["aligned_bits"][0] == pytest.approx(bits[1], rel=1e-9, abs=1e-9)
@@ -216,7 +218,9 @@ def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, cut
             for (answered, row, _), t in zip(expected, tokens_of(p, source=False))
         ]
         bits = reference.gap(tokens_of(p, source=False), tokens_of(s, source=True), own)
-        counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, 1)
+        counted = tally(
+            batch.pivot, batch.source, match, mapped, safe, batch.conversation, np.array([len(p["predicted"])])
+        )
         assert counted["covered_bytes"][0] == bits[2]
         assert counted["source_bits"][0] == pytest.approx(bits[0], rel=1e-6, abs=1e-9)
         assert counted["aligned_bits"][0] == pytest.approx(bits[1], rel=1e-6, abs=1e-9)

@@ -14,12 +14,12 @@ import numpy as np
 
 from fusechat_fuse.alignment.candidates import SourceStream, Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
-from fusechat_fuse.alignment.sparse_rows import Mapped
+from fusechat_fuse.alignment.sparse_rows import Mapped, row_sums
 
 FLOOR = 1e-6
 COUNTED = (
-    *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "without_actual"),
-    *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits"),
+    *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "kept", "without_actual"),
+    *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits", "abs_gap", "with_gap"),
 )
 WORST = 10  # conversations named
 
@@ -64,7 +64,7 @@ def tally(
     mapped: Mapped,
     safe: np.ndarray,
     conversation: np.ndarray,
-    conversations: int,
+    predicted: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """The counted quantities of each conversation.
 
@@ -72,11 +72,12 @@ def tally(
         pivot, source, match, mapped: of one batch.
         safe: bool [P].
         conversation: int [P], which conversation of the batch a pivot token belongs to.
-        conversations: how many there are.
+        predicted: int [conversations], predicted tokens of each, those of no bytes too, which are in no batch.
 
     Returns:
         name -> float64 [conversations], names in COUNTED; bits and bytes over covered stretches.
     """
+    conversations = len(predicted)
 
     def per_conversation(weights, where=None) -> np.ndarray:
         chosen = slice(None) if where is None else where
@@ -94,20 +95,38 @@ def tally(
     heads = np.flatnonzero(match.kind == EXACT)
     source_bits = np.bincount(of_q[inside_q], source.ce[inside_q].astype(np.float64), len(covered)) / np.log(2)
     source_of = np.bincount(conversation[heads], source_bits, conversations) if len(heads) else np.zeros(conversations)
+    aligned_of, bytes_of = per_conversation(bits, inside), per_conversation(pivot.end - pivot.start, inside)
     return {
-        "predicted": per_conversation(1),
+        "predicted": predicted.astype(np.float64),
         "answered": per_conversation(answered),
         "exact": per_conversation(answered & (mapped.kind == EXACT)),
         "inside": per_conversation(answered & (mapped.kind == INSIDE)),
         "safe": per_conversation(answered & safe),
         "one_hot": per_conversation(~answered & (mapped.ids >= 0).any(1)),
-        "mass": per_conversation(mapped.mass, answered),
+        "mass": per_conversation(np.minimum(mapped.mass, 1), answered),
+        "kept": per_conversation(kept_mass(source, match, mapped), answered),
         "without_actual": per_conversation(answered & np.isneginf(log_actual)),
         "covered_tokens": per_conversation(inside),
-        "covered_bytes": per_conversation(pivot.end - pivot.start, inside),
+        "covered_bytes": bytes_of,
         "source_bits": source_of,
-        "aligned_bits": per_conversation(bits, inside),
+        "aligned_bits": aligned_of,
+        "abs_gap": np.abs(aligned_of - source_of) / np.maximum(bytes_of, 1),
+        "with_gap": (bytes_of > 0).astype(np.float64),
     }
+
+
+def kept_mass(source: SourceStream, match: Correspondence, mapped: Mapped) -> np.ndarray:
+    """What of the source's probability is known at each answered pivot token (float64 [P]): 1 minus its tail.
+
+    At a common start the sum over the kept candidates, and the actual token where the mapping knows its probability;
+    inside a source token 1, as the row is relative to the candidates that are alive.
+    """
+    kept = row_sums(np.where(source.topk_ids >= 0, np.exp(source.topk_logprobs.astype(np.float64)), 0.0))  # [Q]
+    if mapped.exact_actual:
+        absent = ~(source.topk_ids == source.ids[:, None]).any(1)
+        kept = kept + np.where(absent, np.exp(-source.ce.astype(np.float64)), 0.0)
+    at_start = np.append(np.minimum(kept, 1), 1.0)[match.source]
+    return np.where(mapped.kind == EXACT, at_start, 1.0)
 
 
 def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
@@ -117,9 +136,10 @@ def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
         counted: sums over conversations, names in COUNTED.
 
     Returns:
-        predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, without_actual;
-        one_hot (of all), covered_tokens (of all), covered_bytes (count), source_bits_per_byte, aligned_bits_per_byte,
-        gap_bits_per_byte. None where there is nothing to divide by.
+        predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, mean_kept_mass,
+        without_actual; one_hot (of all), covered_tokens (of all), covered_bytes (count), source_bits_per_byte,
+        aligned_bits_per_byte, gap_bits_per_byte, mean_abs_gap_bits_per_byte (of the conversations, where errors of
+        opposite sign do not cancel). None where there is nothing to divide by.
     """
 
     def share(name: str, of: str) -> float | None:
@@ -133,6 +153,7 @@ def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
         "inside": share("inside", "answered"),
         "safe": share("safe", "answered"),
         "mean_mapped_mass": share("mass", "answered"),
+        "mean_kept_mass": share("kept", "answered"),
         "without_actual": share("without_actual", "answered"),
         "one_hot": share("one_hot", "predicted"),
         "covered_tokens": share("covered_tokens", "predicted"),
@@ -140,6 +161,7 @@ def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
         "source_bits_per_byte": source,
         "aligned_bits_per_byte": aligned,
         "gap_bits_per_byte": None if source is None or aligned is None else aligned - source,
+        "mean_abs_gap_bits_per_byte": share("abs_gap", "with_gap"),
     }
 
 
@@ -197,16 +219,17 @@ def summary_lines(figures: dict) -> list[str]:
         return "none" if value is None else f"{100 * value:.2f} %"
 
     def bits(value) -> str:
-        return "none" if value is None else f"{value:.4f}"
+        return "none" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
 
-    whole = figures["all"]
+    whole = {"mean_kept_mass": None, "mean_abs_gap_bits_per_byte": None, **figures["all"]}
     lines = [
         f"coverage {percent(whole['coverage'])} of {whole['predicted_tokens']} predicted tokens "
         f"(exact {percent(whole['exact'])}, inside {percent(whole['inside'])}, safe {percent(whole['safe'])})",
-        f"mean mapped mass {percent(whole['mean_mapped_mass'])}, one-hot {percent(whole['one_hot'])}, "
-        f"actual token missing {percent(whole['without_actual'])}",
+        f"mean mapped mass {percent(whole['mean_mapped_mass'])} of {percent(whole['mean_kept_mass'])} that the source "
+        f"kept, one-hot {percent(whole['one_hot'])}, actual token missing {percent(whole['without_actual'])}",
         f"bits per byte: source {bits(whole['source_bits_per_byte'])}, aligned {bits(whole['aligned_bits_per_byte'])}, "
-        f"gap {bits(whole['gap_bits_per_byte'])} over {percent(whole['covered_tokens'])} of the tokens",
+        f"gap {bits(whole['gap_bits_per_byte'])} (mean of its size per conversation "
+        f"{bits(whole['mean_abs_gap_bits_per_byte'])}) over {percent(whole['covered_tokens'])} of the tokens",
     ]
     for name, part in sorted(figures.get("slices", {}).items()):
         lines.append(

@@ -75,7 +75,8 @@ class Job:
         for pivot_rows, source_rows in self.batches(shard):
             batch = make_batch(pivot_rows, source_rows, self.pair)
             match, mapped, safe = align_batch(batch, self.pair, self.vocab, self.mapping, self.safe_only)
-            counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, len(pivot_rows))
+            predicted = np.array([len(row["predicted"]) for row in pivot_rows])
+            counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, predicted)
             add_counts(info, pivot_rows, counted)
             rows += _aligned_rows(pivot_rows, source_rows, batch, mapped)
         return rows, info
@@ -99,7 +100,7 @@ class Job:
 def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch, mapped: Mapped) -> list[dict]:
     """The pivot's rows with the source's columns; a token of no bytes, which is in no batch, has no answer."""
     ids, probs = mapped.ids, mapped.probs.astype(np.float32)
-    token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.maximum(mapped.mass, _LEAST_MASS), 0.0)
+    token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
     if not batch.kept.all():
         ids, probs = _spread(ids, batch.kept, -1), _spread(probs, batch.kept, 0)
         token_ce, mass = _spread(token_ce, batch.kept, np.inf), _spread(mass, batch.kept, 0)

@@ -115,17 +115,34 @@ def _encode_source(row: dict, P: int) -> dict:
     if ids.shape != probs.shape or ids.ndim != 2 or len(ids) != P:
         raise ValueError(f"source_ids and source_probs must both be [{P}, K'], got {ids.shape} and {probs.shape}")
     kept = ids >= 0
-    with np.errstate(divide="ignore"):
-        logs = np.log(probs[kept].astype(np.float64))
     fields = {
         "source_width": ids.shape[1],
         "source_counts": encode_small(kept.sum(1)),
         "source_ids": encode_ids(ids[kept]),
-        "source_logprobs": logs.astype("<f2").tobytes(),
+        "source_logprobs": _float16_logs(probs[kept].astype(np.float64), np.nonzero(kept)[0], P).tobytes(),
     }
     if row.get("source_index") is not None:
         fields["source_index"] = encode_ids(row["source_index"])
     return fields
+
+
+def _float16_logs(probs: np.ndarray, token: np.ndarray, P: int) -> np.ndarray:
+    """Logarithms as float16, rounded so that no token's probabilities add up to more than 1 when they are read.
+
+    Args:
+        probs: float64 [n]; token: int [n], the token each belongs to, below P.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(probs)
+    rounded = logs.astype("<f2")
+    over = np.bincount(token, np.exp(rounded.astype(np.float32)), P) > 1
+    if over.any():
+        total = np.maximum(np.bincount(token, probs, P), 1.0)
+        lower = (logs - np.log(total)[token]).astype(np.float64)
+        down = lower.astype("<f2")
+        down = np.where(down > lower, np.nextafter(down, np.float16(-np.inf)), down)
+        rounded = np.where(over[token], down, rounded).astype("<f2")
+    return rounded
 
 
 def _decode_source(row: dict, P: int) -> dict:
