@@ -85,9 +85,9 @@ def _combine_flags(parser: FlagParser) -> None:
 
 def _combine(options: dict[str, Any]) -> None:
     from fusechat_fuse import combine
+    from fusechat_fuse.alignment.combination import combination_lines
 
-    manifest = combine(options.pop("aligned"), **options)
-    _say({name: manifest.get(name) for name in ("sources", "taken", "counts")})
+    _say("\n".join(combination_lines(combine(options.pop("aligned"), **options))))
 
 
 def _train_flags(parser: FlagParser) -> None:

@@ -339,11 +339,15 @@ def test_min_edit_map_is_kept_on_disk(two, tmp_path, monkeypatch):
         align(two[0].path, two[1].path, tmp_path / "c", mapping="min_edit")
 
 
-def test_an_interrupted_store_needs_no_second_pass_for_counts(two, tmp_path, monkeypatch):
+def test_an_interrupted_store_needs_no_second_pass_for_counts(two, tmp_path, monkeypatch, caplog):
     align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
     (tmp_path / "out" / "manifest.json").unlink()
     monkeypatch.setattr(job.Job, "counts", None)
-    align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
+    with caplog.at_level(logging.INFO):
+        align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
+        assert "1 of 1 shards there, going on." in caplog.text
+        align(two[0].path, two[1].path, tmp_path / "out", mapping="statistics")
+        assert "holds this very run, finished: nothing to compute." in caplog.text
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["kind"] == "aligned"
 
 

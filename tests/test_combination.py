@@ -1,5 +1,6 @@
 """`combine`: which source a conversation takes, mixtures, and that a combination stands for its sources."""
 
+import logging
 import shutil
 
 import numpy as np
@@ -148,14 +149,19 @@ def test_average_leaves_out_what_has_no_cross_entropy():
     assert average(rows, [np.nan, np.nan])["source_probs"].tolist() == [[0.375, 0.0]]
 
 
-def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch):
+def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(combination, "SHARD", 3)
+    caplog.set_level(logging.INFO)
     combine(three, tmp_path / "out")
     whole = files_of(tmp_path / "out")
     (tmp_path / "out" / "shard-00001.arrow").unlink()
     (tmp_path / "out" / "manifest.json").unlink()
+    assert "shards there" not in caplog.text
     combine(three, tmp_path / "out")
     assert files_of(tmp_path / "out") == whole
+    assert f"{tmp_path / 'out'}: 3 of 4 shards there, going on." in caplog.text
+    combine(three, tmp_path / "out")
+    assert f"{tmp_path / 'out'} holds this very run, finished: nothing to compute." in caplog.text
     with pytest.raises(InputError, match="function = 'min_ce' there and 'avg_ce' here"):
         combine(three, tmp_path / "out", function="avg_ce")
 

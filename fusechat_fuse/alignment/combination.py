@@ -68,14 +68,13 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
     writer = ShardWriter(output_dir, identity, kind="combined")
     copy_tokenizer(parts[0].path, writer.path)
     shards = range(-(-len(rows) // SHARD))
-    for shard in shards:
-        if not writer.done(shard):
-            combined, taken = [], Counter()
-            for places in rows[shard * SHARD : (shard + 1) * SHARD]:
-                row = _combined([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
-                taken[str(int(row["source_index"][0]))] += 1
-                combined.append(row)
-            writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
+    for shard in writer.left(shards):
+        combined, taken = [], Counter()
+        for places in rows[shard * SHARD : (shard + 1) * SHARD]:
+            row = _combined([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
+            taken[str(int(row["source_index"][0]))] += 1
+            combined.append(row)
+        writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
     taken = sum((Counter(writer.info(shard)["info"]["taken"]) for shard in shards), Counter())
     first = parts[0].manifest
     manifest = {
@@ -92,6 +91,19 @@ def source_names(sources: list[dict]) -> list[str]:
     """Names of a combination's sources, as `taken` has them; equal ones are told apart by their number."""
     names = [str(source.get("model")) for source in sources]
     return [name + (f" #{n}" if names.count(name) > 1 else "") for n, name in enumerate(names)]
+
+
+def combination_lines(manifest: dict) -> list[str]:
+    """A combination for a terminal: how much there is, and what each source gave."""
+    options, counts = manifest["options"], manifest["counts"]
+    lines = [
+        f"{options['function']} by {options['ce_unit']} of {len(manifest['sources'])} sources: "
+        f"{counts['conversations']} conversations, {counts['predicted_tokens']} predicted tokens"
+    ]
+    for n, name in enumerate(source_names(manifest["sources"])):
+        taken = "mixed" if options["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
+        lines.append(f"source {n}: {name}, {taken}")
+    return lines
 
 
 def _key(source: dict) -> dict:

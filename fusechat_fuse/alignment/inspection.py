@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.certificate import summary_lines
-from fusechat_fuse.alignment.combination import source_names
+from fusechat_fuse.alignment.combination import combination_lines, source_names
 from fusechat_fuse.alignment.conversation_view import Names, conversation_view, stored_tokens
 from fusechat_fuse.errors import InputError, describe_os_error
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
@@ -95,9 +95,7 @@ def _overview(opened: Representation) -> list[str]:
         lines.append(f"source {manifest['source']['model']}; {join['joined']} conversations joined, {left}")
         lines += summary_lines(manifest["certificate"])
     if manifest["kind"] == "combined":
-        for n, name in enumerate(source_names(manifest["sources"])):
-            taken = "mixed" if manifest["options"]["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
-            lines.append(f"source {n}: {name}, {taken}")
+        lines += combination_lines(manifest)
     return lines
 
 

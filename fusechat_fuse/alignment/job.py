@@ -131,7 +131,7 @@ def _spread(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
 
 def write_shards(job: Job, writer: ShardWriter, processes: int) -> None:
     """Align and write the shards that are not there yet."""
-    _each(partial(job.write, writer), [shard for shard in job.shards if not writer.done(shard)], processes, "align")
+    _each(partial(job.write, writer), writer.left(job.shards), processes, "align")
 
 
 def collect_counts(job: Job, folder: Path, processes: int) -> AlignedCounts:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -121,6 +121,16 @@ class ShardWriter:
             return True
         logger.warning("%s is damaged (its checksum differs); it is computed again.", file)
         return False
+
+    def left(self, shards: Iterable[int]) -> list[int]:
+        """Those that must still be computed, of some shards' numbers; says in the log what is there."""
+        shards = list(shards)
+        left = [shard for shard in shards if not self.done(shard)]
+        if not left and (self.path / "manifest.json").exists():
+            logger.info("%s holds this very run, finished: nothing to compute.", self.path)
+        elif len(left) < len(shards):
+            logger.info("%s: %d of %d shards there, going on.", self.path, len(shards) - len(left), len(shards))
+        return left
 
     def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
         """Write one shard whole or not at all.
