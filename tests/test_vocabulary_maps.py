@@ -7,6 +7,7 @@ import numpy as np
 from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import (
     AlignedCounts,
+    _one_edit_away,
     exact_map,
     min_edit_map,
     preferred_ids,
@@ -39,6 +40,16 @@ def test_exact_is_by_bytes_and_prefers_the_ordinary_id(openchat, qwen):
 
 def random_words(rng, count, alphabet="abcde é你", longest=7) -> list[bytes]:
     return ["".join(rng.choices(alphabet, k=rng.randint(1, longest))).encode() for _ in range(count)]
+
+
+def test_one_edit_away_is_every_distance_of_one():
+    rng = random.Random(1)
+    pivot = [(piece.decode(), i) for i, piece in enumerate(dict.fromkeys(random_words(rng, 150, longest=4)))]
+    words = {piece.decode() for piece in random_words(rng, 300, longest=5)} - dict(pivot).keys()
+    texts = dict(enumerate(sorted(words)))
+    near = {i: [n for other, n in pivot if levenshtein(text, other) == 1] for i, text in texts.items()}
+    assert dict(_one_edit_away(texts, pivot)) == {i: min(found) for i, found in near.items() if found}
+    assert 20 < sum(map(bool, near.values())) < len(texts)
 
 
 def test_min_edit_is_the_nearest_of_lowest_id():

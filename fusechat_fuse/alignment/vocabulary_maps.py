@@ -48,8 +48,9 @@ def _characters(piece: bytes) -> str:
 def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, workers: int = 1) -> np.ndarray:
     """MinED: the pivot token of least Levenshtein distance; of several at that distance the one of lowest id.
 
-    A distance is at least the difference in length, so pivot tokens are tried by length, nearest first, and a source
-    token is settled once the next difference exceeds its best distance.
+    Distance 1, more than half of them, is looked up (`_one_edit_away`). For the rest pivot tokens are tried by length,
+    nearest first, as a distance is at least the difference in length; a source token is settled once the next
+    difference exceeds its best distance. A progress bar shows how many are settled.
 
     Args:
         source_bytes: [V_S] bytes of each source id, None for special tokens.
@@ -61,22 +62,51 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
 
     Source: FuseLLM (arXiv 2401.10491) section 3.2. The released FuseChat code cannot run this mode.
     """
+    from tqdm.auto import tqdm
+
     mapping = exact_map(source_bytes, by_bytes)
-    by_length: dict[int, list[tuple[str, int]]] = {}
-    for piece, i in sorted(by_bytes.items(), key=lambda item: item[1]):
-        text = _characters(piece)
-        by_length.setdefault(len(text), []).append((text, i))
-    pivot = {n: ([text for text, _ in some], np.array([i for _, i in some])) for n, some in by_length.items()}
-    queries: dict[int, list[tuple[int, str]]] = {}
-    for i, piece in enumerate(source_bytes):
-        if piece and mapping[i] < 0:
-            text = _characters(piece)
-            queries.setdefault(len(text), []).append((i, text))
-    for length, group in queries.items():
-        for at in range(0, len(group), 2048):
-            ids, texts = zip(*group[at : at + 2048])
-            mapping[list(ids)] = _nearest(texts, length, pivot, workers)
+    texts = {i: _characters(piece) for i, piece in enumerate(source_bytes) if piece and mapping[i] < 0}
+    ascending = [(_characters(piece), i) for piece, i in sorted(by_bytes.items(), key=lambda item: item[1])]
+    with tqdm(total=len(texts), desc="nearest tokens", unit="token", disable=len(texts) < 2048) as bar:
+        for i, nearest in _one_edit_away(texts, ascending):
+            mapping[i] = nearest
+            del texts[i]
+            bar.update()
+        by_length: dict[int, list[tuple[str, int]]] = {}
+        for text, i in ascending:
+            by_length.setdefault(len(text), []).append((text, i))
+        pivot = {n: ([text for text, _ in some], np.array([i for _, i in some])) for n, some in by_length.items()}
+        queries: dict[int, list[int]] = {}
+        for i, text in texts.items():
+            queries.setdefault(len(text), []).append(i)
+        for length, group in queries.items():
+            for at in range(0, len(group), 2048):
+                ids = group[at : at + 2048]
+                mapping[ids] = _nearest([texts[i] for i in ids], length, pivot, workers)
+                bar.update(len(ids))
     return mapping
+
+
+def _one_edit_away(texts: dict[int, str], ascending: list[tuple[str, int]]) -> list[tuple[int, int]]:
+    """(source id, lowest pivot id at distance 1) of the texts that have one; none is a pivot text itself.
+
+    Texts that differ are one edit apart if one is the other without a character, or both are the same without the
+    character at some place.
+    """
+    whole, shorter = dict(ascending), {}
+    without: dict[tuple[str, str], int] = {}
+    for text, i in ascending:
+        for k in range(len(text)):
+            shorter.setdefault(text[:k] + text[k + 1 :], i)
+            without.setdefault((text[:k], text[k + 1 :]), i)
+    found = []
+    for i, text in texts.items():
+        near = [shorter.get(text)]
+        for k in range(len(text)):
+            near += whole.get(text[:k] + text[k + 1 :]), without.get((text[:k], text[k + 1 :]))
+        if known := [n for n in near if n is not None]:
+            found.append((i, min(known)))
+    return found
 
 
 def _nearest(
