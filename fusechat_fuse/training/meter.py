@@ -1,5 +1,7 @@
 """Figures of a training or evaluation stretch, summed on the device and read (over all processes) only when logged."""
 
+import contextlib
+import math
 import time
 
 import torch
@@ -17,18 +19,24 @@ class FusionMeter:
 
     def __init__(self, sources: list[str]):
         self.sources = sources
+        self._pauses = 0
         self.reset()
 
     def reset(self) -> None:
         self._losses = self._choices = None
         self._start = time.perf_counter()
 
-    def pause(self) -> float:
-        """Stop the clock (evaluation within training); give the answer to `resume`."""
-        return time.perf_counter()
-
-    def resume(self, paused: float) -> None:
-        self._start += time.perf_counter() - paused
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock (evaluation within training); evaluation of several sets is paused in a pause."""
+        start, outermost = time.perf_counter(), self._pauses == 0
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if outermost:
+                self._start += time.perf_counter() - start
 
     def add(self, lm_sum, fusion_sum, labelled, tokens, stats) -> None:
         """Add a batch: sums of L_LM and L_fusion, labelled and all tokens (0-d), conversation_stats [B, C, 5]."""
@@ -67,6 +75,8 @@ class FusionMeter:
         if len(self.sources) > 1:
             for name, row in zip(self.sources, table[1:].tolist()):
                 figures[f"source_share/{name}"] = row[1] / max(conversations, 1)
+        if math.isnan(mass):  # rows without mapped_mass
+            del figures["mapped_mass"]
         return {prefix + name: value for name, value in figures.items()}
 
 

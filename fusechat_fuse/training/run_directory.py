@@ -120,7 +120,9 @@ class RunDirectory:
         return None if there is None else _names(there["identity"])
 
     def _write(self, content: dict) -> None:
-        write_atomic(self.file, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
+        write_atomic(
+            self.file, (json.dumps(content, indent=2, sort_keys=True, default=str, allow_nan=False) + "\n").encode()
+        )
 
     def _clear(self) -> None:
         """Remove what an earlier run of ours left; other files stay."""

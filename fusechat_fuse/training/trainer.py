@@ -10,6 +10,7 @@ accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
 from fusechat_fuse.training.meter import FusionMeter
+from fusechat_fuse.training.step_losses import StepLosses, check_weights
 
 logger = logging.getLogger(__name__)
 # Trainer sets these for its own purposes; the target keeps the pivot's
@@ -94,6 +96,7 @@ class FusionTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # Trainer counts num_items_in_batch for us
+        self.add_callback(StepLosses())
         if isinstance(self.data_collator, FusionCollator) and self.data_collator.vocab_size is None:
             self.data_collator.vocab_size = vocabulary_size(self.model)
 
@@ -130,6 +133,25 @@ class FusionTrainer(Trainer):
             )
 
     # -- loss ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _step_losses(self) -> StepLosses:
+        """Found anew each time: a checkpoint that is continued brings its own."""
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, StepLosses))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_losses.add(loss, self.state.global_step + 1)
+        return loss
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        check_weights(self.model, self.accelerator)
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _save_checkpoint(self, model, trial):
+        self._step_losses.read(self.accelerator, self.state.global_step)  # no checkpoint of a loss that is no number
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's share of the step's loss; the sum over batches and the mean over processes is the step's loss."""
@@ -200,25 +222,37 @@ class FusionTrainer(Trainer):
         figures = self.meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
         if figures:
             assert output.metrics is not None
-            output.metrics[f"{prefix}loss"] = figures.pop(f"{prefix}fused_loss")
+            output.metrics[f"{prefix}loss"] = loss = figures.pop(f"{prefix}fused_loss")
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss for evaluation ({metric_key_prefix}): expected a number, got {loss}. Check the model's "
+                    "weights, or evaluate in float32."
+                )
             output.metrics.update(figures)
         return output
 
     # -- logs, sampling, saving ---------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
+        """As Trainer's, with the figures of fusion, the whole run's train_loss, and nothing that is not a number.
+
+        Raises: FloatingPointError where the loss of a step since the last call is not finite.
+        """
+        if self.is_in_train and ("loss" in logs or "train_loss" in logs):
+            self._step_losses.read(self.accelerator, self.state.global_step)
+            if "train_loss" in logs and (mean := self._step_losses.mean()) is not None:
+                logs["train_loss"] = mean  # Trainer's own is of the steps since the run was continued
         if "loss" in logs and self.is_in_train:
             figures = self.meters["train"].read(self.accelerator, self.args.lm_loss_weight)
             figures.pop("fused_loss", None)
             logs.update(figures)
+        for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
+            del logs[name]  # float16's gradient norm where a step is skipped: JSON has no word for it
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        start = self.meters["train"].pause()
-        try:
+        with self.meters["train"].paused():
             return super().evaluate(*args, **kwargs)
-        finally:
-            self.meters["train"].resume(start)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset

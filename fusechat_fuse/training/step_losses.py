@@ -1,0 +1,74 @@
+"""The losses of all steps of a run, over its parts: their mean, and the first one that is not a number."""
+
+import math
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class StepLosses(TrainerCallback, ExportableState):
+    """Sums losses on the device and reads them only when something is logged or saved; kept in every checkpoint."""
+
+    def __init__(self):
+        self._begin(0, total=0.0, steps=0)
+
+    def _begin(self, global_step: int, total: float, steps: int) -> None:
+        self.total, self.steps, self._last_step = total, steps, global_step
+        self._sum = self._first_bad = None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self._begin(state.global_step, **(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
+        state.stateful_callbacks[type(self).__name__] = self.state()  # a checkpoint may come without it
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        """Add one batch's share of the loss of step `step` (from 1); nothing is read from the device."""
+        loss = loss.detach().to(torch.float32).mean()
+        step_if_bad = torch.where(torch.isfinite(loss), math.inf, float(step))
+        if self._sum is None or self._first_bad is None:
+            self._sum, self._first_bad = loss.clone(), step_if_bad
+        else:
+            self._sum = self._sum + loss
+            self._first_bad = torch.minimum(self._first_bad, step_if_bad)
+
+    def read(self, accelerator, global_step: int) -> None:
+        """Take in what was added; every process must call it.
+
+        Raises: FloatingPointError naming the first step whose loss is not finite, on any process.
+        """
+        if self._sum is None or self._first_bad is None:
+            return
+        both = accelerator.gather(torch.stack([self._sum, self._first_bad])[None]).double()  # [processes, 2]
+        total, first_bad = both[:, 0].mean().item(), both[:, 1].min().item()
+        if math.isfinite(first_bad):
+            raise FloatingPointError(
+                f"loss for step {int(first_bad)}: expected a number, got one that is not finite. Lower learning_rate, "
+                "clip gradients with max_grad_norm, or check the pivot's weights."
+            )
+        self.total, self.steps = self.total + total, self.steps + global_step - self._last_step
+        self._sum = self._first_bad = None
+        self._last_step = global_step
+
+    def mean(self) -> float | None:
+        """The mean loss of a step; None before the first."""
+        return self.total / self.steps if self.steps else None
+
+
+def check_weights(model: torch.nn.Module, accelerator) -> None:
+    """Raise FloatingPointError where a trained weight is not finite: the last update is seen by no loss."""
+    bad = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        here = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
+        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
+        bad += int(not torch.isfinite(here).all())
+    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
+        raise FloatingPointError(
+            "weights after the last step: expected numbers, got some that are not finite. Lower learning_rate, or "
+            "clip gradients with max_grad_norm."
+        )
