@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.card import write_model_card
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
@@ -82,6 +83,8 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     for one in (data, eval_data):
         if one is not None:
             pivot.check_data(one)
+    if arguments.lora_r:
+        try_adapters(pivot.config, arguments)
     run = RunDirectory(config, arguments, pivot, data)
     with config.main_process_first(local=False, desc="claiming the output directory"):
         finished = run.claim(write=config.process_index == 0)
@@ -116,21 +119,9 @@ def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
     model = pivot.load_model(dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attn_implementation)
     if not arguments.lora_r:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("lora_r for training: expected peft, got no such package. Run pip install peft.") from error
-    names = arguments.lora_target_modules
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
-    )
     if config.activation_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, lora)
+    return add_adapters(model, arguments, seed=config.seed)
 
 
 def _save_target(trainer, pivot: PivotFiles, arguments, metrics: dict, run: RunDirectory) -> None:

@@ -1,0 +1,81 @@
+"""Low-rank adapters on the pivot: put there by peft, after they were tried on a model without weights."""
+
+import logging
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, set_seed
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import first_line
+
+logger = logging.getLogger(__name__)
+
+
+def try_adapters(config, arguments) -> None:
+    """Raise InputError where `add_adapters` would: on the model's modules without their weights, in no time.
+
+    Args:
+        config: the pivot's configuration.
+        arguments: TrainArguments with lora_r above 0.
+    """
+    _import_peft()
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft has to say comes with the weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
+        _add(model, arguments)
+
+
+def add_adapters(model, arguments, *, seed: int) -> Any:
+    """The PEFT model around `model`, its adapters drawn from `seed`.
+
+    Raises: InputError for modules that are not there, cannot be adapted, or share their weight with another: the
+        adapter would be merged into both, while one alone was trained with it.
+    """
+    set_seed(seed)
+    return _add(model, arguments)
+
+
+def _import_peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("lora_r for training: expected peft, got no such package. Run pip install peft.") from error
+    return peft
+
+
+def _add(model, arguments) -> Any:
+    peft = _import_peft()
+    names = arguments.lora_target_modules
+    wanted = names if names == "all-linear" else [name.strip() for name in names.split(",")]
+    shared = _modules_that_share_weights(model)
+    try:
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=wanted,
+        )
+        adapted = peft.get_peft_model(model, lora)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"adapters for {arguments.model_name_or_path}: expected modules that peft can adapt, got: "
+            f"{first_line(error)}. Change lora_target_modules."
+        ) from error
+    tied = sorted(shared & set(adapted.base_model.targeted_module_names))
+    if tied:
+        raise InputError(
+            f"adapters for {tied[0]}: expected a weight of its own, got one that it shares with "
+            f"{', '.join(sorted(shared - {tied[0]}))} (tied embeddings). Leave it out of lora_target_modules."
+        )
+    return adapted
+
+
+def _modules_that_share_weights(model) -> set[str]:
+    model.tie_weights()
+    weights = [(name.rpartition(".")[0], id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    times = Counter(weight for _, weight in weights)
+    return {module for module, weight in weights if times[weight] > 1}
