@@ -99,7 +99,7 @@ class FusionConfig(TrainingArguments):
     length_column_name: str = field(default="num_tokens", metadata={"help": "Column for group_by_length."})
 
     def __post_init__(self):
-        self._check_fusion_values()
+        self.check_fusion_values()
         steps = None
         if self.gradient_accumulation_steps is None:
             at_a_time = device_count(use_cpu=self.use_cpu) * self.per_device_train_batch_size
@@ -128,7 +128,8 @@ class FusionConfig(TrainingArguments):
         assert self.gradient_accumulation_steps is not None  # set by __post_init__
         return self.train_batch_size * self.gradient_accumulation_steps * max(self.world_size, 1)
 
-    def _check_fusion_values(self) -> None:
+    def check_fusion_values(self) -> None:
+        """Raise InputError for a value that fusion cannot use; called again at training's start, after late changes."""
         for name, allowed in (
             ("fusion_loss_type", LOSS_KINDS),
             ("fusion_function", CHOICES),

@@ -8,6 +8,7 @@ Normalisation: sums over labelled tokens divided by their number in the whole st
 accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and one gradient.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
 from fusechat_fuse.training.meter import FusionMeter
+from fusechat_fuse.training.packing import check_packing
 from fusechat_fuse.training.step_losses import StepLosses, check_weights
 
 logger = logging.getLogger(__name__)
@@ -82,10 +84,17 @@ class FusionTrainer(Trainer):
         train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
         self.sources = list(sources or source_names(train_dataset if train_dataset is not None else eval_dataset))
         self.meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
+        if kwargs.get("compute_loss_func") is not None:
+            raise InputError(
+                "compute_loss_func for FusionTrainer: expected none, got one. The loss is that of pairwise fusion: "
+                "override compute_loss to change it."
+            )
         if model is not None:
             self._prepare_model(model, args)
+        self._own_collator = data_collator is None
         if data_collator is None:
             data_collator = _collator(args, processing_class)
+        self._packs: set[type] = set()  # classes that were seen to keep packed conversations apart
         super().__init__(
             model=model,
             args=args,
@@ -99,6 +108,7 @@ class FusionTrainer(Trainer):
         self.add_callback(StepLosses())
         if isinstance(self.data_collator, FusionCollator) and self.data_collator.vocab_size is None:
             self.data_collator.vocab_size = vocabulary_size(self.model)
+        self._check_packing()
 
     # -- model --------------------------------------------------------------------------------------------------------
 
@@ -131,6 +141,12 @@ class FusionTrainer(Trainer):
                 str(low.pop()).removeprefix("torch."),
                 args.learning_rate,
             )
+
+    def _check_packing(self) -> None:
+        kind = type(causal_model(self.model))
+        if getattr(self.data_collator, "packing", False) and kind not in self._packs:
+            check_packing(self.model, self.accelerator.autocast)
+            self._packs.add(kind)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -231,6 +247,19 @@ class FusionTrainer(Trainer):
             output.metrics.update(figures)
         return output
 
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, *args, **kwargs):
+        """As Trainer's, with the collator as the arguments are now: a trial or a user may have changed them."""
+        self.args.check_fusion_values()
+        if self._own_collator and isinstance(self.data_collator, FusionCollator):
+            now = collator_options(self.args)
+            if any(getattr(self.data_collator, name) != value for name, value in now.items()):
+                self.data_collator = dataclasses.replace(self.data_collator, **now)
+                self._eval_dataloaders = {}  # which persistent workers keep
+        self._check_packing()
+        return super()._get_dataloader(*args, **kwargs)
+
     # -- logs, sampling, saving ---------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
@@ -294,13 +323,12 @@ def vocabulary_size(model) -> int:
     return causal_model(model).config.get_text_config().vocab_size
 
 
+def collator_options(args: FusionConfig) -> dict[str, Any]:
+    """What a FusionCollator takes from the arguments."""
+    names = ("max_length", "fusion_function", "fuse_temperature", "ce_unit", "packing")
+    return {name: getattr(args, name) for name in names}
+
+
 def _collator(args: FusionConfig, tokenizer) -> FusionCollator:
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return FusionCollator(
-        pad_token_id=next((n for n in ids if n is not None), 0),
-        max_length=args.max_length,
-        fusion_function=args.fusion_function,
-        fuse_temperature=args.fuse_temperature,
-        ce_unit=args.ce_unit,
-        packing=args.packing,
-    )
+    return FusionCollator(pad_token_id=next((n for n in ids if n is not None), 0), **collator_options(args))
