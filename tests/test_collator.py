@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.training.collator import STATS, FusionCollator
+from fusechat_fuse.training.collator import STATS, FusionCollator, first_conversations
 from tests.helpers.fusion_rows import aligned_row, aligned_rows
 from tests.helpers.reference_choice import distribution, reference_choice
 from tests.helpers.tiny_runs import aligned_directory
@@ -106,3 +106,15 @@ def test_ids_beyond_the_vocabulary_are_refused(column, place):
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         FusionCollator(**options)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("count", [-2, 0, 2, 4, 9])
+def test_the_first_conversations_alone_keep_labels_and_figures(packing, count):
+    rows = aligned_rows(4)
+    batch = FusionCollator(packing=packing, pad_to_multiple_of=8)(rows)
+    kept = first_conversations(batch, count)
+    expected = sum(len(row["predicted"]) for row in rows[: max(count, 0)])
+    assert [(kept[name] != -100).sum().item() for name in ("labels", "shift_labels")] == [expected] * 2
+    assert kept["conversation_stats"].reshape(-1, 5)[:, 3].sum().item() == expected
+    assert torch.equal(kept["input_ids"], batch["input_ids"])

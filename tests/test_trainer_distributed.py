@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fusechat_fuse.training.lean_head import install_lean_head
-from tests.helpers.distributed_worker import SETTINGS
+from tests.helpers.distributed_worker import SETTINGS, UNEVEN, uneven
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import run
@@ -92,6 +92,14 @@ def test_ddp_through_the_trainer(results, tmp_path):
     metrics = trainer.evaluate()
     for name in ("eval_loss", "eval_lm_loss", "eval_fusion_loss", "eval_source_share", "eval_mapped_mass"):
         assert got["eval"][name] == pytest.approx(metrics[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_evaluation_does_not_depend_on_the_number_of_processes(results, tmp_path, case):
+    alone = uneven(tmp_path, **UNEVEN[case])
+    got = results["ddp"]["uneven"][case]
+    for name in ("eval_loss", "eval_lm_loss", "eval_fusion_loss", "eval_source_share", "eval_mapped_mass"):
+        assert got[name] == pytest.approx(alone[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

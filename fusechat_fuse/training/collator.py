@@ -144,6 +144,19 @@ class FusionCollator:
         return np.concatenate([np.arange(n) for n in runs])[None]
 
 
+def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """A batch whose first `count` conversations alone have labels and figures; below 1: none has."""
+    count, stats = max(count, 0), batch["conversation_stats"]  # [B, 1, 5], or packed [1, C, 5]
+    if count >= stats.shape[0] * stats.shape[1]:
+        return batch
+    if "position_ids" in batch:
+        drop = (batch["position_ids"] == 0).cumsum(1) > count  # [1, T]
+    else:
+        drop = torch.arange(len(stats), device=stats.device)[:, None].expand_as(batch["labels"]) >= count  # [B, T]
+    masked = {name: batch[name].masked_fill(drop, IGNORED) for name in ("labels", "shift_labels")}
+    return {**batch, **masked, "conversation_stats": stats.flatten(0, 1)[:count, None]}
+
+
 def _source_index(row: dict) -> int:
     """Which source a combined row came from; 0 where there is one source, -1 where several were mixed."""
     index = row.get("source_index")

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import write_atomic
-from fusechat_fuse.training.collator import FusionCollator
+from fusechat_fuse.training.collator import FusionCollator, first_conversations
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import open_dataset, source_names
 from fusechat_fuse.training.head_loss import FusionOutput
@@ -217,7 +217,7 @@ class FusionTrainer(Trainer):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             assert isinstance(loss, torch.Tensor)
@@ -246,6 +246,14 @@ class FusionTrainer(Trainer):
                 )
             output.metrics.update(figures)
         return output
+
+    def _without_repeated(self, inputs):
+        """So that all processes make equally many steps, accelerate fills the last one up with rows from the start."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        here = inputs["conversation_stats"].flatten(0, 1).shape[0]
+        return first_conversations(inputs, state.remainder - self.accelerator.process_index * here)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 

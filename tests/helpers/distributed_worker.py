@@ -19,6 +19,13 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import config
 
+UNEVEN = {
+    "5 of 8": {"count": 5},
+    "1 of 8": {"count": 1},
+    "11 of 16": {"count": 11},
+    "packed": {"count": 5, "packing": True},
+    "split": {"count": 7, "accelerator_config": {"split_batches": True}},
+}
 SETTINGS = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
@@ -35,7 +42,14 @@ def ddp(output: Path) -> dict:
         "shares": [entry["source_share"] for entry in trainer.state.log_history if "source_share" in entry],
         "parameters": {name: p.tolist() for name, p in trainer.model.named_parameters()},
         "eval": trainer.evaluate(),
+        "uneven": {name: uneven(output, **settings) for name, settings in UNEVEN.items()},
     }
+
+
+def uneven(output: Path, count: int, **settings) -> dict:
+    """Evaluation of as many conversations as the processes cannot share evenly."""
+    arguments = config(output / "uneven", per_device_eval_batch_size=4, **settings)
+    return FusionTrainer(tiny_model(), arguments, eval_dataset=aligned_rows(count)).evaluate()
 
 
 def local_batch(rank: int) -> dict:
