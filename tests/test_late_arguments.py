@@ -1,6 +1,7 @@
 """Arguments are read when training starts: hyper-parameter trials and late changes count, what cannot be is refused."""
 
 import dataclasses
+import logging
 
 import pytest
 
@@ -56,3 +57,48 @@ def test_a_late_value_that_fusion_cannot_use_is_refused(tmp_path):
 def test_another_loss_is_refused(tmp_path):
     with pytest.raises(InputError, match="compute_loss_func for FusionTrainer: expected none"):
         FusionTrainer(tiny_model(), config(tmp_path), compute_loss_func=lambda outputs, labels, **kwargs: 0)
+
+
+def test_a_batch_size_that_was_found_keeps_the_conversations_of_a_step(tmp_path, monkeypatch, caplog):
+    """auto_find_batch_size takes nine tenths after an out of memory: 8, 7, 6, ..."""
+    settings = config(
+        tmp_path,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=None,
+        total_batch_size=16,
+        auto_find_batch_size=True,
+        logging_steps=1,
+    )
+    trainer = FusionTrainer(tiny_model(), settings, train_dataset=aligned_rows(32))
+    step = FusionTrainer.training_step
+
+    def out_of_memory(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 5:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(FusionTrainer, "training_step", out_of_memory)
+    with caplog.at_level(logging.WARNING, logger="fusechat_fuse"):
+        trainer.train()
+    assert settings.gradient_accumulation_steps == 3
+    assert settings.conversations_per_step == 15
+    told = "Batches of 5 instead of 8 conversations fit: 3 accumulated, 15 conversations per step (16 set)."
+    assert told in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "steps"),
+    [
+        ({"gradient_accumulation_steps": None, "total_batch_size": 16}, {"total_batch_size": 8}, 2),
+        ({"gradient_accumulation_steps": None, "total_batch_size": 16}, {"per_device_train_batch_size": 2}, 8),
+        ({"gradient_accumulation_steps": None, "total_batch_size": 16}, {"gradient_accumulation_steps": 3}, 3),
+        ({"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 2}, 2),
+    ],
+)
+def test_accumulation_of_a_trial(tmp_path, given, changes, steps):
+    settings = config(tmp_path, **given)
+    for _ in range(2):
+        for name, value in changes.items():
+            setattr(settings, name, value)
+        settings.fit_accumulation(settings.train_batch_size)
+        assert settings.gradient_accumulation_steps == steps

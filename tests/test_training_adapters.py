@@ -1,11 +1,15 @@
 """Training with LoRA: what is refused before any weight is loaded, and what decides the adapters."""
 
+import json
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training import pivot as pivot_module
+from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.run import train
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
@@ -74,3 +78,16 @@ def test_the_seed_decides_the_adapters(pivot, data, tmp_path):
     first, same, other = adapter("a", 1), adapter("b", 1), adapter("c", 2)
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 2e-4), ({"learning_rate": 5e-6}, 5e-6)])
+def test_adapters_have_a_learning_rate_of_their_own(pivot, data, tmp_path, caplog, given, expected):
+    settings = FusionConfig(
+        str(tmp_path / "t"), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **given
+    )
+    with caplog.at_level(logging.INFO, logger="fusechat_fuse"):
+        train(pivot, data, settings, lora_r=2)
+    assert settings.learning_rate == expected
+    run = json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())
+    assert run["identity"]["options"]["learning_rate"] == expected
+    assert ("learning_rate 0.0002, the default for LoRA adapters." in caplog.text) == (not given)

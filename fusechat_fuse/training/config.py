@@ -14,6 +14,7 @@ from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.loss import LOSS_KINDS
 
 logger = logging.getLogger(__name__)
+LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 2e-4  # of all weights (the paper), of low-rank adapters
 
 
 @dataclass
@@ -23,10 +24,10 @@ class FusionConfig(TrainingArguments):
     L = lm_loss_weight * L_LM + (1 - lm_loss_weight) * L_fusion, means over the labelled tokens of the whole
     (accumulated, data-parallel) batch. Every field of `transformers.TrainingArguments` is there too.
 
-    Defaults that differ from transformers': num_train_epochs 3, learning_rate 5e-6, cosine schedule with warmup_steps
-    0.03 (a ratio), weight_decay 0, bf16 where the GPU has it, 128 conversations per step (`total_batch_size`),
-    4 per device, save_strategy "epoch" with save_total_limit 2, logging_steps 10, remove_unused_columns False and
-    logging_nan_inf_filter False (a loss that is not a number is shown).
+    Defaults that differ from transformers': num_train_epochs 3, learning_rate 5e-6 (2e-4 for LoRA adapters), cosine
+    schedule with warmup_steps 0.03 (a ratio), weight_decay 0, bf16 where the GPU has it, 128 conversations per step
+    (`total_batch_size`), 4 per device, save_strategy "epoch" with save_total_limit 2, logging_steps 10,
+    remove_unused_columns False and logging_nan_inf_filter False (a loss that is not a number stops the run).
 
     Raises: InputError for a value that fusion cannot use, before anything starts.
     Source: FuseChat (arXiv 2408.07990), training details.
@@ -80,7 +81,9 @@ class FusionConfig(TrainingArguments):
         metadata={"help": "Batches per optimizer step on each device; unset: from total_batch_size."},
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Total number of training epochs."})
-    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; unset: 5e-6, and 2e-4 for LoRA adapters."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 their ratio."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
@@ -100,11 +103,15 @@ class FusionConfig(TrainingArguments):
 
     def __post_init__(self):
         self.check_fusion_values()
-        steps = None
-        if self.gradient_accumulation_steps is None:
+        self._default_learning_rate = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE
+        steps, asked = None, self.gradient_accumulation_steps
+        if asked is None:
             at_a_time = device_count(use_cpu=self.use_cpu) * self.per_device_train_batch_size
             steps = max(round(self.total_batch_size / at_a_time), 1)
             self.gradient_accumulation_steps = steps  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._steps = asked, self.gradient_accumulation_steps  # what was set, and what is accumulated for it
         if self.bf16 is None:
             asked_for = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
             wanted = not (self.fp16 or self.use_cpu or asked_for)
@@ -126,7 +133,39 @@ class FusionConfig(TrainingArguments):
     def conversations_per_step(self) -> int:
         """Conversations of one optimizer step, over all devices and accumulated batches."""
         assert self.gradient_accumulation_steps is not None  # set by __post_init__
-        return self.train_batch_size * self.gradient_accumulation_steps * max(self.world_size, 1)
+        batch_size = getattr(self, "_batch_size", None) or self.train_batch_size
+        return batch_size * self.gradient_accumulation_steps * max(self.world_size, 1)
+
+    def use_adapter_learning_rate(self) -> None:
+        """Take the default of adapters where the user set no learning rate: 5e-6 hardly moves them."""
+        if self._default_learning_rate:
+            self._default_learning_rate = False
+            self.learning_rate = ADAPTER_LEARNING_RATE
+            logger.info("learning_rate %g, the default for LoRA adapters.", self.learning_rate)
+
+    def fit_accumulation(self, batch_size: int) -> None:
+        """Keep the conversations of a step where batches have another size than was set (auto_find_batch_size, trials).
+
+        Args:
+            batch_size: conversations of a batch on each process.
+        """
+        asked, fitted = self._steps
+        if self.gradient_accumulation_steps != fitted:
+            asked = self.gradient_accumulation_steps  # set since
+        processes = max(self.world_size, 1)
+        wanted = self.total_batch_size if asked is None else asked * self.train_batch_size * processes
+        fitted = max(round(wanted / (batch_size * processes)), 1)
+        self.gradient_accumulation_steps = fitted  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._steps, self._batch_size = (asked, fitted), batch_size
+        if batch_size != self.train_batch_size:
+            logger.warning(
+                "Batches of %d instead of %d conversations fit: %d accumulated, %d conversations per step (%d set).",
+                batch_size,
+                self.train_batch_size,
+                fitted,
+                self.conversations_per_step,
+                wanted,
+            )
 
     def check_fusion_values(self) -> None:
         """Raise InputError for a value that fusion cannot use; called again at training's start, after late changes."""

@@ -85,6 +85,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
             pivot.check_data(one)
     if arguments.lora_r:
         try_adapters(pivot.config, arguments)
+        config.use_adapter_learning_rate()
     run = RunDirectory(config, arguments, pivot, data)
     with config.main_process_first(local=False, desc="claiming the output directory"):
         finished = run.claim(write=config.process_index == 0)

@@ -125,6 +125,8 @@ class FusionTrainer(Trainer):
             reason = "one process drives several GPUs (start one process per GPU with torchrun or accelerate)"
         else:
             reason = why_not_lean(model)
+        if hasattr(model, "peft_config"):
+            args.use_adapter_learning_rate()
         self._pivot_config = {name: getattr(model.config, name, None) for name in PIVOT_CONFIG}
         if reason is None:
             self.loss_path = "lean"
@@ -256,6 +258,10 @@ class FusionTrainer(Trainer):
         return first_conversations(inputs, state.remainder - self.accelerator.process_index * here)
 
     # -- data ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        self.args.fit_accumulation(self._train_batch_size)
+        return super().get_train_dataloader()
 
     def _get_dataloader(self, *args, **kwargs):
         """As Trainer's, with the collator as the arguments are now: a trial or a user may have changed them."""
