@@ -10,12 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import traceback
 from typing import Any
 
-from fusechat_fuse.errors import InputError, describe_os_error
+from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.flags import FlagParser, add_flag, unknown
 from fusechat_fuse.processes import end_process_group, speaks
+
+# Seconds that the other processes of a launch wait with their errors: the first one's ends the launch, so that what all
+# of them find is told once.
+FIRST_SPEAKS = 3.0
 
 
 def _represent_flags(parser: FlagParser) -> None:
@@ -159,11 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        text = " ".join(text.split()) or type(error).__name__
-        bad_input = isinstance(error, InputError)
-        print(f"fusechat-fuse: {'error' if bad_input else 'failed: ' + type(error).__name__}: {text}", file=sys.stderr)
-        return 2 if bad_input else 1
+        text, code = as_sentence(error)
+        if not speaks():
+            time.sleep(FIRST_SPEAKS)
+        print(f"fusechat-fuse: {text}", file=sys.stderr)
+        return code
 
 
 def _run(argv: list[str]) -> int:
@@ -178,6 +183,6 @@ def _run(argv: list[str]) -> int:
     if name != "train":
         del options["debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fusechat_fuse").setLevel(logging.INFO)
+    logging.getLogger("fusechat_fuse").setLevel(logging.INFO if speaks() else logging.WARNING)
     run(options)
     return 0

@@ -1,32 +1,75 @@
-"""The one exception for what a user can mend: commands turn it into one line and exit code 2."""
+"""The one exception for what a user can mend, and the file system's errors as sentences: commands turn them into one
+line and an exit code."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
+import os
+import re
 
 
 class InputError(ValueError):
     """Bad input, said in one sentence: what, for which file/row/option, what was expected, what to do."""
 
 
-_OF_THE_DISK = {
-    errno.ENOSPC: "a full disk. Free some space, then give the same command again",
-    errno.EDQUOT: "a full quota. Free some space, then give the same command again",
-    errno.EROFS: "a read-only file system. Choose another path",
-    errno.ENOENT: "nothing there. Check the path",
-    errno.ENOTDIR: "a file where a directory should be. Choose another path",
-    errno.EISDIR: "a directory. Choose another path",
-    errno.EACCES: "no permission. Choose another path, or change who may use it",
-    errno.EPERM: "no permission. Choose another path, or change who may use it",
-    errno.ENAMETOOLONG: "a name that is too long. Choose a shorter path",
+_FULL = "disk for {}: expected room to write, got none left. Free some, then run the same command again."
+_PLACE = "path for {}: expected {}, got {}. Choose another path."
+_SENTENCES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _PLACE.format("{}", "a place to write", "a read-only file system"),
+    errno.ENOENT: "path for {}: expected it to be there, got nothing. Check the path.",
+    errno.ENOTDIR: _PLACE.format("{}", "directories on the way to it", "a file in place of one"),
+    errno.EISDIR: _PLACE.format("{}", "a file", "a directory"),
+    errno.EACCES: _PLACE.format("{}", "leave to read and write there", "none"),
+    errno.EPERM: _PLACE.format("{}", "leave to read and write there", "none"),
+    errno.ENAMETOOLONG: _PLACE.format("{}", "a shorter name", "one too long for the file system"),
 }
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, as one sentence with the path; the error's own text where it is no such case.
+    """What the file system refused, as one sentence with the path; the error's own text where it is no such case.
 
     Args:
-        error: raised while reading or writing; `filename` names the path, which the sentence leaves out where unknown.
+        error: raised while reading or writing; its `filename` is the path.
     """
-    got = _OF_THE_DISK.get(error.errno or 0)
-    if got is None:
-        return str(error)
-    return f"access{'' if error.filename is None else f' for {error.filename}'}: expected to be granted, got {got}."
+    sentence = _SENTENCES.get(error.errno or 0)
+    return str(error) if sentence is None or error.filename is None else sentence.format(os.fspath(error.filename))
+
+
+def system_error_number(error: BaseException) -> int | None:
+    """The file system's number of what went wrong, where an error (or what it came from) is such a failure.
+
+    Libraries in Rust and C++ raise errors of their own and give the number in the text alone.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.errno
+        if found := re.search(r"\bos error (\d+)|\bErrno (\d+)", str(seen)):
+            return int(found[1] or found[2])
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around whatever writes to `path`: a failure of the file system becomes an OSError that names the path."""
+    try:
+        yield
+    except Exception as error:
+        number = None if isinstance(error, InputError) else system_error_number(error)
+        if number is None or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def as_sentence(error: BaseException) -> tuple[str, int]:
+    """(what a command says of an error, its exit code): 2 for what the user gave, 1 for what happened in the run."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InputError):
+        return f"error: {text}", 2
+    if isinstance(error, OSError) and error.errno in _SENTENCES and error.filename is not None:
+        return f"error: {describe_os_error(error)}", 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+    return f"failed: {type(error).__name__}: {text}", 1

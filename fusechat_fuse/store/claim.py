@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,18 @@ from fusechat_fuse.store.files import flatten
 
 
 def check_is_directory(path: Path) -> None:
-    """Raise InputError where an output directory cannot be made because a file has its name."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"output for {path}: expected a directory, got a file. Choose another path.")
+    """Raise InputError where an output directory cannot be made: a file is in its way, or nothing may be written there.
+
+    Nothing is made or changed.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        where = "a file" if there == path else f"a file ({there}) on the way to it"
+        raise InputError(f"output for {path}: expected a directory, got {where}. Choose another path.")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"output for {path}: expected a place to write, got {there}, which is not. Choose another path."
+        )
 
 
 def check_claim(path: Path, identity: dict, found: Callable[[], dict | None], *, remedy: str = "") -> None:

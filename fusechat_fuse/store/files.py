@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def _fsync_directory(folder: Path) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: temporary name in the same folder, flush to disk, rename.
 
-    Raises: OSError with the file's name; nothing is left of it then.
+    Raises: OSError naming the path; nothing is left of it then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,10 +34,32 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def move_in(aside: Path, folder: Path, *, last: str) -> None:
+    """Move all that was written into `aside`, a directory within `folder`, to its place there; `aside` goes.
+
+    Args:
+        aside: directory; its files are flushed to disk first.
+        folder: where they belong; what has their names is replaced.
+        last: name of the file without which the others are not taken for whole.
+    """
+    for file in aside.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    for entry in sorted(aside.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+        if entry.is_dir() and (folder / entry.name).exists():
+            shutil.rmtree(folder / entry.name)
+        os.replace(entry, folder / entry.name)
+    aside.rmdir()
+    _fsync_directory(folder)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -28,6 +28,34 @@ def open_dataset(dataset) -> Any:
     return _must_be_aligned(dataset) if isinstance(dataset, Representation) else dataset
 
 
+def check_dataset(dataset, collate, *, max_steps: int = 0) -> None:
+    """Raise InputError where a Trainer could not begin with what it was given.
+
+    Args:
+        dataset: what `open_dataset` answers: rows, an iterable of rows, None, or a dict of these.
+        collate: what makes a batch of a list of rows; tried on the first row where there is one to look at.
+        max_steps: of the run; an iterable does not say how long it is.
+    """
+    if isinstance(dataset, dict):
+        for one in dataset.values():
+            check_dataset(one, collate, max_steps=1)
+    elif dataset is None:
+        return
+    elif not hasattr(dataset, "__len__"):
+        if max_steps <= 0:
+            raise InputError(
+                f"max_steps for {type(dataset).__name__}: expected more than 0, as an iterable does not say how long "
+                f"it is, got {max_steps}. Set it."
+            )
+    elif len(dataset) == 0:
+        raise InputError(
+            f"data for {getattr(dataset, 'path', type(dataset).__name__)}: expected conversations, got none. Check how "
+            "it was made."
+        )
+    else:
+        collate([dataset[0]])
+
+
 def source_names(dataset) -> list[str]:
     """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it does not."""
     if isinstance(dataset, dict):
@@ -35,8 +63,12 @@ def source_names(dataset) -> list[str]:
     manifest = getattr(dataset, "manifest", {})
     sources = manifest.get("sources") or [manifest.get("source") or {}]
     names = [os.path.basename(str(source["model"]).rstrip("/")) for source in sources if source.get("model")]
-    names = [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
-    return names or ["source"]
+    return tell_apart(names) or ["source"]
+
+
+def tell_apart(names: list[str]) -> list[str]:
+    """The names, those that occur several times with their number behind them."""
+    return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
 
 
 def _must_be_aligned(data: Representation) -> Representation:

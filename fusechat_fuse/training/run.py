@@ -8,17 +8,16 @@ vocabulary, so all targets of one pivot merge.
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
-from fusechat_fuse.training.card import write_model_card
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
 from fusechat_fuse.training.pivot import PivotFiles
-from fusechat_fuse.training.run_directory import RunDirectory
+from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
+from fusechat_fuse.training.target import save_target
 from fusechat_fuse.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,24 +85,29 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     if arguments.lora_r:
         try_adapters(pivot.config, arguments)
         config.use_adapter_learning_rate()
-    run = RunDirectory(config, arguments, pivot, data)
-    with config.main_process_first(local=False, desc="claiming the output directory"):
-        finished = run.claim(write=config.process_index == 0)
+    run = RunDirectory(config, arguments, pivot, data, eval_data)
+    finished = run.check()
     if finished is not None:
-        logger.info("%s holds this very run, finished; nothing to do.", config.output_dir)
+        logger.info("%s holds this very run, finished; nothing to do (--overwrite trains anew).", config.output_dir)
         return finished
-    checkpoint = run.checkpoint()
-    trainer = FusionTrainer(
-        _load(pivot, arguments, config),
-        config,
-        train_dataset=data,
-        eval_dataset=eval_data,
-        processing_class=pivot.tokenizer,
-    )
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    with leaves_no_empty_directory(run.path):
+        trainer = FusionTrainer(
+            _load(pivot, arguments, config),
+            config,
+            train_dataset=data,
+            eval_dataset=eval_data,
+            processing_class=pivot.tokenizer,
+        )
+    if trainer.args.should_save:
+        run.claim()
+    trainer.accelerator.wait_for_everyone()  # what an earlier run left is cleared before any process looks for it
+    metrics = trainer.train(resume_from_checkpoint=run.checkpoint()).metrics
     if eval_data is not None:
         metrics |= trainer.evaluate()
-    _save_target(trainer, pivot, arguments, metrics, run)
+    save_target(trainer, pivot, arguments, metrics)
+    if trainer.args.should_save:
+        run.finish(metrics)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
@@ -123,23 +127,3 @@ def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
     if config.activation_checkpointing:
         model.enable_input_require_grads()
     return add_adapters(model, arguments, seed=config.seed)
-
-
-def _save_target(trainer, pivot: PivotFiles, arguments, metrics: dict, run: RunDirectory) -> None:
-    """Weights (adapters merged in), the pivot's own tokenizer files, model card and, last, the run's end."""
-    output = Path(trainer.args.output_dir)
-    trainer.save_dtype = arguments.save_dtype and getattr(torch, arguments.save_dtype)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if arguments.lora_r and sharded:
-        logger.warning("Adapters of a sharded model are saved as they are: merge them with peft before mergekit-yaml.")
-    elif arguments.lora_r:
-        if trainer.args.should_save:
-            trainer.model.save_pretrained(output / "adapter")
-        trainer.merge_adapter()
-    trainer.save_model(str(output))
-    trainer.save_state()
-    if trainer.args.should_save:
-        pivot.copy_files(output)
-        write_model_card(output, trainer, pivot, arguments, metrics)
-        run.finish(metrics)
-    trainer.accelerator.wait_for_everyone()

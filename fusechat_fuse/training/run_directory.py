@@ -1,8 +1,11 @@
 """A training output directory and the one run it belongs to."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -39,6 +42,22 @@ DECISIVE = (
     "fp16",
     "neftune_noise_alpha",
     "train_sampling_strategy",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "optim_target_modules",
+    "dataloader_drop_last",
+    "average_tokens_across_devices",
+    "accelerator_config",
+    "ignore_data_skip",
+)
+# what decides which checkpoint becomes the target, or what is told of it, where there is evaluation data
+DECISIVE_WITH_EVALUATION = (
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
 )
 
 
@@ -49,61 +68,80 @@ class RunDirectory:
         config, arguments: FusionConfig and TrainArguments of the run.
         pivot: PivotFiles.
         data: the training data (Representation).
+        eval_data: the evaluation data, or None.
     """
 
-    def __init__(self, config, arguments, pivot, data):
+    def __init__(self, config, arguments, pivot, data, eval_data=None):
         self.config, self.arguments = config, arguments
         self.path = Path(config.output_dir)
         self.file = self.path / RUN_FILE
-        shards = json.dumps(data.manifest["shards"], sort_keys=True)
-        options = {name: _plain(getattr(config, name)) for name in DECISIVE}
+        self._inputs = {"pivot": pivot.name, "data": data.path, "evaluation data": getattr(eval_data, "path", None)}
+        names = DECISIVE + (DECISIVE_WITH_EVALUATION if eval_data is not None else ())
+        options = {name: _plain(getattr(config, name)) for name in names}
         options["conversations_per_step"] = config.conversations_per_step
-        for name in ("dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        for name in ("dtype", "save_dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             options[name] = getattr(arguments, name)
-        self.identity = {
-            "model": pivot.fingerprint,
-            "data": hashlib.sha256(shards.encode()).hexdigest()[:16],
-            "options": options,
-        }
+        self.identity = {"model": pivot.fingerprint, "data": _content(data), "options": options}
+        if eval_data is not None:
+            self.identity["eval_data"] = _content(eval_data)
 
-    def claim(self, *, write: bool) -> dict | None:
-        """Take the directory for this run.
+    def check(self) -> dict | None:
+        """Whether the directory may be this run's; nothing is made or changed.
 
-        Args:
-            write: whether this process makes files (one does).
-        Returns: the metrics of a finished run, or None.
-        Raises: InputError naming the difference where the directory holds something else.
+        Returns: the metrics of this very run, finished, or None.
+        Raises: InputError naming the difference where the directory holds something else. A run without a checkpoint
+            has nothing to lose: its directory is free.
         """
-        there = None
+        check_is_directory(self.path)
+        self._check_apart()
+        there = self._read()
         if self.arguments.overwrite:
-            check_is_directory(self.path)
-            if write:
-                self._clear()
-        else:
-            check_claim(self.path, _names(self.identity), self._names_there, remedy=", or --overwrite to start anew")
-            there = self._read()
-        if there is None and write:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write({"identity": self.identity, "finished": False})
+            if there is None:
+                check_claim(self.path, {}, lambda: None)
+            return None
+        if there is not None and not there.get("finished") and not self._checkpoints():
+            return None
+        check_claim(self.path, _names(self.identity), self._names_there, remedy=", or --overwrite to start anew")
         return there["metrics"] if there is not None and there.get("finished") else None
+
+    def claim(self) -> None:
+        """Take the directory for this run, after `check`; by one process, before any works in it."""
+        if self.arguments.overwrite:
+            self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write({"identity": self.identity, "finished": False})
+
+    def _check_apart(self) -> None:
+        """What a run reads may not be what it replaces."""
+        here = self.path.resolve()
+        for what, name in self._inputs.items():
+            if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(here):
+                raise InputError(
+                    f"output directory for {self.path}: expected one apart from the {what}, got {name}, which training "
+                    "would replace. Choose another directory."
+                )
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """Step -> folder, whole or not."""
+        found = ((re.fullmatch(r"checkpoint-(\d+)", entry.name), entry) for entry in self.path.glob("checkpoint-*"))
+        return {int(match[1]): entry for match, entry in found if match}
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from: the one asked for, else the last whole one; None: start at the beginning."""
         asked = self.config.resume_from_checkpoint
-        if asked and str(asked).lower() not in ("true", "false"):
+        if asked is not None and str(asked).lower() == "false":
+            return None
+        if asked and str(asked).lower() != "true":
             if not (Path(asked) / "trainer_state.json").is_file():
                 raise InputError(
                     f"checkpoint for {asked}: expected a whole checkpoint, got one without trainer_state.json. "
                     "Leave resume_from_checkpoint out to take the last whole one."
                 )
             return str(asked)
-        steps = {}
-        for folder in self.path.glob("checkpoint-*"):
-            if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-                steps[int(match[1])] = folder
+        steps = self._checkpoints()
         for step in sorted(steps, reverse=True):
             if _whole(steps[step], step):
-                logger.info("Continuing from %s.", steps[step])
+                logger.info("Continuing after step %d, from %s.", step, steps[step])
                 return str(steps[step])
             logger.warning("%s is not whole (the run was stopped while writing it); it is left out.", steps[step])
         return None
@@ -137,12 +175,21 @@ class RunDirectory:
 
 def _names(identity: dict) -> dict:
     """An identity with its options by the names a user gave them."""
-    return {"model": identity.get("model"), "data": identity.get("data"), **identity.get("options", {})}
+    return {name: value for name, value in identity.items() if name != "options"} | identity.get("options", {})
+
+
+def _content(data) -> str:
+    """Aligned data in 16 hexadecimal digits: what its shards are, not where they are."""
+    return hashlib.sha256(json.dumps(data.manifest["shards"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value):
     value = getattr(value, "value", value)  # enumerations
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _whole(folder: Path, step: int) -> bool:
@@ -151,3 +198,16 @@ def _whole(folder: Path, step: int) -> bool:
         return json.loads((folder / "trainer_state.json").read_bytes())["global_step"] == step
     except (OSError, ValueError, KeyError):
         return False
+
+
+@contextlib.contextmanager
+def leaves_no_empty_directory(path: Path):
+    """Around what makes a directory early: where that fails, it and its parents go again if they are new and empty."""
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty, or not there
+            for place in new:
+                place.rmdir()
+        raise

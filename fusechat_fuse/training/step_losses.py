@@ -1,16 +1,20 @@
 """The losses of all steps of a run, over its parts: their mean, and the first one that is not a number."""
 
+import logging
 import math
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+logger = logging.getLogger(__name__)
+
 
 class StepLosses(TrainerCallback, ExportableState):
     """Sums losses on the device and reads them only when something is logged or saved; kept in every checkpoint."""
 
     def __init__(self):
+        self._log_every_step = False
         self._begin(0, total=0.0, steps=0)
 
     def _begin(self, global_step: int, total: float, steps: int) -> None:
@@ -23,7 +27,16 @@ class StepLosses(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self._begin(state.global_step, **(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
+        self._log_every_step = args.logging_strategy == "steps" and state.max_steps < state.logging_steps
+        if self._log_every_step:
+            logger.info(
+                "%d steps in all, fewer than logging_steps %d: each is logged.", state.max_steps, state.logging_steps
+            )
         state.stateful_callbacks[type(self).__name__] = self.state()  # a checkpoint may come without it
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._log_every_step:
+            control.should_log = True
 
     def add(self, loss: torch.Tensor, step: int) -> None:
         """Add one batch's share of the loss of step `step` (from 1); nothing is read from the device."""
@@ -56,19 +69,3 @@ class StepLosses(TrainerCallback, ExportableState):
     def mean(self) -> float | None:
         """The mean loss of a step; None before the first."""
         return self.total / self.steps if self.steps else None
-
-
-def check_weights(model: torch.nn.Module, accelerator) -> None:
-    """Raise FloatingPointError where a trained weight is not finite: the last update is seen by no loss."""
-    bad = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        here = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
-        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
-        bad += int(not torch.isfinite(here).all())
-    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
-        raise FloatingPointError(
-            "weights after the last step: expected numbers, got some that are not finite. Lower learning_rate, or "
-            "clip gradients with max_grad_norm."
-        )

@@ -8,6 +8,7 @@ Normalisation: sums over labelled tokens divided by their number in the whole st
 accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and one gradient.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,20 +20,22 @@ import torch
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.training.collator import FusionCollator, first_conversations
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import open_dataset, source_names
+from fusechat_fuse.training.dataset import check_dataset, open_dataset, source_names
 from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
 from fusechat_fuse.training.meter import FusionMeter
 from fusechat_fuse.training.packing import check_packing
-from fusechat_fuse.training.step_losses import StepLosses, check_weights
+from fusechat_fuse.training.step_losses import StepLosses
+from fusechat_fuse.training.weights import cast_weights, check_weights
 
 logger = logging.getLogger(__name__)
 # Trainer sets these for its own purposes; the target keeps the pivot's
+TOKENS_LINE = "new PAD/BOS/EOS tokens"  # says of the model what is not true of the target
 PIVOT_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 FUSION_COLUMNS = ("shift_labels", "target_ids", "target_probs")  # which the lean forward takes beside them
@@ -106,8 +109,10 @@ class FusionTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # Trainer counts num_items_in_batch for us
         self.add_callback(StepLosses())
-        if isinstance(self.data_collator, FusionCollator) and self.data_collator.vocab_size is None:
-            self.data_collator.vocab_size = vocabulary_size(self.model)
+        if isinstance(self.data_collator, FusionCollator):
+            self._fit_collator(self.data_collator)
+            check_dataset(self.train_dataset, self.data_collator, max_steps=self.args.max_steps)
+            check_dataset(self.eval_dataset, self.data_collator, max_steps=1)
         self._check_packing()
 
     # -- model --------------------------------------------------------------------------------------------------------
@@ -126,6 +131,11 @@ class FusionTrainer(Trainer):
         else:
             reason = why_not_lean(model)
         if hasattr(model, "peft_config"):
+            if getattr(model.active_peft_config, "is_prompt_learning", False):
+                raise InputError(
+                    f"adapters for FusionTrainer: expected some that leave the tokens alone (LoRA), got "
+                    f"{type(model.active_peft_config).__name__}, which puts others before them. Use LoRA."
+                )
             args.use_adapter_learning_rate()
         self._pivot_config = {name: getattr(model.config, name, None) for name in PIVOT_CONFIG}
         if reason is None:
@@ -144,11 +154,22 @@ class FusionTrainer(Trainer):
                 args.learning_rate,
             )
 
+    def _fit_collator(self, collator: FusionCollator) -> None:
+        """The vocabulary that ids are checked against; a padding id beyond it (it may be any) becomes 0."""
+        if collator.vocab_size is None:
+            collator.vocab_size = vocabulary_size(self.model)
+        if not 0 <= collator.pad_token_id < collator.vocab_size:
+            collator.pad_token_id = 0
+
     def _check_packing(self) -> None:
         kind = type(causal_model(self.model))
         if getattr(self.data_collator, "packing", False) and kind not in self._packs:
             check_packing(self.model, self.accelerator.autocast)
             self._packs.add(kind)
+
+    def train(self, *args, **kwargs):
+        with _without_line(TOKENS_LINE):
+            return super().train(*args, **kwargs)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -169,7 +190,13 @@ class FusionTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         self._step_losses.read(self.accelerator, self.state.global_step)  # no checkpoint of a loss that is no number
-        super()._save_checkpoint(model, trial)
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args, **kwargs):
+        """The run's own card stays; without one, transformers'."""
+        if not (Path(str(self.args.output_dir)) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's share of the step's loss; the sum over batches and the mean over processes is the step's loss."""
@@ -316,7 +343,7 @@ class FusionTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.save_dtype is not None:
             state_dict = model.state_dict() if state_dict is None else state_dict
-            state_dict = {k: v.to(self.save_dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+            state_dict = cast_weights(state_dict, self.save_dtype)
         config = causal_model(model).config
         trained_with = {name: getattr(config, name, None) for name in PIVOT_CONFIG}
         vars(config).update(self._pivot_config)
@@ -330,6 +357,21 @@ class FusionTrainer(Trainer):
             if self.save_dtype is not None and file.is_file():
                 written = json.loads(file.read_bytes()) | {"dtype": str(self.save_dtype).removeprefix("torch.")}
                 write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _without_line(text: str):
+    """Without transformers' warning that has this text."""
+    theirs = logging.getLogger("transformers.trainer_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    theirs.addFilter(keep)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(keep)
 
 
 def vocabulary_size(model) -> int:

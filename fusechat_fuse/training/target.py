@@ -1,0 +1,56 @@
+"""The target of a run, written whole: aside first, then moved into its place, the configuration last."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from fusechat_fuse.errors import writing
+from fusechat_fuse.store.files import move_in
+from fusechat_fuse.training.card import write_model_card
+
+logger = logging.getLogger(__name__)
+ASIDE = ".target.tmp"
+
+
+def save_target(trainer, pivot, arguments, metrics: dict) -> None:
+    """Weights (adapters merged in), the pivot's own tokenizer files and the model card, into the output directory.
+
+    Args:
+        trainer: FusionTrainer after training; of adapters, its model becomes the one with them merged in.
+        pivot: PivotFiles of the pivot.
+        arguments: TrainArguments of the run.
+        metrics: what the run returns.
+    Raises: OSError naming the directory where it cannot be written; then no part of a target is left there.
+    """
+    output = Path(trainer.args.output_dir)
+    aside = output / ASIDE
+    trainer.save_dtype = arguments.save_dtype and getattr(torch, arguments.save_dtype)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    first = trainer.args.should_save
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with writing(output):
+            if arguments.lora_r and sharded:
+                logger.warning(
+                    "Adapters of a sharded model are saved as they are: merge them with peft before mergekit-yaml."
+                )
+            elif arguments.lora_r:
+                if first:
+                    trainer.model.save_pretrained(aside / "adapter")
+                trainer.merge_adapter()
+            trainer.save_model(str(aside), _internal_call=True)
+            trainer.save_state()
+            trainer.accelerator.wait_for_everyone()
+            if first:
+                pivot.copy_files(aside)
+                write_model_card(aside, output.resolve().name, trainer, pivot, arguments, metrics)
+                move_in(aside, output, last="config.json")
+    except BaseException:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)

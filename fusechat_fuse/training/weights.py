@@ -1,0 +1,34 @@
+"""The trained weights, looked through before they are saved, and cast for saving."""
+
+import torch
+
+
+def check_weights(model: torch.nn.Module, accelerator) -> None:
+    """Raise FloatingPointError where a trained weight is not finite: the last update is seen by no loss."""
+    bad = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        here = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
+        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
+        bad += int(not torch.isfinite(here).all())
+    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
+        raise FloatingPointError(
+            "weights after the last step: expected numbers, got some that are not finite. Lower learning_rate, or "
+            "clip gradients with max_grad_norm."
+        )
+
+
+def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in `dtype`; what shares memory goes on sharing it, so that tied weights are saved once."""
+    done: dict[tuple, torch.Tensor] = {}
+    cast = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if not tensor.is_floating_point():
+            cast[name] = tensor
+        elif tensor.numel() == 0 or key not in done:
+            cast[name] = done[key] = tensor.to(dtype)
+        else:
+            cast[name] = done[key]
+    return cast

@@ -1,0 +1,247 @@
+"""The output directory of `train`: when it is free, what it is never, and how the target lands in it."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fusechat_fuse.training.target as target_module
+from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError, as_sentence, writing
+from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.training.run import train
+from fusechat_fuse.training.trainer import FusionTrainer
+from fusechat_fuse.training.weights import cast_weights
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
+
+
+@pytest.fixture(scope="module")
+def pivot(tmp_path_factory):
+    return pivot_directory(tmp_path_factory.mktemp("models") / "pivot")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return aligned_directory(tmp_path_factory.mktemp("data") / "aligned")
+
+
+@pytest.fixture(scope="module")
+def finished(pivot, data, tmp_path_factory):
+    """The directory of a finished run with its evaluation; borrowed."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    train(pivot, data, config(output, max_steps=2, save_strategy="steps", save_steps=1), eval_data_path=data)
+    return output
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# -- whose it is -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_before_training_leaves_nothing(pivot, data, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise InputError("the trainer cannot be built.")
+
+    monkeypatch.setattr(FusionTrainer, "_check_packing", fail)
+    with pytest.raises(InputError, match="cannot be built"):
+        train(pivot, data, config(tmp_path / "targets" / "t", max_steps=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_without_a_checkpoint_is_free(pivot, data, tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusionTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(pivot, data, config(tmp_path / "t", max_steps=1))
+    assert (tmp_path / "t" / "fusion_run.json").exists()
+    train(pivot, data, config(tmp_path / "t", max_steps=1, lm_loss_weight=0.5))
+    run = json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())
+    assert (run["finished"], run["identity"]["options"]["lm_loss_weight"]) == (True, 0.5)
+
+
+def test_a_run_with_a_checkpoint_keeps_its_directory(pivot, data, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "t")
+    run = json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())
+    (tmp_path / "t" / "fusion_run.json").write_text(json.dumps(run | {"finished": False}))
+    with pytest.raises(InputError, match="another run's"):
+        train(pivot, data, config(tmp_path / "t", max_steps=2, lm_loss_weight=0.5))
+
+
+CHANGES = {
+    "lr_scheduler_kwargs": ({"lr_scheduler_kwargs": {"num_cycles": 2}}, {}),
+    "optim_args": ({"optim_args": "weight_decay=0.1"}, {}),
+    "dataloader_drop_last": ({"dataloader_drop_last": True}, {}),
+    "average_tokens_across_devices": ({"average_tokens_across_devices": False}, {}),
+    "save_dtype": ({}, {"save_dtype": "bfloat16"}),
+    "eval_data": ({}, {"eval_data_path": None}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_the_target_or_its_figures_is_another_run(pivot, data, finished, name):
+    changes, options = CHANGES[name]
+    before = contents(finished)
+    settings = config(finished, **{"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **changes})
+    with pytest.raises(InputError, match=rf"another run's \({name} = "):
+        train(pivot, data, settings, **{"eval_data_path": data, **options})
+    assert contents(finished) == before
+
+
+def test_a_finished_run_says_so_with_the_remedy(pivot, data, finished, caplog):
+    settings = config(finished, max_steps=2, save_strategy="steps", save_steps=1)
+    with caplog.at_level(logging.INFO, logger="fusechat_fuse"):
+        train(pivot, data, settings, eval_data_path=data)
+    assert "holds this very run, finished; nothing to do (--overwrite trains anew)." in caplog.text
+
+
+@pytest.mark.parametrize(("resume", "first"), [(None, 2), ("true", 2), (True, 2), ("false", 1), (False, 1)])
+def test_an_interrupted_run_is_continued_unless_forbidden(pivot, data, finished, tmp_path, caplog, resume, first):
+    shutil.copytree(finished, tmp_path / "t")
+    run = json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())
+    (tmp_path / "t" / "fusion_run.json").write_text(json.dumps(run | {"finished": False}))
+    shutil.rmtree(tmp_path / "t" / "checkpoint-2")
+    steps = []
+    settings = config(tmp_path / "t", max_steps=2, save_strategy="steps", save_steps=1, resume_from_checkpoint=resume)
+    original = FusionTrainer.training_step
+
+    def training_step(self, *args):
+        steps.append(self.state.global_step + 1)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, logger="fusechat_fuse"):
+        patch.setattr(FusionTrainer, "training_step", training_step)
+        train(pivot, data, settings, eval_data_path=data)
+    assert steps[0] == first
+    assert ("Continuing after step 1, from " in caplog.text) == (first == 2)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("what", ["pivot", "data", "evaluation data", "pivot within"])
+def test_what_a_run_reads_is_never_its_output(pivot, data, tmp_path, what, overwrite):
+    train(pivot, data, config(tmp_path / "t", max_steps=1))
+    model, rows, evaluation = tmp_path / "t", tmp_path / "t" / "rows", data
+    shutil.copytree(data, rows)
+    shutil.copytree(pivot, tmp_path / "t" / "checkpoint-7")
+    given = {
+        "pivot": (model, data, None),
+        "pivot within": (model / "checkpoint-7", data, None),
+        "data": (pivot, rows, None),
+        "evaluation data": (pivot, evaluation, rows),
+    }[what]
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=f"expected one apart from the {what.removesuffix(' within')}, got "):
+        train(*given[:2], config(tmp_path / "t", max_steps=1), eval_data_path=given[2], overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_replaces_runs_only(pivot, data, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"someone's")
+    with pytest.raises(InputError, match=r"expected an empty one, got other files \('model.safetensors'\)"):
+        train(pivot, data, config(tmp_path, max_steps=1), overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"someone's"
+
+
+# -- how the target lands ----------------------------------------------------------------------------------------------
+
+
+def fill_the_disk(monkeypatch):
+    """safetensors' own error, from Rust: its number is in the text alone. Some of the file is there."""
+
+    def save_pretrained(self, folder, **kwargs):
+        (folder := target_module.Path(folder)).mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        (folder / "config.json").write_text("{}")
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", save_pretrained)
+
+
+def test_a_full_disk_is_told_with_the_path_and_leaves_no_part_of_a_target(pivot, data, tmp_path, monkeypatch, capsys):
+    flags = ["--model_name_or_path", pivot, "--data_path", data, "--output_dir", tmp_path / "t", "--max_steps", "1"]
+    flags += ["--use_cpu", "--report_to", "none", "--save_strategy", "no", "--per_device_train_batch_size", "4"]
+    flags += ["--gradient_accumulation_steps", "1"]
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch)
+        assert main(["train", *map(str, flags)]) == 1
+    said = capsys.readouterr().err
+    assert f"error: disk for {tmp_path / 't'}: expected room to write, got none left." in said
+    assert {entry.name for entry in (tmp_path / "t").iterdir()} <= {"fusion_run.json", "trainer_state.json"}
+    assert main(["train", *map(str, flags)]) == 0
+    assert (tmp_path / "t" / "model.safetensors").exists()
+    assert not (tmp_path / "t" / target_module.ASIDE).exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "code"),
+    [
+        (errno.ENOSPC, "disk for /a/b: expected room to write, got none left", 1),
+        (errno.EROFS, "path for /a/b: expected a place to write, got a read-only file system", 2),
+        (errno.ENOTDIR, "path for /a/b: expected directories on the way to it, got a file in place of one", 2),
+        (errno.EACCES, "path for /a/b: expected leave to read and write there, got none", 2),
+        (errno.EIO, "failed: OSError", 1),
+    ],
+)
+@pytest.mark.parametrize("kind", ["python", "rust", "cause"])
+def test_failures_of_the_file_system_are_sentences(number, told, code, kind):
+    error = OSError(number, os.strerror(number))
+    if kind == "rust":
+        error = RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")
+    if kind == "cause":
+        cause, error = error, RuntimeError("unexpected position 64")
+        error.__context__ = cause
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, writing("/a/b"):
+        raise error
+    text, got = as_sentence(caught.value)
+    assert told in text
+    assert got == code
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing("/a/b"):
+        raise ZeroDivisionError("os")
+    assert as_sentence(ZeroDivisionError("x\n y")) == ("failed: ZeroDivisionError: x y", 1)
+    with pytest.raises(FileNotFoundError, match="elsewhere"), writing("/a/b"):
+        (tmp_path / "elsewhere").read_bytes()
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_atomic(tmp_path / "a.json", b"{}")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_behind_a_file_is_refused(pivot, data, tmp_path):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(InputError, match=r"output for .*t: expected a directory, got a file \(.*file\) on the way"):
+        train(pivot, data, config(tmp_path / "file" / "t", max_steps=1))
+
+
+def test_a_tied_weight_is_saved_once_in_another_precision(data, tmp_path):
+    tied = pivot_directory(tmp_path / "tied", tie_word_embeddings=True)
+    train(tied, data, config(tmp_path / "t", max_steps=1), save_dtype="bfloat16")
+    saved = load_file(tmp_path / "t" / "model.safetensors")
+    assert saved.keys() == load_file(tied / "model.safetensors").keys()
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+def test_what_shares_memory_goes_on_sharing_it():
+    weights = cast_weights(tiny_model("Llama-tied").state_dict(), torch.bfloat16)
+    assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
+    assert len({id(tensor) for tensor in weights.values()}) == len(weights) - 1
