@@ -250,3 +250,14 @@ def test_python_m_runs_the_same_command():
     finished = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert all(name in finished.stdout for name in COMMANDS)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3.0])])
+def test_of_several_processes_the_first_one_tells_the_error(monkeypatch, capsys, rank, waits):
+    """The others wait for it to end the launch: what all of them find is told once."""
+    slept = []
+    monkeypatch.setattr("fusechat_fuse.cli.time.sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
+    assert main(["represent", "--modle_name_or_path", "m"]) == 2
+    assert slept == waits
+    assert "did you mean" in capsys.readouterr().err

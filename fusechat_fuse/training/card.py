@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from fusechat_fuse.models import library_versions
+from fusechat_fuse.training.dataset import tell_apart
 
 PAPER = "https://arxiv.org/abs/2408.07990"
 CITATION = """@article{wan2024fusechat,
@@ -28,18 +29,19 @@ TRAINING = (
 FIGURES = "train_loss eval_loss eval_lm_loss eval_fusion_loss eval_source_share eval_mapped_mass".split()
 
 
-def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> None:
-    """Write README.md into the target directory.
+def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metrics: dict) -> None:
+    """Write README.md for a target.
 
     Args:
-        output: the target directory.
+        folder: where it is written.
+        title: the target's name.
         trainer: FusionTrainer after training.
         pivot: PivotFiles of the pivot.
         arguments: TrainArguments of the run.
         metrics: what the run returned.
     """
     config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
-    pivot_name, sources = _name(pivot.name), [_name(name) for name in trainer.sources]
+    pivot_name, sources = _name(pivot.name), tell_apart([_name(name) for name in trainer.sources])
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -54,7 +56,7 @@ def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> 
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# {output.resolve().name}",
+        f"# {title}",
         "",
         f"{how} **{pivot_name}** (the pivot){'' if config.lm_loss_weight == 1 else f' of **{source_list}**'}, after "
         f"[FuseChat]({PAPER}). It has the pivot's architecture, tokenizer and vocabulary: targets of one pivot merge, "
@@ -77,7 +79,7 @@ def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> 
         "",
         "## Training",
         "",
-        _table({**_training(config, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
+        _table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
         "",
         "## Versions",
         "",
@@ -90,7 +92,7 @@ def write_model_card(output: Path, trainer, pivot, arguments, metrics: dict) -> 
         "```",
         "",
     ]
-    (output / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _alignment(manifest: dict) -> dict:
@@ -99,10 +101,13 @@ def _alignment(manifest: dict) -> dict:
     rows = {name.replace("_", " "): counts[name] for name in ("conversations", "predicted_tokens") if name in counts}
     if "sources" in manifest:
         rows["combined by"] = " per ".join(str(value) for value in manifest.get("options", {}).values())
-        for source in manifest["sources"]:
-            name = _name(str(source.get("model")))
+        models = [str(source.get("model")) for source in manifest["sources"]]
+        for n, (model, source) in enumerate(zip(models, manifest["sources"])):
+            same = models.count(model) > 1  # the manifest tells them apart by their number
+            name = tell_apart([_name(one) for one in models])[n]
             rows |= _certificate(source.get("certificate"), str((source.get("mapping") or ["?"])[0]), f"{name}: ")
-            if (taken := (manifest.get("taken") or {}).get(str(source.get("model")))) is not None:
+            key = f"{model} #{n}" if same else model
+            if (taken := (manifest.get("taken") or {}).get(key)) is not None:
                 rows[f"{name}: conversations taken"] = taken
         return rows
     return rows | _certificate(
@@ -117,8 +122,11 @@ def _certificate(figures: dict | None, mapping: str | None, prefix: str) -> dict
     return {prefix + name: value for name, value in chosen.items() if value is not None}
 
 
-def _training(config, arguments) -> dict:
+def _training(config, state, arguments) -> dict:
     rows = {name: getattr(getattr(config, name), "value", getattr(config, name)) for name in TRAINING}
+    if config.max_steps > 0:
+        del rows["num_train_epochs"]
+        rows = {"max_steps": config.max_steps, "epochs": state.epoch, **rows}
     rows["conversations per step"] = config.conversations_per_step
     if arguments.lora_r:
         rows["LoRA"] = f"r {arguments.lora_r}, alpha {arguments.lora_alpha}, on {arguments.lora_target_modules}"

@@ -21,11 +21,12 @@ import numpy as np
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 
-CHOICES = {  # name -> the columns of the source that it reads
-    "min_ce": ("source_ids", "source_probs", "source_ce"),
-    "avg_ce": ("source_ids", "source_probs", "source_ce"),
-    "min_ce_token": ("source_ids", "source_probs", "source_token_ce", "mapped_mass"),
-    "source": ("source_ids", "source_probs"),
+_PIVOT, _SOURCE = ("topk_ids", "topk_logprobs", "ce"), ("source_ids", "source_probs")
+CHOICES = {  # name -> the columns that it reads
+    "min_ce": (*_PIVOT, *_SOURCE, "source_ce"),
+    "avg_ce": (*_PIVOT, *_SOURCE, "source_ce"),
+    "min_ce_token": (*_PIVOT, *_SOURCE, "source_token_ce", "mapped_mass"),
+    "source": _SOURCE,
 }
 
 
@@ -58,14 +59,14 @@ def fusion_distribution(
     Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
     Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
     """
-    _require(row, *CHOICES[choice])
+    require_columns(row, *CHOICES[choice])
     if choice == "source":
         return FusionDistribution(*_source(row, fuse_temperature), 1.0)
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
         return _choose_per_token(row, taken, fuse_temperature)
     if ce_unit == "byte":
-        _require(row, "source_tokens", "source_bytes")
+        require_columns(row, "source_tokens", "source_bytes")
     pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
     if choice == "min_ce":
         if source_ce < pivot_ce:  # False where either is not a number
@@ -75,7 +76,8 @@ def fusion_distribution(
     return _mix(row, float(share), fuse_temperature)
 
 
-def _require(row: dict, *columns: str) -> None:
+def require_columns(row: dict, *columns: str) -> None:
+    """Raise InputError naming the first column that a row lacks."""
     for column in columns:
         if row.get(column) is None:
             raise InputError(

@@ -7,6 +7,7 @@ What a batch holds (B rows of T tokens; packed: B = 1 and T = all tokens of the 
 The only Python loop runs over the conversations of a batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import CHOICES, FusionDistribution, fusion_distribution
+from fusechat_fuse.training.choice import CHOICES, FusionDistribution, fusion_distribution, require_columns
 from fusechat_fuse.training.loss import IGNORED
 
+INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
+TABLES = ("topk_ids", "topk_logprobs", "source_ids", "source_probs")
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
 
 
@@ -67,7 +70,7 @@ class FusionCollator:
         }
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        items = [self._item(decode_row(row) if "num_predicted" in row else row) for row in rows]
+        items = [self._item(_as_documented(row)) for row in rows]
         lengths = [len(item["input_ids"]) for item in items]
         if self.packing:
             offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -86,6 +89,7 @@ class FusionCollator:
 
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
+        require_columns(row, "input_ids", "predicted")
         fused = fusion_distribution(row, **self._options)
         self._check(row, fused)
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
@@ -155,6 +159,26 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
         drop = torch.arange(len(stats), device=stats.device)[:, None].expand_as(batch["labels"]) >= count  # [B, T]
     masked = {name: batch[name].masked_fill(drop, IGNORED) for name in ("labels", "shift_labels")}
     return {**batch, **masked, "conversation_stats": stats.flatten(0, 1)[:count, None]}
+
+
+def _as_documented(row) -> dict:
+    """A row by its documented names and as numpy arrays: stored ones are decoded, lists become arrays."""
+    if not isinstance(row, Mapping):
+        raise InputError(
+            f"row for FusionCollator: expected an aligned row, got {type(row).__name__}. Pass a directory that align "
+            "or combine wrote, or rows of one."
+        )
+    if "num_predicted" in row:
+        return decode_row(dict(row))
+    return {name: _array(name, value) if isinstance(value, list) else value for name, value in row.items()}
+
+
+def _array(name: str, values: list) -> np.ndarray:
+    """A list as `datasets` gives it; an empty one of distributions has no entries."""
+    array = np.asarray(values, np.int32 if name in INTEGERS else np.float32)
+    return (
+        array.reshape(len(values), -1) if name in ("topk_ids", "topk_logprobs", "source_ids", "source_probs") else array
+    )
 
 
 def _source_index(row: dict) -> int:

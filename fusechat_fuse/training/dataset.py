@@ -28,31 +28,31 @@ def open_dataset(dataset) -> Any:
     return _must_be_aligned(dataset) if isinstance(dataset, Representation) else dataset
 
 
-def check_dataset(dataset, collate, *, max_steps: int = 0) -> None:
-    """Raise InputError where a Trainer could not begin with what it was given.
+def check_length(dataset, max_steps: int) -> None:
+    """Raise InputError for training data that does not say how long it is, where the run does not either."""
+    if dataset is not None and not hasattr(dataset, "__len__") and max_steps <= 0:
+        raise InputError(
+            f"max_steps for {type(dataset).__name__}: expected more than 0, as an iterable does not tell its length, "
+            f"got {max_steps}. Set it."
+        )
+
+
+def check_rows(dataset, collate) -> None:
+    """Raise InputError where data has no rows, or a first one that makes no batch.
 
     Args:
-        dataset: what `open_dataset` answers: rows, an iterable of rows, None, or a dict of these.
-        collate: what makes a batch of a list of rows; tried on the first row where there is one to look at.
-        max_steps: of the run; an iterable does not say how long it is.
+        dataset: what `open_dataset` answers; of an iterable nothing is taken.
+        collate: makes a batch of a list of rows.
     """
     if isinstance(dataset, dict):
         for one in dataset.values():
-            check_dataset(one, collate, max_steps=1)
-    elif dataset is None:
-        return
-    elif not hasattr(dataset, "__len__"):
-        if max_steps <= 0:
+            check_rows(one, collate)
+    elif hasattr(dataset, "__len__"):
+        if len(dataset) == 0:
             raise InputError(
-                f"max_steps for {type(dataset).__name__}: expected more than 0, as an iterable does not say how long "
-                f"it is, got {max_steps}. Set it."
+                f"data for {getattr(dataset, 'path', type(dataset).__name__)}: expected conversations, got none. Check "
+                "how it was made."
             )
-    elif len(dataset) == 0:
-        raise InputError(
-            f"data for {getattr(dataset, 'path', type(dataset).__name__)}: expected conversations, got none. Check how "
-            "it was made."
-        )
-    else:
         collate([dataset[0]])
 
 

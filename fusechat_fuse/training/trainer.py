@@ -24,7 +24,7 @@ from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.training.collator import FusionCollator, first_conversations
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import check_dataset, open_dataset, source_names
+from fusechat_fuse.training.dataset import check_length, check_rows, open_dataset, source_names
 from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
@@ -85,6 +85,7 @@ class FusionTrainer(Trainer):
                 "it takes every field of TrainingArguments."
             )
         train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
+        check_length(train_dataset, args.max_steps)
         self.sources = list(sources or source_names(train_dataset if train_dataset is not None else eval_dataset))
         self.meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
         if kwargs.get("compute_loss_func") is not None:
@@ -111,8 +112,8 @@ class FusionTrainer(Trainer):
         self.add_callback(StepLosses())
         if isinstance(self.data_collator, FusionCollator):
             self._fit_collator(self.data_collator)
-            check_dataset(self.train_dataset, self.data_collator, max_steps=self.args.max_steps)
-            check_dataset(self.eval_dataset, self.data_collator, max_steps=1)
+            for dataset in (self.train_dataset, self.eval_dataset):
+                check_rows(dataset, self.data_collator)
         self._check_packing()
 
     # -- model --------------------------------------------------------------------------------------------------------

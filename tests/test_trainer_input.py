@@ -1,0 +1,97 @@
+"""What a FusionTrainer may be given: rows in every form, any padding id; what is refused when it is made."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.training.trainer import FusionTrainer
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_runs import aligned_directory, config, run, tokenizer
+
+
+@pytest.mark.parametrize("pad", [50, 10**6, -1])
+def test_padding_may_be_any_id(tmp_path, pad):
+    class Tokenizer(PreTrainedTokenizerFast):
+        pad_token_id = pad
+
+    own = Tokenizer(tokenizer_object=tokenizer().backend_tokenizer)
+    rows = aligned_rows(8)
+    trainer = FusionTrainer(tiny_model(), config(tmp_path), train_dataset=rows, processing_class=own)
+    assert trainer.data_collator.pad_token_id == 0
+    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+
+
+def without(name, rows):
+    return [{key: value for key, value in row.items() if key != name} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name", ["input_ids", "predicted", "topk_ids", "topk_logprobs", "ce", "source_ids", "source_ce"]
+)
+def test_rows_without_a_column_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match=f"column '{name}' for conversation 'c0': expected an aligned row"):
+        FusionTrainer(tiny_model(), config(tmp_path), train_dataset=without(name, aligned_rows(2)))
+
+
+BAD_DATA = {
+    "texts": (["Hello"], "row for FusionCollator: expected an aligned row, got str"),
+    "nothing": ([], "data for list: expected conversations, got none"),
+    "an endless iterable": (
+        datasets.IterableDataset.from_generator(lambda: iter(aligned_rows(2))),
+        "max_steps for IterableDataset: expected more than 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_DATA.values(), ids=BAD_DATA)
+def test_data_that_nothing_can_begin_with_is_refused(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        FusionTrainer(tiny_model(), config(tmp_path), train_dataset=data)
+
+
+def test_evaluation_data_is_looked_at_too(tmp_path):
+    with pytest.raises(InputError, match="column 'source_ids' for conversation 'c0'"):
+        FusionTrainer(tiny_model(), config(tmp_path), eval_dataset={"a": without("source_ids", aligned_rows(2))})
+
+
+def test_rows_of_lists_and_iterables_give_the_same_run(tmp_path):
+    rows = aligned_rows(8)
+    as_lists = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in rows]
+    plain = run(tmp_path, rows, max_steps=2)
+    assert run(tmp_path, datasets.Dataset.from_list(as_lists), max_steps=2)[0] == pytest.approx(plain[0], rel=1e-3)
+    stream = datasets.Dataset.from_list(as_lists).to_iterable_dataset()
+    assert run(tmp_path, stream, max_steps=2)[0] == pytest.approx(plain[0], rel=1e-3)
+    folder = aligned_directory(tmp_path / "data", rows)
+    stored = datasets.load_from_disk(str(folder)).to_iterable_dataset()
+    assert run(tmp_path, stored, max_steps=2)[0] == pytest.approx(plain[0], rel=1e-3)
+
+
+def test_adapters_that_add_tokens_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(InputError, match=r"expected some that leave the tokens alone .*, got PromptTuningConfig"):
+        FusionTrainer(model, config(tmp_path), train_dataset=aligned_rows(2))
+
+
+@pytest.mark.parametrize(("every", "logged"), [(10, 2), (2, 1), (1, 2)])
+def test_a_run_with_fewer_steps_than_logging_steps_is_logged(tmp_path, caplog, every, logged):
+    with caplog.at_level(logging.INFO, logger="fusechat_fuse"):
+        losses = run(tmp_path, aligned_rows(8), logging_steps=every)[0]
+    assert len(losses) == logged
+    assert ("2 steps in all, fewer than logging_steps 10: each is logged." in caplog.text) == (every == 10)
+
+
+def test_nothing_is_said_of_tokens_that_the_target_does_not_have(tmp_path, caplog):
+    model = tiny_model(vocab_size=640)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 7
+    trainer = FusionTrainer(
+        model, config(tmp_path, max_steps=1), train_dataset=aligned_rows(4), processing_class=tokenizer()
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "tokens that differ from the model config" not in caplog.text
