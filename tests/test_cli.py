@@ -188,24 +188,29 @@ def test_another_runs_directory_is_left_alone(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "got"),
-    [(errno.ENOSPC, "a full disk. Free some space"), (errno.EROFS, "a read-only file system. Choose another path")],
+    ("number", "what", "got"),
+    [
+        (errno.ENOSPC, "disk", "expected room to write, got none left. Free some"),
+        (errno.EROFS, "path", "expected a place to write, got a read-only file system. Choose another path."),
+    ],
+    ids=["full", "read-only"],
 )
-def test_a_place_that_cannot_be_written_is_named_and_left_empty(world, tmp_path, capsys, monkeypatch, number, got):
+def test_a_place_that_cannot_be_written_is_named_and_left_empty(
+    world, tmp_path, capsys, monkeypatch, number, what, got
+):
     def refuse(handle):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
     line = sentence(capsys, *align_flags(world, tmp_path / "a"))
-    assert f"error: access for {tmp_path / 'a' / 'identity.json'}: expected to be granted, got {got}" in line
+    assert f"error: {what} for {tmp_path / 'a' / 'identity.json'}: {got}" in line
     assert not (tmp_path / "a").exists()
 
 
 def test_a_file_in_the_way_is_named(world, tmp_path, capsys):
     (tmp_path / "file").touch()
     line = sentence(capsys, *align_flags(world, tmp_path / "file" / "a"))
-    assert f"access for {tmp_path / 'file' / 'a'}" in line
-    assert "expected to be granted, got a file where a directory should be. Choose another path." in line
+    assert f"output for {tmp_path / 'file' / 'a'}: expected a directory, got a file ({tmp_path / 'file'})" in line
 
 
 def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(world, tmp_path, capsys, monkeypatch):
@@ -219,7 +224,7 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(world, tmp_path
 
     monkeypatch.setattr(os, "fsync", refuse_the_third)
     line = sentence(capsys, *align_flags(world, tmp_path / "a"), code=1)
-    assert f"access for {tmp_path / 'a' / 'shard-00000.arrow'}: expected to be granted, got a full disk" in line
+    assert f"disk for {tmp_path / 'a' / 'shard-00000.arrow'}: expected room to write, got none left" in line
     assert list((tmp_path / "a").glob(".*")) == []
     monkeypatch.setattr(os, "fsync", whole)
     assert main(align_flags(world, tmp_path / "a")) == 0

@@ -94,7 +94,7 @@ def test_page_only_of_aligned_data(aligned, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(aligned, tmp_path):
-    with pytest.raises(InputError, match=r"access for .*nowhere/x.html: expected to be granted, got nothing there"):
+    with pytest.raises(InputError, match=r"path for .*nowhere/x.html: expected it to be there, got nothing"):
         inspect_path(aligned / "prefix", html=tmp_path / "nowhere" / "x.html")
     with pytest.raises(InputError, match="expected a file's name"):
         inspect_path(aligned / "prefix", html=tmp_path)
