@@ -65,7 +65,8 @@ def _add(model, arguments) -> Any:
             f"adapters for {arguments.model_name_or_path}: expected modules that peft can adapt, got: "
             f"{first_line(error)}. Change lora_target_modules."
         ) from error
-    tied = sorted(shared & set(adapted.base_model.targeted_module_names))
+    targeted: Any = adapted.base_model.targeted_module_names
+    tied = sorted(shared & set(targeted))
     if tied:
         raise InputError(
             f"adapters for {tied[0]}: expected a weight of its own, got one that it shares with "

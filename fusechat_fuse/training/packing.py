@@ -5,8 +5,9 @@ without them, or carries a state along the row, lets a conversation see the one 
 is merely wrong.
 """
 
-import contextlib
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
 
 
-def check_packing(model, autocast=contextlib.nullcontext) -> None:
+def check_packing(model, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:
     """Raise InputError where a conversation's logits depend on the one packed before it, or position ids are refused.
 
     Args:

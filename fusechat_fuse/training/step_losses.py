@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -25,14 +26,15 @@ class StepLosses(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        kept_states: Any = state.stateful_callbacks  # by the callback's name
+        kept = kept_states.get(type(self).__name__) if state.global_step else None
         self._begin(state.global_step, **(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
         self._log_every_step = args.logging_strategy == "steps" and state.max_steps < state.logging_steps
         if self._log_every_step:
             logger.info(
                 "%d steps in all, fewer than logging_steps %d: each is logged.", state.max_steps, state.logging_steps
             )
-        state.stateful_callbacks[type(self).__name__] = self.state()  # a checkpoint may come without it
+        kept_states[type(self).__name__] = self.state()  # a checkpoint may come without it
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._log_every_step:

@@ -165,7 +165,7 @@ class FusionTrainer(Trainer):
     def _check_packing(self) -> None:
         kind = type(causal_model(self.model))
         if getattr(self.data_collator, "packing", False) and kind not in self._packs:
-            check_packing(self.model, self.accelerator.autocast)
+            check_packing(self.model, lambda: self.accelerator.autocast())
             self._packs.add(kind)
 
     def train(self, *args, **kwargs):

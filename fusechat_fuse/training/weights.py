@@ -1,5 +1,7 @@
 """The trained weights, looked through before they are saved, and cast for saving."""
 
+from typing import Any
+
 import torch
 
 
@@ -9,7 +11,7 @@ def check_weights(model: torch.nn.Module, accelerator) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        here = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
+        here: Any = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
         here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
         bad += int(not torch.isfinite(here).all())
     if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
