@@ -98,9 +98,7 @@ def test_equal_tokenizers_are_mapped_by_identity(mapping, tiny_bpe, tmp_path):
         assert (row["source_ids"][:, :K] == theirs["topk_ids"]).all()
         probs = np.exp(theirs["topk_logprobs"].astype(np.float64))
         if mapping == "statistics":
-            assert np.allclose(
-                row["source_probs"][:, :K], probs / probs.sum(1, keepdims=True), rtol=8e-3
-            )  # a step of float16
+            assert np.allclose(row["source_probs"][:, :K], probs / probs.sum(1, keepdims=True), rtol=8e-3)
         else:
             assert np.allclose(row["source_probs"][:, :K], probs, rtol=6e-3)
             actual = theirs["input_ids"][theirs["predicted"]]

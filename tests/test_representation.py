@@ -12,7 +12,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.fields import decode_ids, encode_ids
 from fusechat_fuse.store.files import file_sha256
-from fusechat_fuse.store.rows import decode_row
+from fusechat_fuse.store.rows import _decode_source, _encode_source, decode_row
 from fusechat_fuse.store.shards import ShardWriter, _sha256_once, load_representation
 from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
@@ -408,3 +408,23 @@ def test_tokenizer_lies_in_the_directory(tmp_path, tiny_unigram):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer"]
     with pytest.raises(InputError, match=r"expected tokenizer/tokenizer.json"):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 300])
+@pytest.mark.parametrize("total", [0.7, 1.0, 1.0004])
+def test_source_rows_never_exceed_one_and_stay_within_a_float16(width, total):
+    rng = np.random.default_rng(width)
+    probs = np.exp(rng.normal(0, 2.5, (400, width)))
+    probs = probs / probs.sum(1, keepdims=True) * total
+    kept = probs > np.quantile(probs, 0.2) if width > 2 else probs > 0
+    row = make_row(rng, "x") | {"source_ids": np.where(kept, 1, -1), "source_probs": np.where(kept, probs, 0)}
+    read = _decode_source(_encode_source(row, 400), 400)["source_probs"].astype(np.float64)
+    assert read.sum(1).max() <= 1
+    expected = probs / np.maximum(np.where(kept, probs, 0).sum(1, keepdims=True), 1)
+    for got, mask, wanted in zip(read, kept, expected):
+        wanted = wanted[mask]
+        spacing = np.spacing(np.abs(np.log(wanted)).astype(np.float16)).astype(np.float64)
+        error = np.abs(np.log(got[: len(wanted)]) - np.log(wanted))
+        assert (error < spacing + 5e-7).all()  # 5e-7: of float32
+        assert np.abs(got.sum() - wanted.sum()) < 1e-3
+        assert width < 10 or (error > 0.52 * spacing).mean() < 0.6  # only as many as need it

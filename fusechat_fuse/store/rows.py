@@ -119,30 +119,39 @@ def _encode_source(row: dict, P: int) -> dict:
         "source_width": ids.shape[1],
         "source_counts": encode_small(kept.sum(1)),
         "source_ids": encode_ids(ids[kept]),
-        "source_logprobs": _float16_logs(probs[kept].astype(np.float64), np.nonzero(kept)[0], P).tobytes(),
+        "source_logprobs": _float16_logs(np.where(kept, probs, 0))[kept].tobytes(),
     }
     if row.get("source_index") is not None:
         fields["source_index"] = encode_ids(row["source_index"])
     return fields
 
 
-def _float16_logs(probs: np.ndarray, token: np.ndarray, P: int) -> np.ndarray:
-    """Logarithms as float16, rounded so that no token's probabilities add up to more than 1 when they are read.
+def _float16_logs(probs: np.ndarray) -> np.ndarray:
+    """Logarithms as float16 [P, K'], such that no row of probabilities adds up to more than 1 when it is read.
 
-    Args:
-        probs: float64 [n]; token: int [n], the token each belongs to, below P.
+    A row that adds up to more than 1 is divided by its sum. Where rounding to nearest leads above 1, the entries that
+    it made larger are rounded down, most likely ones first, as far as is needed.
     """
+    probs = probs.astype(np.float64)
     with np.errstate(divide="ignore"):
         logs = np.log(probs)
-    rounded = logs.astype("<f2")
-    over = np.bincount(token, np.exp(rounded.astype(np.float32)), P) > 1
-    if over.any():
-        total = np.maximum(np.bincount(token, probs, P), 1.0)
-        lower = (logs - np.log(total)[token]).astype(np.float64)
-        down = lower.astype("<f2")
-        down = np.where(down > lower, np.nextafter(down, np.float16(-np.inf)), down)
-        rounded = np.where(over[token], down, rounded).astype("<f2")
-    return rounded
+    total = probs @ np.ones(probs.shape[1])
+    over = np.flatnonzero(total > 1)
+    logs[over] -= np.log(total[over])[:, None]
+    nearest = logs.astype("<f2")
+    read = np.exp(nearest.astype(np.float32))
+    excess = read.sum(1, dtype=np.float64) - 1
+    rows = np.flatnonzero(excess > 0)
+    excess = excess[rows]
+    larger = np.where(nearest[rows] > logs[rows] - 2e-7, read[rows], 0)  # float32's exp may make larger what is equal
+    while len(rows):
+        k = larger.argmax(1)
+        nearest[rows, k] = lower = np.nextafter(nearest[rows, k], np.float16(-np.inf))
+        excess -= np.where(larger.max(1) > 0, read[rows, k] - np.exp(lower.astype(np.float32)), np.inf)
+        larger[np.arange(len(rows)), k] = 0
+        on = excess > -1e-7
+        rows, excess, larger = rows[on], excess[on], larger[on]
+    return nearest
 
 
 def _decode_source(row: dict, P: int) -> dict:
