@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 BYTES = ("I8", "U8")
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 
@@ -76,7 +77,7 @@ def quantised(stored: dict[str, str], config: dict) -> str | None:
         config: what config.json says.
     """
     for name, dtype in stored.items():
-        narrow = dtype.startswith(("F8", "F6", "F4")) or (dtype in BYTES and name.endswith("weight"))
+        narrow = dtype in NARROW or (dtype in BYTES and name.endswith("weight"))
         if narrow:
             return f"{dtype} in {name}"
     settings = config.get("quantization_config")

@@ -2,8 +2,9 @@
 
 mergekit casts every input to the recipe's `dtype` when it reads it. With `dtype: bfloat16` the float32 weights of a
 target are rounded before its task vector is taken, and a task vector of a fine-tuning is smaller than that rounding.
-Here the inputs are read as they are stored, and `dtype` is the dtype of the result (`out_dtype`, where given, is). For
-`dtype: float64` the cast stays: there it adds digits.
+Here the inputs are read as they are stored, and the result is rounded once, to `out_dtype` or, without one, `dtype`.
+For `dtype: float64` the cast stays: there it adds digits. Vocabulary tensors that a tokenizer section averages or pads
+are widened to float32 first, as mergekit averages in the dtype that it is given.
 
 A plan whose merge writes a report ends with a task that says the output is done.
 """
@@ -13,10 +14,18 @@ from typing import Any
 
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, GatherTensors
+from mergekit.tokenizer import PermutedVocabulary
+from torch import Tensor, bfloat16, float16
 
 from fusechat_merge import report
 
-NARROW = ("float32", "float16", "bfloat16")
+
+class GatherWide(GatherTensors, frozen=True):
+    """Gathers the inputs of one tensor, 16-bit ones as float32 (which holds all their values)."""
+
+    def execute(self, **loaded: Any) -> dict[Any, Tensor]:
+        gathered = super().execute(**loaded)
+        return {model: t.float() if t.dtype in (bfloat16, float16) else t for model, t in gathered.items()}
 
 
 class ReportDone(Task[None], frozen=True):
@@ -62,14 +71,18 @@ def follow(plan: Any) -> None:
 
 def as_stored(weight: Any, task: Any, config: Any) -> Any:
     """The task of one merged tensor, its inputs not cast and its result in the recipe's dtype."""
-    dtype = (config.dtype or "").removeprefix("torch.")
-    if weight.force_dtype or dtype not in NARROW:
+    out_dtype = config.out_dtype or config.dtype
+    if weight.force_dtype or not out_dtype:
         return task
-    inputs = _without_cast(task.gather_tensors)
-    return task.model_copy(update={"gather_tensors": inputs, "out_dtype": config.out_dtype or dtype})
+    keep_cast = (config.dtype or "").removeprefix("torch.") == "float64"
+    inputs = task.gather_tensors if keep_cast else _without_cast(task.gather_tensors)
+    return task.model_copy(update={"gather_tensors": inputs, "out_dtype": out_dtype})
 
 
 def _without_cast(inputs: Any) -> Any:
     if isinstance(inputs, GatherTensors):
         return inputs.model_copy(update={"dtype": None})
-    return inputs.model_copy(update={"gather_tensors": _without_cast(inputs.gather_tensors)})  # vocabulary tasks
+    gathered = _without_cast(inputs.gather_tensors)  # vocabulary tasks
+    if isinstance(inputs, PermutedVocabulary):
+        gathered = GatherWide(weight_info=gathered.weight_info, device=gathered.device)
+    return inputs.model_copy(update={"gather_tensors": gathered})

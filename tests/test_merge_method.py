@@ -229,6 +229,47 @@ def test_a_narrow_dtype_rounds_the_result_and_not_the_inputs(method, tmp_path):
     assert torch.equal(doubled["lm_head.weight"], computed(inputs[0], inputs[1:]))
 
 
+def test_bfloat16_inputs_are_rounded_once_to_out_dtype(tmp_path):
+    pivot, targets = write_family(tmp_path / "m", dtype=torch.bfloat16)
+    config = {key: value for key, value in recipe(pivot, targets).items() if key != "dtype"}
+    inputs = [read(path) for path in (pivot, *targets)]
+    kept = merge(config, tmp_path / "kept")
+    merged = merge(config | {"out_dtype": "float32"}, tmp_path / "out")
+    for name in inputs[0]:
+        stored = [tensors[name] for tensors in inputs]
+        assert torch.equal(merged[name], kernel.sce(stored[0], stored[1:], dtype=torch.float32).merged)
+        assert torch.equal(kept[name], kernel.sce_merge(stored[0], stored[1:]))
+
+
+def test_float64_checkpoints_are_merged(tmp_path):
+    pivot, targets = write_family(tmp_path / "m", dtype=torch.float64)
+    inputs = [read(path)["lm_head.weight"] for path in (pivot, *targets)]
+    for dtype in ("float64", "float32"):
+        merged = merge(recipe(pivot, targets) | {"dtype": dtype}, tmp_path / dtype)["lm_head.weight"]
+        assert torch.equal(merged, kernel.sce(inputs[0], inputs[1:], dtype=getattr(torch, dtype)).merged)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"out_dtype": "float32"}], ids=str)
+def test_a_vocabulary_is_averaged_and_padded_in_float32_or_better(stored, changes, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pivot, targets = write_family(tmp_path / "m", dtype=stored)
+    for path in (pivot, *targets):  # the pivot lacks the last token: it gets the targets' mean
+        words = {f"w{index}": index for index in range(30 if path == pivot else 31)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    config = recipe(pivot, targets) | {"tokenizer": {"source": "union", "pad_to_multiple_of": 32}, "dtype": None}
+    merged = merge(config | changes, tmp_path / "out")["lm_head.weight"]
+    wide = torch.promote_types(stored, torch.float32)
+    base, *moved = (read(path)["lm_head.weight"].to(wide)[:31] for path in (pivot, *targets))
+    base[30] = sum(tensor[30] for tensor in moved) / len(moved)
+    base, *moved = (torch.cat([tensor, tensor.mean(0, keepdim=True)]) for tensor in (base, *moved))
+    dtype = getattr(torch, next(iter(changes.values())))
+    assert torch.equal(merged, kernel.sce(base, moved, dtype=dtype).merged)
+
+
 def test_other_methods_of_mergekit_read_as_before(tmp_path):
     pivot, targets = write_family(tmp_path / "m")
     config = recipe(pivot, targets, "linear", weight=1.0) | {"dtype": "bfloat16"}
