@@ -57,7 +57,8 @@ def sce_merge(
         targets: M >= 1 tensors of the pivot's shape and device, any of these dtypes; borrowed.
         select_topk: tau, in [0, 1]; 0 gives the pivot.
         select_scope: "all"; or "coefficients": step 1 serves step 2 only (as in the authors' FuseChat-7B-v2.0 code).
-        weights: M priors w_j >= 0; None is 1 each, all zero gives the pivot.
+        weights: M priors w_j >= 0; None is 1 each, all zero gives the pivot. A target of weight 0 still counts in steps
+            1 and 3.
 
     Returns:
         A new tensor with the pivot's shape, dtype and device.
@@ -269,7 +270,7 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
         raise ValueError(f"weights for the targets: expected {count}, got {len(weights)}. Give one for each target.")
     if not all(0 <= float(weight) < float("inf") for weight in weights):
         raise ValueError(
-            f"weights for the targets: expected numbers >= 0, got {list(weights)}. Use 0 to leave one out."
+            f"weights for the targets: expected numbers >= 0, got {list(weights)}. Leave a target out of the list."
         )
 
 

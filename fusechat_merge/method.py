@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
@@ -80,7 +81,7 @@ def _weight(value: Any) -> float | None:
     if value is None:
         return None
     if not 0 <= _number(value) < math.inf:
-        raise _refuse("weight", "sce and varm", "a number >= 0", value, "Use 0 to leave a target out.")
+        raise _refuse("weight", "sce and varm", "a number >= 0", value, "To leave a target out, remove it.")
     return _number(value)
 
 
@@ -102,7 +103,8 @@ WEIGHT = ParameterSpec(
     Annotated[Any, PlainValidator(_weight)],
     ParameterScope.INPUT,  # the pivot's too, to refuse it
     None,
-    "prior that multiplies a target's coefficient before normalising (default 1); 0 for all gives the pivot",
+    "prior that multiplies a target's coefficient before normalising (default 1); 0 for all gives the pivot. "
+    "With sce a target of weight 0 still votes for the sign and counts in the variance",
 )
 
 
@@ -148,7 +150,8 @@ class PivotMerge(MergeMethod):
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name and SLICE.search(group_name):  # a slice is planned, and what it merges can be looked at
             models = [model for model in input_ids if isinstance(model, ModelReference)]
-            _check_checkpoints(self.spec.name, models, base_id)
+            _check_distinct(where, models)
+            _check_checkpoints(self.spec.name, models)
             if group_name.endswith(".slices[0]"):  # once for a planned output
                 _said.clear()
                 ours, theirs = _autoload.versions()
@@ -199,6 +202,11 @@ class PivotMerge(MergeMethod):
                 f"weights for tensor {group.metadata.name} of {entry.id}: expected finite numbers, got NaN or inf. "
                 "Repair or leave out that model."
             ) from None
+        if merge.merged.dtype == torch.float16 and not bool(torch.isfinite(merge.merged).all()):
+            raise ValueError(
+                f"result for tensor {group.metadata.name}: expected numbers within float16 (65504), got larger ones. "
+                "Write `out_dtype: bfloat16` or `out_dtype: float32`."
+            )
         if isinstance(pivot.id, ModelReference):  # a run of mergekit, not a call of its Python functions
             name, names = str(group.metadata.name), [str(entry.id) for entry in targets]
             running = report.running_for(self.spec.name, str(pivot.id), names, name)
@@ -230,7 +238,24 @@ class PivotMerge(MergeMethod):
         return weights
 
 
-def _check_checkpoints(method: str, models: Sequence[ModelReference], pivot: Hashable) -> None:
+def _check_distinct(where: str, models: Sequence[ModelReference]) -> None:
+    """Raises ValueError where two names of models lead to one: `T`, `T/`, a symbolic link to it."""
+    found: dict[ModelReference, ModelReference] = {}
+    for model in models:
+        parts = {
+            part: path.model_copy(update={"path": os.path.realpath(path.path)})
+            for part, path in (("model", model.model), ("lora", model.lora))
+            if path is not None and os.path.isdir(path.path)
+        }
+        first = found.setdefault(model.model_copy(update=parts), model)
+        if first is not model:
+            raise ValueError(
+                f"inputs for {where}: expected each model once, got {first} and {model}, which are one. Remove one, or "
+                "give it a weight."
+            )
+
+
+def _check_checkpoints(method: str, models: Sequence[ModelReference]) -> None:
     """Refuse, while mergekit plans, what cannot be merged or would be merged as something else.
 
     Raises:
@@ -239,7 +264,7 @@ def _check_checkpoints(method: str, models: Sequence[ModelReference], pivot: Has
     """
     cache = LoaderCache()
     outputs: dict[Hashable, set[str]] = {}
-    configs = {}
+    configs: dict[Hashable, Any] = {}
     for model in models:
         index = cache.get(model).index
         files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
@@ -249,13 +274,22 @@ def _check_checkpoints(method: str, models: Sequence[ModelReference], pivot: Has
         if shown is not None and model.lora is None:
             raise ValueError(f"model {model} for {method}: {checkpoint.quantised_sentence(shown)}")
         outputs[model] = {name for name in index.tensor_paths if name.endswith(checkpoint.OUTPUT_LAYERS)}
+    expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
     for model in models:
-        missing = outputs.get(pivot, set()) - outputs[model]
+        missing = expected - outputs[model]
         if missing and not getattr(configs[model], "tie_word_embeddings", True):
             raise ValueError(
                 f"weights for {method}, model {model}: expected {min(missing)}, as its config.json says "
                 "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
             )
+
+
+def _output_layers(config: Any) -> set[str]:
+    """The output layers of this architecture for which mergekit would take the embeddings."""
+    info = arch_info_for_config(config)
+    modules = [module.architecture for module in info.modules.values()] if info else []
+    weights = [weight for module in modules for weight in (*module.pre_weights(config), *module.post_weights(config))]
+    return {w.name for w in weights if w.tied_names and w.name.endswith(checkpoint.OUTPUT_LAYERS)}
 
 
 def _names(ids: Sequence[Hashable]) -> str:

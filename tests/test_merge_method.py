@@ -334,6 +334,61 @@ def test_a_missing_output_layer_is_refused_where_it_is_not_shared(models, tmp_pa
     assert torch.equal(merged["lm_head.weight"], kernel.sce_merge(read(pivot)["lm_head.weight"], inputs))
 
 
+@pytest.mark.parametrize("lacking", ["pivot", "all"])
+def test_a_missing_output_layer_of_the_pivot_is_refused(lacking, models, tmp_path):
+    pivot, *targets = (
+        write_llama(
+            tmp_path / path.name,
+            {name: tensor for name, tensor in read(path).items() if name != "lm_head.weight"},
+            layers=3,
+        )
+        for path in (models[0], *models[1])
+    )
+    config = recipe(pivot, targets if lacking == "all" else models[1])
+    with pytest.raises(ValueError, match=r"model .*: expected lm_head.weight, as .*false, got none"):
+        merge(config, tmp_path / "out")
+    for path in (pivot, *targets):
+        change_config(path, tie_word_embeddings=True)
+    assert "model.embed_tokens.weight" in merge(config, tmp_path / "tied")
+
+
+@pytest.mark.parametrize("spelling", ["slash", "link", "pivot"])
+def test_a_target_under_two_names_is_refused(spelling, models, tmp_path):
+    pivot, targets = models
+    (tmp_path / "link").symlink_to(targets[0])
+    other = {"slash": f"{targets[0]}/", "link": str(tmp_path / "link"), "pivot": f"{pivot}/."}[spelling]
+    config = recipe(pivot, targets)
+    config["models"].append({"model": other})
+    with pytest.raises(ValueError, match=r"inputs for sce.*: expected each model once, got .* and .*, which are one"):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["sce", "varm"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_result_beyond_float16_is_an_error(method, count, models, tmp_path):
+    pivot, targets = models
+    name = "model.layers.1.mlp.up_proj.weight"
+    large = []
+    for path in targets[:count]:
+        weights = read(path)
+        weights[name][0, 0] = 1e5
+        large.append(write_llama(tmp_path / path.name, weights, layers=3))
+    config = recipe(pivot, large, method)
+    with pytest.raises(ValueError, match=rf"result for tensor {name}: expected numbers within float16"):
+        merge(config | {"out_dtype": "float16"}, tmp_path / "out")
+    merged = merge(config | {"out_dtype": "bfloat16"}, tmp_path / "wide")
+    assert merged[name].isfinite().all()
+
+
+def test_a_target_of_weight_0_still_votes_with_sce():
+    pivot, first, second = torch.zeros(1), torch.tensor([1.0]), torch.tensor([-2.0])
+    assert merge_tensors([pivot, first], sce, base_index=0).item() == 1
+    assert merge_tensors([pivot, first, second], sce, base_index=0, parameters={"weight": [1, 0]}).item() == 0
+    with pytest.raises(ValueError, match=r"got -1\. To leave a target out, remove it"):
+        merge_tensors([pivot, first, second], sce, base_index=0, parameters={"weight": [1, -1]})
+
+
 def test_a_target_given_twice_is_named(models, tmp_path):
     pivot, targets = models
     with pytest.raises(ValueError, match=r"inputs for sce, default.*expected each model once, got .*target1 twice"):
