@@ -13,11 +13,11 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     parser = _parser()
-    arguments, flags = parser.parse_known_args(argv)
-    if arguments.command == "yaml":
-        arguments.flags = flags
-    elif flags:
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments, flags = parser.parse_known_args(words)
+    if flags and arguments.command != "yaml":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    arguments.words = words[words.index(arguments.command) + 1 :]
     try:
         return arguments.run(arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "yaml",
         help="run mergekit-yaml with these methods; the output appears whole or not at all",
-        epilog="All further flags are mergekit-yaml's own (see mergekit-yaml --help).",
+        usage="%(prog)s [-h] CONFIG OUT [FLAG ...]",
+        epilog="All flags are mergekit-yaml's own (see mergekit-yaml --help).",
     )
     merge.add_argument("config", metavar="CONFIG", help="mergekit configuration")
     merge.add_argument("out", metavar="OUT", help="new directory for the merged model")
@@ -77,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
 def _yaml(arguments: argparse.Namespace) -> None:
     from fusechat_merge import staging
 
-    staging.merge(arguments.config, arguments.out, arguments.flags)
+    config, out, *flags = arguments.words
+    if (config, out) != (arguments.config, arguments.out):  # the value of a flag would be taken for OUT
+        raise ValueError(
+            f"arguments of fusechat-merge yaml: expected CONFIG OUT before the flags, got {' '.join(arguments.words)}. "
+            "Put the flags last."
+        )
+    staging.merge(config, out, flags)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -353,6 +353,15 @@ def test_yaml_leaves_nothing_of_a_merge_that_fails(config, models, tmp_path, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("order", ["CONFIG --transformers-cache CACHE OUT", "--quiet CONFIG OUT", "CONFIG --cuda OUT"])
+def test_yaml_refuses_flags_before_its_output(order, config, tmp_path, capsys):
+    places = {"CONFIG": str(config), "CACHE": str(tmp_path / "cache"), "OUT": str(tmp_path / "out")}
+    before = sorted(tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", *(places.get(word, word) for word in order.split())])
+    assert "expected CONFIG OUT before the flags" in sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_yaml_follows_an_output_that_is_a_symbolic_link(config, tmp_path):
     (tmp_path / "disk").mkdir()
     for name, real in (("empty", tmp_path / "disk" / "a"), ("dangling", tmp_path / "disk" / "b")):
