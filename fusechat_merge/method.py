@@ -209,9 +209,7 @@ class PivotMerge(MergeMethod):
             )
         if isinstance(pivot.id, ModelReference):  # a run of mergekit, not a call of its Python functions
             name, names = str(group.metadata.name), [str(entry.id) for entry in targets]
-            running = report.running_for(self.spec.name, str(pivot.id), names, name)
-            if running is not None:
-                running.add(name, pivot.tensor, tensors, names, merge)
+            report.add(self.spec.name, str(pivot.id), names, name, (pivot.tensor, *tensors), merge)
         return merge.merged
 
     def _target_weights(

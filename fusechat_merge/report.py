@@ -3,12 +3,14 @@
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
 one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that the pictures are what a report
 costs. A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output
-is. Used by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output) and by `fusechat-merge inspect`.
+is. Used by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output), where a report that fails is a warning, and by
+`fusechat-merge inspect`.
 
 Shape letters: M targets.
 """
 
 import atexit
+import contextlib
 import csv
 import json
 import logging
@@ -16,7 +18,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,8 +191,13 @@ class Report:
         """Write summary.json and, where matplotlib is installed, the pictures. Returns the summary's path."""
         if not self.rows:
             return None
-        path = self.directory / "summary.json"
-        path.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+        path, partial = self.directory / "summary.json", self.directory / "summary.json.part"
+        try:
+            partial.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)  # whole or not at all
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         from fusechat_merge import plots
 
         try:
@@ -227,7 +234,34 @@ _running: Report | None = None
 _earlier: list[Report] = []  # of the same output, where its slices have other pivots or targets
 _pinned = False
 _announced = False  # `end_announced` will say that the output is whole
+_held = False  # see `held`
+_given_up = False  # this output's report could not be written
 _lock = threading.Lock()
+
+
+def add(method: str, pivot: str, targets: Sequence[str], tensor: str, tensors: Sequence[Tensor], merge: Merge) -> None:
+    """Add a merged tensor to the report that takes it, if one does; a merge goes on without a report that fails.
+
+    Args:
+        method, pivot, targets, tensor: names, see `running_for`.
+        tensors: the pivot's and the targets' tensors.
+        merge: the result.
+    """
+    global _given_up
+    if _given_up:
+        return
+    try:
+        running = running_for(method, pivot, targets, tensor)
+        if running is not None:
+            running.add(tensor, tensors[0], tensors[1:], targets, merge)
+    except Exception as error:
+        if _pinned:  # an inspection is nothing but its report
+            raise
+        with _lock:
+            if not _given_up:
+                root = os.environ[SWITCH]
+                logger.warning("merge report in %s: the merge goes on without it and its summary: %s", root, error)
+            _given_up = True
 
 
 def running_for(method: str, pivot: str, targets: Sequence[str], tensor: str) -> Report | None:
@@ -273,37 +307,65 @@ def use(report: Report | None, pinned: bool = False) -> None:
 
 
 def announce() -> bool:
-    """Whether the output that is being planned gets a report; then `end_announced` is to be called when it is whole."""
+    """Whether the output that is being planned gets a report; then `end_announced` is to be called when it is whole.
+
+    Raises:
+        ValueError: FUSECHAT_MERGE_REPORT cannot be a directory.
+    """
     global _announced
-    if _pinned or not os.environ.get(SWITCH):
+    root = os.environ.get(SWITCH)
+    if _pinned or not root:
         return False
+    existing = next(path for path in (Path(root).absolute(), *Path(root).absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"{SWITCH}: expected a directory, got {root}, as {existing} is none. Name another.")
     end()
     _announced = True
     return True
 
 
 def end_announced() -> None:
-    """The output is whole: finish its reports."""
+    """The weights are whole: finish the reports of the output, unless they are held."""
     global _announced
-    _announced = False
-    end()
+    if not _held:
+        _announced = False
+        end()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Finish the reports after this block, which puts the output in place; none where it fails."""
+    global _held
+    _held = True
+    try:
+        yield
+        _held = False
+        end_announced()
+    finally:
+        _held = False
+        forget()
 
 
 @atexit.register
 def end() -> None:
     """Finish the running reports; those of an output that was announced and is not whole get no summary."""
-    reports, failed = [*_earlier, *([_running] if _running else [])], _announced
+    reports, failed, given_up = [*_earlier, *([_running] if _running else [])], _announced, _given_up
     forget()
     for report in reports:
+        if given_up:  # as the log says already
+            continue
         if failed:
             logger.warning("merge report %s: the merge did not end, so it has no summary", report.directory)
-        else:
+            continue
+        try:
             report.finish()
+        except Exception as error:
+            logger.warning("merge report %s is not whole (the merge is): %s", report.directory, error)
 
 
 def forget() -> None:
     """Drop the running reports as they are: no summary, no pictures."""
-    global _announced
+    global _announced, _given_up
     use(None)
     _earlier.clear()
-    _announced = False
+    _announced = _given_up = False

@@ -41,11 +41,12 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     _remove_abandoned(out)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", dir=out.parent))
     try:
-        staged = staging / out.name  # mergekit takes the model's name from it
-        run_yaml.main.main([str(config_path), str(staged), *flags], prog_name="mergekit-yaml", standalone_mode=False)
-        staged.replace(out)
+        with report.held():
+            staged = staging / out.name  # mergekit takes the model's name from it
+            words = [str(config_path), str(staged), *flags]
+            run_yaml.main.main(words, prog_name="mergekit-yaml", standalone_mode=False)
+            staged.replace(out)
     finally:
-        report.forget()
         shutil.rmtree(staging, ignore_errors=True)
 
 

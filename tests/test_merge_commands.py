@@ -472,6 +472,55 @@ def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypat
     assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("failure", ["row", "summary", "pictures"])
+def test_a_report_that_fails_is_one_warning(failure, config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    place, name = {"row": (report.Report, "columns"), "summary": (Path, "replace"), "pictures": (plots, "draw")}[
+        failure
+    ]
+    monkeypatch.setattr(place, name, full)
+    document = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    run_merge(document, str(tmp_path / "out"), options)
+    assert NAME in read(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert [record.message for record in caplog.records if "No space left" in record.message] == [
+        record.message
+        for record in caplog.records
+        if "merge report" in record.message and record.levelname == "WARNING"
+    ]
+    assert caplog.text.count("No space left") == 1
+    summaries = [path.name for path in tmp_path.rglob("summary.json*")]
+    assert summaries == (["summary.json"] if failure == "pictures" else [])
+
+
+def test_a_merge_that_fails_after_its_weights_leaves_no_summary(config, tmp_path, capsys, monkeypatch):
+    from transformers import PretrainedConfig
+
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainedConfig, "save_pretrained", lambda *a, **kw: (tmp_path / "none").read_text())
+        fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "reports" / "001-sce-pivot").iterdir()] == ["coefficients.csv"]
+    assert cli.main(["yaml", str(config), str(tmp_path / "out"), "--quiet", "--no-copy-tokenizer"]) == 0
+    assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("root", ["file", "file/below", "/dev/full"])
+def test_a_report_that_can_be_no_directory_is_refused(root, config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(report.SWITCH, str(tmp_path / root))
+    before = sorted(tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
+    assert f"FUSECHAT_MERGE_REPORT: expected a directory, got {tmp_path / root}" in sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("existed", [False, True])
 def test_an_inspection_that_fails_midway_leaves_nothing(existed, models, config, tmp_path, capsys):
     config.write_text(yaml.safe_dump(damaged_late(models, tmp_path)))
