@@ -42,6 +42,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
         )
     if config.base_model is None:
         raise ValueError(f"base_model in {config_path}: expected the pivot, got none. Add `base_model: PIVOT`.")
+    remedy = "Pass --lora_merge_cache DIR to fusechat-merge inspect (and what it writes to card as --report)."
+    recipe.check_adapters(config, str(config_path), bool(options.lora_merge_cache), remedy)
     pivot = str(config.base_model)
     targets = _targets(config)
     running = report.Report(Path(directory), config.merge_method, pivot, targets, every=1)

@@ -113,6 +113,13 @@ def check(config: MergeConfiguration, name: str) -> None:
     _check_models(config, name)
 
 
+def check_adapters(config: MergeConfiguration, name: str, cache: bool, remedy: str) -> None:
+    """Raises ValueError for `model+adapter` where mergekit is given no directory to merge it in."""
+    adapted = next((model for model in sorted(config.referenced_models(), key=str) if model.lora is not None), None)
+    if adapted is not None and not cache:
+        raise ValueError(f"adapter of {adapted} in {name}: expected a directory to merge it in, got none. {remedy}")
+
+
 def _check_models(config: MergeConfiguration, name: str) -> None:
     """Raises ValueError for a local model directory that cannot be merged; a warning where `dtype` loses digits."""
     layers, digits = {}, {}

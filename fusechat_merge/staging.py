@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+LORA_CACHE = "--lora-merge-cache"
+
 
 def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     """Register our methods, check the recipe, run mergekit-yaml with `flags` and put the result at `out_path`.
@@ -23,10 +25,11 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
 
     fusechat_merge.register()
     from mergekit.scripts import run_yaml
+    from safetensors import SafetensorError
 
     from fusechat_merge import recipe, report
 
-    out = Path(out_path).resolve()  # where a symbolic link leads: it stays a link
+    out = _resolved(out_path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Name another.")
     if out.is_mount():
@@ -36,7 +39,12 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
         raise ValueError(
             f"{report.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Name another."
         )
-    recipe.load(config_path)
+    recipe.check_adapters(
+        recipe.load(config_path)[0],
+        str(config_path),
+        any(flag.partition("=")[0] == LORA_CACHE for flag in flags),
+        f"Pass {LORA_CACHE} DIR.",
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", dir=out.parent))
@@ -46,8 +54,25 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
             words = [str(config_path), str(staged), *flags]
             run_yaml.main.main(words, prog_name="mergekit-yaml", standalone_mode=False)
             staged.replace(out)
+    except (OSError, SafetensorError) as error:
+        if not re.search(r"os error \d+|\[Errno \d+\]", str(error)) or getattr(error, "filename", None):
+            raise
+        raise OSError(  # as a full disk says no path
+            f"output {out_path}: expected to write the whole model, got {error}. Make room, or name another disk."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _resolved(out_path: str) -> Path:
+    """Where the output goes: where a symbolic link leads (it stays a link)."""
+    try:
+        out = Path(out_path).resolve()
+    except (OSError, RuntimeError):  # Python before 3.13 raises it
+        out = None
+    if out is None or out.is_symlink():
+        raise ValueError(f"output {out_path}: expected a directory, got a symbolic link in a loop. Name another.")
+    return out
 
 
 def _remove_abandoned(out: Path) -> None:

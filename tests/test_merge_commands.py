@@ -15,6 +15,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 
 import fusechat_merge
 from fusechat_merge import cli, kernel, plots, recipe, report
@@ -389,6 +390,53 @@ def test_yaml_refuses_a_mount_point(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "out")
     assert "expected a directory, got a mount point" in fails(capsys, ["yaml", config, tmp_path / "out"])
+
+
+def test_yaml_refuses_a_symbolic_link_in_a_loop(config, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "back")
+    (tmp_path / "back").symlink_to(tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
+    assert f"output {tmp_path / 'out'}: expected a directory, got a symbolic link in a loop" in sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(28, "No space left on device"),
+    ],
+    ids=["weights", "other files"],
+)
+def test_yaml_names_the_output_that_the_disk_has_no_room_for(error, config, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    before = sorted(tmp_path.iterdir())
+    sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
+    assert f"output {tmp_path / 'out'}: expected to write the whole model, got " in sentence
+    assert "No space left on device" in sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_without_a_directory_to_merge_it_in_is_refused(config, models, tmp_path, capsys):
+    out, document = tmp_path / "merged", yaml.safe_load(config.read_text())
+    document["models"][0]["model"] += "+" + str(tmp_path / "adapter")
+    out.mkdir()
+    for path in (config, out / "mergekit_config.yml"):
+        path.write_text(yaml.safe_dump(document))
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, flag in (
+        (["yaml", config, tmp_path / "out"], "--lora-merge-cache"),
+        (["inspect", config, "--output", tmp_path / "report"], "--lora_merge_cache"),
+        (["card", out], "--lora_merge_cache"),
+    ):
+        sentence = fails(capsys, arguments)
+        assert re.search(r"adapter of .*target0.* in .*: expected a directory to merge it in, got none", sentence)
+        assert flag in sentence
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["yaml", "inspect"])
