@@ -359,6 +359,17 @@ def test_another_run_is_refused_before_the_model_is_loaded(tmp_path, folder, mon
     assert files(tmp_path / "r") == before
 
 
+def test_directory_is_not_continued_once_the_models_end_of_turn_is_another(tmp_path, folder, tiny_bpe, openchat):
+    text, names = tiny_bpe.chat_template, {"tokenizer_object": tiny_bpe.backend_tokenizer}
+    first, second = (
+        PreTrainedTokenizerFast(eos_token=eos, chat_template=text.replace("<|im_end|>", eos), **names)
+        for eos in ("<|im_end|>", "<|endoftext|>")
+    )
+    represent(make_model(), folder / "data.json", tmp_path / "r", tokenizer=first, pivot=openchat)
+    with pytest.raises(InputError, match=r"another run's \(end_of_turn_id = "):
+        represent(make_model(), folder / "data.json", tmp_path / "r", tokenizer=second, pivot=openchat)
+
+
 def test_moved_model_and_finished_directory_are_recognised_and_damage_is_mended(tmp_path, folder, caplog):
     represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=6)
     before = files(tmp_path / "r")

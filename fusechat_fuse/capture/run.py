@@ -165,6 +165,8 @@ def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, 
         "options": options,
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
+        "bos": encoder.bos,
+        "end_of_turn_id": encoder.end_of_turn_id,
         "data": digest.hexdigest()[:16],
     }
 
