@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
@@ -468,6 +469,24 @@ def test_bos_that_opens_every_turn_is_no_bos(openchat, llama3, qwen):
     for source, bos in ((qwen, ""), (llama3, "<|begin_of_text|>")):
         encoded = ConversationEncoder(source, resolve_template("pivot", source, tokenizer)).encode(SINGLE)
         assert source.decode(encoded.input_ids) == bos + text.replace("<|im_end|>", source.eos_token)
+
+
+def test_source_whose_special_tokens_have_the_pivots_names_keeps_its_own_bos_and_end_of_turn(openchat):
+    plain = "{% for m in messages %}{{ m['role'] + '> ' + m['content'] + eos_token }}{% endfor %}"
+    names = {"bos_token": "<s>", "eos_token": "<|end_of_turn|>"}
+    backend = Tokenizer.from_str(openchat.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    pivot = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=plain, **names)
+    stops = plain.replace("eos_token", "'</s>'")
+    source = PreTrainedTokenizerFast(tokenizer_object=openchat.backend_tokenizer, chat_template=stops, **names)
+    assert pivot.special_tokens_map == source.special_tokens_map
+    as_pivot = ConversationEncoder(pivot, resolve_template("pivot", pivot, pivot))
+    assert (as_pivot.bos, as_pivot.end_of_turn) == ("", "<|end_of_turn|>")
+    encoder = ConversationEncoder(source, resolve_template("pivot", source, pivot))
+    assert (encoder.bos, encoder.end_of_turn) == ("<s>", "</s>")
+    encoded = encoder.encode(SINGLE)
+    check(source, SINGLE, encoded)
+    assert [encoded.input_ids[0], encoded.input_ids[-1]] == source.convert_tokens_to_ids(["<s>", "</s>"])
 
 
 def test_bos_before_each_question_becomes_the_models_own(openchat, qwen, llama3):

@@ -97,8 +97,9 @@ class ConversationEncoder:
         self._shapes: dict[tuple[str, ...], _Shape | Unusable] = {}
 
     def _is_own(self) -> bool:
-        """Whether the template already renders this tokenizer's BOS and end of turn."""
-        if self.template.variables == tuple(sorted(own_variables(self.tokenizer).items())):
+        """Whether the template already renders this tokenizer's BOS and end of turn: its own does, and a file's."""
+        others = self.template.name in ("pivot", "native")  # unless it is this tokenizer's very own
+        if not others and self.template.variables == tuple(sorted(own_variables(self.tokenizer).items())):
             return self.template.end_of_turn in (*added_texts(self.tokenizer), "")
         try:
             native = native_template(self.tokenizer)
