@@ -95,9 +95,14 @@ SKIPPED = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}, ANSWER]},
         {"messages": [{"content": "no role"}, ANSWER]},
         {"messages": ["x", ANSWER]},
+        {"messages": [USER, {**ANSWER, "content": []}]},
         {"prompt": 3, "completion": "x"},
     ],
-    "lone_surrogate": [{"messages": [{"role": "user", "content": "a\ud800b"}, ANSWER]}],
+    "lone_surrogate": [
+        {"messages": [{"role": "user", "content": "a\ud800b"}, ANSWER]},
+        {"id": "a\ud800", "messages": [USER, ANSWER]},
+        {"dataset": "a\ud800", "messages": [USER, ANSWER]},
+    ],
     "unknown_role": [{"messages": [{"role": "tool", "content": "x"}, ANSWER]}],
     "system_not_first": [
         {"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]},
@@ -181,8 +186,10 @@ def test_fields_that_hold_nothing_are_no_loss():
     "row", [{"messages": [USER, ANSWER]}, PROMPT, {"conversations": SHAREGPT["conversations"][1:]}]
 )
 def test_system_column_is_the_system_message(column, row):
-    found, report = read_conversations([{**row, column: "Be brief."}, {**MESSAGES, column: "Be brief."}], strict=True)
-    assert found[0].messages == found[1].messages == [SYSTEM, USER, ANSWER]
+    blank = {"id": "blank", "messages": [{**SYSTEM, "content": " "}, USER, ANSWER]}
+    rows = [{**each, column: "Be brief."} for each in (row, MESSAGES, blank)]
+    found, report = read_conversations(rows, strict=True)
+    assert all(conversation.messages == [SYSTEM, USER, ANSWER] for conversation in found)
     assert report.counts()["repaired"] == {}
 
 
@@ -196,6 +203,12 @@ def test_answers_of_weight_0_stay_as_context_and_are_read_again(tmp_path):
     assert data["id"][0] == found[0].content_hash == content_hash(found[0].messages)
     assert found[0].content_hash != content_hash([USER, ANSWER, USER, ANSWER])
     assert not report.repaired
+
+
+def test_answer_that_is_not_to_be_trained_on_has_weight_0():
+    row = {"messages": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": True}]}
+    found, _ = read_conversations([row], strict=True)
+    assert found[0].messages == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
 
 
 def test_ids_are_unique_whatever_names_the_rows_bring():
@@ -240,7 +253,7 @@ def test_messages_column_by_name():
 def test_limit_reads_no_further_than_so_many_usable_conversations():
     def rows():
         yield {"messages": []}
-        for n in range(3):
+        for n in range(2):
             yield {"id": n, "messages": [USER, ANSWER]}
         pytest.fail("read on")
 

@@ -2,7 +2,8 @@
 
 Read: ShareGPT (`conversations: [{from, value}]`), OpenAI / Hugging Face (`messages: [{role, content}]`, a content may
 be a list of text parts), `prompt` and `completion`, each beside a column `system` or `system_prompt`; from files,
-directories, globs and Hub names (`data_files.py`). An answer of `weight` 0 is context: nothing in it is predicted.
+directories, globs and Hub names (`data_files.py`). An answer of `weight` 0 (or `train` false) is context: nothing
+in it is predicted.
 
 Rules, each counted by its name and listed with the row:
 - repaired: `leading_assistant` (messages before the first user message that an assistant wrote are left out),
@@ -146,18 +147,23 @@ def _checked(position: int, message: Any) -> dict[str, Any]:
     if calls := next((name for name in CALL_FIELDS if message.get(name)), None):
         raise Unusable("tool_calls", f"message {position}: expected an answer of text alone, got {calls} as well")
     content = _text_of(position, message.get("value") if message.get("content") is None else message["content"])
+    _check_unicode(f"message {position}", content)
+    weight = 0 if message.get("train") is False else message.get("weight")
+    return {"role": role, "content": content, "weight": weight}
+
+
+def _check_unicode(what: str, text: str) -> None:
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise Unusable("lone_surrogate", f"message {position}: character {error.start} is a lone surrogate") from error
-    return {"role": role, "content": content, "weight": message.get("weight")}
+        raise Unusable("lone_surrogate", f"{what}: character {error.start} is a lone surrogate") from error
 
 
 def _text_of(position: int, content: Any) -> str:
     """A content that is text, or a list of text parts."""
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in content]
-        if all(isinstance(text, str) for text in texts):
+        if texts and all(isinstance(text, str) for text in texts):
             return "".join(texts)
         raise Unusable("not_text", f"message {position}: expected parts of text alone, got {content!r:.80}")
     if not isinstance(content, str):
@@ -167,17 +173,18 @@ def _text_of(position: int, content: Any) -> str:
 
 
 def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]) -> list[dict]:
-    """The messages, after the system text of the row's own column if there is one and they have none."""
+    """The messages, after the system text of the row's own column if there is one and theirs is none or blank."""
     column = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
     if column is None:
         return messages
     text = row[column]
-    own = messages[0]["content"] if messages[0]["role"] == "system" else None
-    if not isinstance(text, str) or (own is not None and text.strip() and own != text):
+    rest = messages[messages[0]["role"] == "system" :]
+    own = messages[0]["content"] if len(rest) < len(messages) else ""
+    if not isinstance(text, str) or (own.strip() and text.strip() and own != text):
         got = "no text" if not isinstance(text, str) else "another text than the system message"
         repairs.append(("system_column", f"column {column} left out: it holds {got}"))
-    elif own is None and text.strip():
-        return [_checked(0, {"role": "system", "content": text}), *messages]
+    elif text.strip():
+        return [_checked(0, {"role": "system", "content": text}), *rest]
     return messages
 
 
@@ -262,12 +269,12 @@ def read_conversations(
     report = ReadReport(_name_of(data), strict)
     found, seen = [], Counter()
     for number, row in _numbered(sources, report):
-        if limit is not None and len(found) == limit:
-            break
         report.rows += 1
         name = _row_name(row)
         try:
             messages, repairs = clean_messages(row, messages_column)
+            _check_unicode("id", name or "")
+            _check_unicode("slice", _slice_of(row) or "")
         except Unusable as problem:
             report.note("skip", number, name, problem.reason, str(problem))
             continue
@@ -282,6 +289,8 @@ def read_conversations(
         for rule, detail in repairs:
             report.note("repair", number, name, rule, detail)
         found.append(Conversation(name, messages, digest, _slice_of(row), number))
+        if len(found) == limit:
+            break
     if not found:
         first = report.skipped[0] if report.skipped else None
         got = f"none (row {first['row']}: {first['detail']})" if first else "no rows"
