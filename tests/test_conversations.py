@@ -5,6 +5,7 @@ import json
 import logging
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -232,10 +233,12 @@ def parts(text):
         {"messages": [], "conversations": SHAREGPT["conversations"]},
         {"messages": None, "conversations": SHAREGPT["conversations"]},
         {"messages": SHAREGPT["conversations"]},
+        {"messages": (SYSTEM, USER, {**ANSWER, "content": ({"text": "Hi"},)})},
+        {"messages": np.array([SYSTEM, USER, ANSWER]), "tools": np.array([])},
         {"prompt": [SYSTEM, USER], "completion": "Hi"},
         {"prompt": "Hello 你好", "completion": [ANSWER], "system": "Be brief."},
     ],
-    ids=["parts", "developer", "empty_messages", "no_messages", "from_value", "prompt_list", "completion_list"],
+    ids=["parts", "developer", "empty", "none", "from_value", "tuples", "arrays", "prompt_list", "completion_list"],
 )
 def test_shapes_that_people_have(row):
     found, report = read_conversations([row], strict=True)
@@ -334,13 +337,38 @@ def test_directory_is_read_by_split_and_what_is_left_out_is_said(tmp_path, caplo
         (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train",
          ["part-00000-of-00002", "part-00001-of-00002"]),
         (["latest.jsonl", "contest.jsonl"], "train", ["contest", "latest"]),
+        (["train/test_questions.jsonl", "test/a4.jsonl"], "train", ["test_questions"]),
+        (["train/test.jsonl", "test/a5.jsonl"], "test", ["a5"]),
+        (["train_sft/a6.jsonl", "test_sft/a7.jsonl"], "train_sft", ["a6"]),
     ],
 )  # fmt: skip
 def test_split_of_a_file_is_what_its_path_names(tmp_path, files, split, want):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         as_jsonl(tmp_path / file, named(file.rsplit("/")[-1].split(".")[0]))
-    assert ids_in(tmp_path, split=split) == want
+    assert ids_in(tmp_path, split=split) == ids_in(f"{tmp_path}/**/*.jsonl", split=split) == want
+
+
+def test_glob_over_several_splits_is_read_by_split_and_what_is_left_out_is_said(tmp_path, caplog):
+    for name in ("train-0", "train-1", "test-0"):
+        as_jsonl(tmp_path / f"{name}.jsonl", named(name))
+    with caplog.at_level(logging.WARNING):
+        assert ids_in(f"{tmp_path}/*.jsonl") == ["train-0", "train-1"]
+    assert f"{tmp_path}/*.jsonl: 2 files are split 'train'; left out: test-0.jsonl" in caplog.text
+    assert ids_in(f"{tmp_path}/*.jsonl", split="test") == ids_in(f"{tmp_path}/test*.jsonl") == ["test-0"]
+    with pytest.raises(InputError, match="expected one of test, train, got 'validation'"):
+        ids_in(f"{tmp_path}/*.jsonl", split="validation")
+
+
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_file_beside_its_compressed_copy_is_refused(tmp_path, pattern):
+    as_jsonl(tmp_path / "train.jsonl", named("a"))
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress((tmp_path / "train.jsonl").read_bytes()))
+    with pytest.raises(
+        InputError, match=r"expected each file once, got train.jsonl and train.jsonl.gz. Give the files"
+    ):
+        ids_in(f"{tmp_path}{pattern}")
+    assert ids_in(tmp_path / "train.jsonl.gz") == ["a"]
 
 
 def test_split_that_one_file_or_data_set_does_not_have_is_refused(tmp_path):
@@ -391,6 +419,8 @@ def test_result_is_read_again_unchanged(tmp_path):
         ("d.json", "[]", "expected at least one usable conversation, got no rows"),
         ("d.jsonl", '{"messages": []}\n{"mess', r"d.jsonl, line 2: expected JSON, got .* Mend the line."),
         ("d.jsonl", "\x00", r"d.jsonl, line 1: expected JSON"),
+        ("d.json", "[" * 200_000, "expected JSON, got maximum recursion depth exceeded"),
+        ("d.jsonl", '{"a":' * 200_000, "line 1: expected JSON, got maximum recursion depth exceeded"),
         ("d.parquet", "PAR", "expected a Parquet file, got"),
         ("d.jsonl.gz", "{}", "expected a gzip file, got"),
         ("d.json", '{"train": [], "test": []}', "expected at least one usable conversation, got no rows"),
@@ -414,6 +444,38 @@ def test_bytes_that_are_no_text_are_said(tmp_path):
     (tmp_path / "d.json").write_bytes(b'["\xff"]')
     with pytest.raises(InputError, match="expected UTF-8 text, got byte 2 that is none"):
         load_conversations(tmp_path / "d.json")
+
+
+def test_parquet_whose_text_is_no_text_is_said(tmp_path):
+    column = pa.array([b"a\xff"]).view(pa.string())
+    parquet.write_table(pa.table({"prompt": column, "completion": column}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match="expected a Parquet file, got 'utf-8' codec"):
+        load_conversations(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(("write", "file"), [(as_saved, "state.json"), (as_splits, "dataset_dict.json")])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_damaged_saved_data_set_is_said(tmp_path, write, file, text):
+    write(tmp_path / "d", [MESSAGES])
+    (tmp_path / "d" / file).write_text(text)
+    with pytest.raises(InputError, match=r"d: expected what save_to_disk wrote, got .*. Save it again.") as caught:
+        load_conversations(tmp_path / "d")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", "data for '': expected a file, glob, directory or Hub name, got an empty name"),
+        (["", "x.json"], "got an empty name"),
+        (None, "expected a file, glob, directory or Hub name, or rows, got NoneType"),
+        (3, "or rows, got int"),
+        (MESSAGES, "expected a list of rows, got a single one. Put it into a list."),
+    ],
+)
+def test_data_that_is_no_data_is_said(data, message):
+    with pytest.raises(InputError, match=message):
+        load_conversations(data)
 
 
 @pytest.mark.parametrize("name", ["missing.json", "./missing", "/nowhere/missing"])

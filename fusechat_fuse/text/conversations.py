@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.data_files import Source, data_sources
 
@@ -121,17 +123,22 @@ def _raw_messages(row: Any, column: str | None) -> list:
     """The row's messages as they are, whatever its shape."""
     if not isinstance(row, dict):
         raise Unusable("not_chat", f"expected an object, got {type(row).__name__}")
-    there = [row[name] for name in ([column] if column else ("messages", "conversations")) if name in row]
+    there = [_listed(row[name]) for name in ([column] if column else ("messages", "conversations")) if name in row]
     if lists := [value for value in there if isinstance(value, list)]:
         return next((value for value in lists if value), [])
     if "prompt" in row and "completion" in row and not column:
-        prompt, completion = row["prompt"], row["completion"]
+        prompt, completion = _listed(row["prompt"]), _listed(row["completion"])
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return asked + said
     columns = ", ".join(map(str, row)) or "none"
     expected = f"a list in column {column}" if column else "a column messages, conversations, or prompt and completion"
     raise Unusable("not_chat", f"expected {expected}, got {columns}")
+
+
+def _listed(value: Any) -> Any:
+    """A tuple or array as a list (data frames hold arrays), all else as it is."""
+    return list(value) if isinstance(value, tuple | np.ndarray) else value
 
 
 def _checked(position: int, message: Any) -> dict[str, Any]:
@@ -161,6 +168,7 @@ def _check_unicode(what: str, text: str) -> None:
 
 def _text_of(position: int, content: Any) -> str:
     """A content that is text, or a list of text parts."""
+    content = _listed(content)
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in content]
         if texts and all(isinstance(text, str) for text in texts):
@@ -190,7 +198,7 @@ def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]
 
 def _left_out(row: dict, raw: list, messages: list[dict]) -> list[tuple[str, str]]:
     """Repairs: what of a row is not used, though a model might have seen it."""
-    columns = [name for name in LEFT_OUT_COLUMNS if row.get(name) not in (None, "", "[]", "{}", [], {})]
+    columns = [name for name in LEFT_OUT_COLUMNS if _listed(row.get(name)) not in (None, "", "[]", "{}", [], {})]
     repairs = [(LEFT_OUT_COLUMNS[name], f"column {name} left out") for name in columns]
     thought = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
     if thought:

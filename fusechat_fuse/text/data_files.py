@@ -1,8 +1,9 @@
 """Rows of chat data out of files, directories and Hub data sets, whatever their shape.
 
-A directory of files is read as `datasets` reads one: files that name a split (`train.jsonl`, `data/test-00000-of-00002.
-parquet`, `validation/part.json`) belong to it, files that name none to `train`, unless another one names it. One whose
-README.md lists its files, as on the Hub, is opened by `datasets` itself.
+A directory of files is read as `datasets` reads one: files that name a split (`train.jsonl`, `validation/part.json`,
+`data/test-00000-of-00002.parquet`) belong to it, the folder's name before the file's; files that name none belong to
+`train`, unless another one names it. A glob over several splits is read likewise. A directory whose README.md lists its
+files, as on the Hub, is opened by `datasets` itself.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import first_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 _KINDS = f"{', '.join(SUFFIXES)} or .gz of these texts"
+_WHERE = "a file, glob, directory or Hub name"
+_CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion"}
 _UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 _ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
@@ -42,13 +47,21 @@ def data_sources(data, split: str) -> list[Source]:
     if isinstance(data, str | Path):
         return _named(str(data), split)
     if isinstance(data, Mapping):
+        if _CHAT_COLUMNS & set(data):
+            raise InputError("data for the given rows: expected a list of rows, got a single one. Put it into a list.")
         return [("the given rows", _of_split("the given rows", data, split))]
     if isinstance(data, list | tuple) and data and all(isinstance(entry, str | Path) for entry in data):
         return [source for entry in data for source in _named(str(entry), split)]
-    return [("the given rows", data)]
+    try:
+        return [("the given rows", iter(data))]
+    except TypeError as error:
+        got = type(data).__name__
+        raise InputError(f"data for the given rows: expected {_WHERE}, or rows, got {got}. Give one.") from error
 
 
 def _named(name: str, split: str) -> list[Source]:
+    if not name.strip():
+        raise InputError(f"data for {name!r}: expected {_WHERE}, got an empty name. Give its path or name.")
     path = Path(name)
     if path.is_file():
         return [_file(path, path.parent, split)]
@@ -58,7 +71,10 @@ def _named(name: str, split: str) -> list[Source]:
         found = sorted(entry for entry in map(Path, glob.glob(name, recursive=True)) if entry.is_file())
         if not found:
             raise InputError(f"data for {name}: expected files of this pattern, got none. Check the pattern.")
-        return [_file(entry, entry.parent, split) for entry in found]
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        if len({_split_named(entry.relative_to(root), split) for entry in found}) > 1:
+            found = _files_of_split(name, root, found, split)
+        return [_file(entry, root, split) for entry in _each_once(name, found)]
     if _kind(path) or path.is_absolute() or name.startswith("."):
         raise InputError(f"data for {path}: expected a file or directory, got nothing there. Check the path.")
     return [(name, _loaded(name, split))]
@@ -95,7 +111,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
     yield from rows
 
@@ -120,15 +136,14 @@ def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
     text = _text(path)
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
             raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
         yield from _lines(path, text)
         return
-    chat = {"messages", "conversations", "prompt", "completion"}
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
-    elif isinstance(rows, dict) and rows and not chat & set(rows) and all(isinstance(v, list) for v in rows.values()):
+    elif isinstance(rows, dict) and _are_splits(rows):
         rows, is_split = _of_split(path, rows, split), True
     if not isinstance(rows, list):
         kind = "a single object" if isinstance(rows, dict) else type(rows).__name__
@@ -136,6 +151,10 @@ def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
     if not is_split:
         raise _no_splits(path, split)
     yield from rows
+
+
+def _are_splits(rows: dict) -> bool:
+    return bool(rows) and not _CHAT_COLUMNS & set(rows) and all(isinstance(value, list) for value in rows.values())
 
 
 def _lines_of(path: Path) -> Iterator[Any]:
@@ -147,7 +166,7 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"data for {path}, line {number}: expected JSON, got {error}. Mend the line."
                 ) from error
@@ -171,13 +190,21 @@ def _loaded(name: str, split: str) -> Any:
         raise InputError(f"data for {name}: expected a file, directory or Hub dataset, got {first}") from error
 
 
-def _directory(path: Path, split: str) -> list[Source]:
+def _from_disk(path: Path) -> Any:
     import datasets
 
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged file may raise anything
+        first = first_line(error)
+        raise InputError(f"data for {path}: expected what save_to_disk wrote, got {first}. Save it again.") from error
+
+
+def _directory(path: Path, split: str) -> list[Source]:
     if (path / "dataset_dict.json").exists():
-        return [(str(path), _of_split(path, datasets.load_from_disk(str(path)), split))]
+        return [(str(path), _of_split(path, _from_disk(path), split))]
     if (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
+        saved = _from_disk(path)
         if split not in ("train", str(saved.split)):
             raise _no_splits(path, split)
         return [(str(path), saved)]
@@ -190,7 +217,16 @@ def _directory(path: Path, split: str) -> list[Source]:
         raise InputError(f"data for {path}: expected {_KINDS} files or a saved dataset, got none of them.")
     if unread:
         logger.warning("%s: left out files of kinds that are not read: %s", path, ", ".join(unread))
-    return [_file(file, path, split) for file in _files_of_split(path, files, split)]
+    return [_file(file, path, split) for file in _each_once(path, _files_of_split(path, path, files, split))]
+
+
+def _each_once(name, files: list[Path]) -> list[Path]:
+    """The files, none of them beside its own compressed copy."""
+    for file in files:
+        if file.suffix.lower() == ".gz" and file.with_suffix("") in files:
+            both = f"{file.with_suffix('').name} and {file.name}"
+            raise InputError(f"data for {name}: expected each file once, got {both}. Give the files to be read.")
+    return files
 
 
 def _is_visible(path: Path) -> bool:
@@ -212,22 +248,25 @@ def _lists_its_files(readme: Path) -> bool:
     return isinstance(configs, list) and any(isinstance(c, dict) and "data_files" in c for c in configs)
 
 
-def _files_of_split(path: Path, files: list[Path], split: str) -> list[Path]:
-    named = {file: _split_named(file.relative_to(path), split) for file in files}
+def _files_of_split(name, root: Path, files: list[Path], split: str) -> list[Path]:
+    named = {file: _split_named(file.relative_to(root), split) for file in files}
     if "train" not in named.values():
-        named = {file: name or "train" for file, name in named.items()}
+        named = {file: each or "train" for file, each in named.items()}
     wanted = _SPLIT_WORDS.get(split.lower(), split)
     chosen = [file for file in files if named[file] == wanted]
     if not chosen:
-        there = ", ".join(sorted(name for name in set(named.values()) if name))
-        raise InputError(f"split for {path}: expected one of {there}, got {split!r}. Give one of them.")
-    if others := [str(file.relative_to(path)) for file in files if file not in chosen]:
-        logger.warning("%s: %d files are split %r; left out: %s", path, len(chosen), split, ", ".join(others))
+        there = ", ".join(sorted(each for each in set(named.values()) if each))
+        raise InputError(f"split for {name}: expected one of {there}, got {split!r}. Give one of them.")
+    if others := [str(file.relative_to(root)) for file in files if file not in chosen]:
+        logger.warning("%s: %d files are split %r; left out: %s", name, len(chosen), split, ", ".join(others))
     return chosen
 
 
 def _split_named(path: Path, split: str) -> str | None:
-    """The split that a file's path names, by the file's own name before its folders'."""
+    """The split that a file's path names: a folder called after one, else the file's own name, else its folders'."""
+    for part in reversed(path.parts[:-1]):
+        if part == split or part.lower() in _SPLIT_WORDS:
+            return _SPLIT_WORDS.get(part.lower(), part)
     stem = path.name.split(".")[0]
     numbered = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?", stem)
     stem = numbered[1] if numbered else stem
