@@ -452,6 +452,10 @@ def test_longer_conversations_are_cut_at_the_models_positions(tmp_path, tiny_bpe
     with caplog.at_level(logging.WARNING):
         stored = represent(model, [{"id": "a", "messages": long}], tmp_path / "r", tokenizer=tiny_bpe)
     assert "max_length is lowered from 2048 to the model's 64 positions" in caplog.text
+    caplog.clear()
+    with pytest.raises(InputError, match=r"options\.top_k"):
+        represent(model, [{"id": "a", "messages": long}], tmp_path / "r", tokenizer=tiny_bpe, top_k=3)
+    assert "max_length" not in caplog.text
     assert len(stored[0]["input_ids"]) == 64
     assert stored.manifest["counts"]["truncated"] == 1
 
@@ -504,7 +508,7 @@ def test_template_that_refuses_many_conversations_is_said_before_the_model_is_lo
     assert not (tmp_path / "r").exists()
 
 
-def test_template_that_changes_many_contents_stops_the_run_and_few_are_said(tmp_path, folder, caplog):
+def test_template_that_changes_many_contents_is_refused_first_and_few_are_said(tmp_path, folder, caplog, monkeypatch):
     (tmp_path / "t.jinja").write_text(THINKS)
     rows = [{"id": str(n), "messages": conversations(2)[1]["messages"]} for n in range(20)]
     for count, row in enumerate(rows[:3]):
@@ -516,6 +520,7 @@ def test_template_that_changes_many_contents_stops_the_run_and_few_are_said(tmp_
             assert (
                 "2 conversations skipped, as the chat template changes the text of or around message 1" in caplog.text
             )
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(
         InputError, match=r"got 3 of 20 .*\(the chat template changes the text of or around message 1\)"
     ):
@@ -541,9 +546,15 @@ def test_directory_of_a_run_that_failed_before_its_first_shard_is_free(tmp_path,
 def test_directory_where_no_conversation_was_usable_is_free_for_the_mended_data(tmp_path, folder):
     rows = conversations(3)
     bad = [{**row, "messages": [{"role": "user", "content": "<|endoftext|>"}, row["messages"][-1]]} for row in rows]
-    with pytest.raises(InputError, match=r"expected at least one usable conversation, got none. See skipped.jsonl"):
-        represent(folder / "m", bad, tmp_path / "r")
-    assert (tmp_path / "r" / "skipped.jsonl").exists()
+    for data, limit, got in (
+        (bad, 99, "3 special_token: message 0 holds"),
+        (rows, 1, "3 too_long: no predicted token"),
+    ):
+        for deep in ("r", "new/deep"):
+            message = rf"expected at least one usable conversation, got none \({got}"
+            with pytest.raises(InputError, match=message):
+                represent(folder / "m", data, tmp_path / deep, max_length=limit)
+            assert not list(tmp_path.iterdir())
     stored = represent(folder / "m", rows, tmp_path / "r")
     assert len(stored) == 3
     assert stored.manifest["counts"]["skipped"] == {}

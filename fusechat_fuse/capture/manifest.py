@@ -54,8 +54,14 @@ def finish(
     """
     infos = [writer.info(n)["info"] for n in range(num_shards)]
     skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
-    _write_skipped(writer, skipped, report.repaired)
     by_reason = count_reasons(skipped)
+    if not any(writer.info(n)["rows"] for n in range(num_shards)):
+        got = f"{', '.join(f'{count} {reason}' for reason, count in by_reason.items())}: {skipped[0]['detail']}"
+        raise InputError(
+            f"data for {writer.path}: expected at least one usable conversation, got none ({got}). Mend the data or "
+            "the options."
+        )
+    _write_skipped(writer, skipped, report.repaired)
     check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
     context_answers = sum(info.get("context_answers", 0) for info in infos)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
 from pathlib import Path
 
 from fusechat_fuse.capture.computation import compute
@@ -100,7 +99,7 @@ def represent(
     found, report = read_conversations(conversations, strict=strict, **reading)
     if strict:
         _refuse_unusable(encoder, found, report)
-    _check_shapes(encoder, found)
+    _check_template(encoder, found)
     made_from = identify(model)
     template_of = _template_of(template, encoder, made_from["name"], pivot)
     identity = _identity(made_from, options, encoder, found)
@@ -108,6 +107,9 @@ def represent(
     shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
     mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
     if process.first:
+        if encoder.max_length < max_length:
+            lowered = (max_length, encoder.max_length)
+            logger.warning("max_length is lowered from %d to the model's %d positions.", *lowered)
         _say_which_template(template, encoder, template_of, pivot)
         _say_what_is_there(writer, len(shards), mine)
     try:
@@ -116,13 +118,13 @@ def represent(
             loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
             running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
             compute(loaded, encoder, shards, mine, writer, **running)
+        process.wait()
+        if process.first:
+            finish(writer, len(shards), report, encoder, made_from, template_of)
     except Exception:
         if process.first:
             writer.release()
         raise
-    process.wait()
-    if process.first:
-        finish(writer, len(shards), report, encoder, made_from, template_of)
     process.wait()
     return load_representation(output_dir)
 
@@ -148,11 +150,8 @@ def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote
     if (top_k := options["top_k"]) > len(tokenizer):
         raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
-    chosen, max_length = resolve_template(template, tokenizer, pivot), options["max_length"]
-    if (positions := positions_of(config) or max_length) < max_length:
-        logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, positions)
-        max_length = positions
-    return ConversationEncoder(tokenizer, chosen, max_length)
+    max_length = min(options["max_length"], positions_of(config) or options["max_length"])
+    return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), max_length)
 
 
 def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, found: list[Conversation]) -> dict:
@@ -171,14 +170,14 @@ def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, 
     }
 
 
-def _check_shapes(encoder: ConversationEncoder, found: list[Conversation]) -> None:
-    """Raise InputError, before the model is loaded, where the template refuses too many sequences of roles."""
+def _check_template(encoder: ConversationEncoder, found: list[Conversation]) -> None:
+    """Raise InputError, before the model is loaded, where the template refuses too many conversations."""
     refused = []
-    for roles, count in Counter(tuple(m["role"] for m in conversation.messages) for conversation in found).items():
+    for conversation in found:
         try:
-            encoder.check_roles(roles)
+            encoder.check(conversation.messages)
         except Unusable as problem:
-            refused += [{"reason": problem.reason, "detail": str(problem)}] * count
+            refused.append({"reason": problem.reason, "detail": str(problem)})
     check_template(refused, len(found))
 
 

@@ -58,12 +58,11 @@ class ShardWriter:
         try:
             self._claim()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self.path.rmdir()  # if it is empty
+            self._remove_new()
             raise InputError(describe_os_error(error)) from error
 
     def _claim(self) -> None:
-        self.is_new = not self.path.exists()
+        self._new = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
         self._take_over()
         file = self.path / "identity.json"
         for _ in range(2):  # checked again once it is written: another run may have been as fast
@@ -80,22 +79,32 @@ class ShardWriter:
         """Make the directory this run's where another one left nothing in it but its claim and empty shards."""
         if not self.path.is_dir() or self._claimed() in (None, self.identity):
             return
-        entries = [entry for entry in self.path.iterdir() if entry.suffix != ".tmp"]
-        left = [entry for entry in entries if entry.match("shard-*.json") or entry.name == "skipped.jsonl"]
-        if {entry.name for entry in entries} <= {"identity.json", "tokenizer", *(entry.name for entry in left)}:
-            for entry in left:
-                entry.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tokenizer", ignore_errors=True)
+        if self._clear():
             write_atomic(self.path / "identity.json", json_bytes(self.identity))
 
+    def _clear(self) -> bool:
+        """Remove the empty shards of a run that left nothing else but its claim; whether it is so."""
+        entries = [entry for entry in self.path.iterdir() if entry.suffix != ".tmp"]
+        left = [entry for entry in entries if entry.match("shard-*.json") or entry.name == "skipped.jsonl"]
+        if not {entry.name for entry in entries} <= {"identity.json", "tokenizer", *(entry.name for entry in left)}:
+            return False
+        for entry in left:
+            entry.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tokenizer", ignore_errors=True)
+        return True
+
     def release(self) -> None:
-        """Give the directory up where no shard was written: as it was before, or gone if this run made it."""
-        if any(self.path.glob("shard-*.json")) or self._claimed() != self.identity:
+        """Give the directory up where no shard with rows was written: as it was before, and gone if this run made it,
+        with the parents that it made."""
+        if self._claimed() != self.identity or not self._clear():
             return
         (self.path / "identity.json").unlink(missing_ok=True)
-        if self.is_new:
-            with contextlib.suppress(OSError):  # something else has come into it
-                self.path.rmdir()
+        self._remove_new()
+
+    def _remove_new(self) -> None:
+        with contextlib.suppress(OSError):  # something else has come into it
+            for place in self._new:
+                place.rmdir()
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self.path / f"shard-{shard:05d}.{suffix}"

@@ -115,12 +115,7 @@ class ConversationEncoder:
                 predicted); borrowed.
         Raises: Unusable naming the rule and the message.
         """
-        for n, message in enumerate(messages):
-            if found := self._reserved.search(message["content"]):
-                raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
-        shape = self._shape(tuple(message["role"] for message in messages))
-        contents = [self._kept(messages[i]["content"], trims) for i, trims in zip(shape.order, shape.trims)]
-        self._check_rendering(shape, contents, messages)
+        shape, contents = self._rendered(messages)
         pieces = self._own_pieces(shape.pieces)
         text, places, position = "", [], 0
         for piece, content in zip(pieces, [*contents, ""]):
@@ -135,16 +130,26 @@ class ConversationEncoder:
             raise Unusable("bytes", str(error)) from error
         return self._locate(ids, start, end, places[:-1], shape, messages)
 
+    def check(self, messages: list[dict[str, str]]) -> None:
+        """Raise Unusable, as `encode` does, for what is known without tokenizing: far cheaper."""
+        self._rendered(messages)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> tuple[_Shape, list[str]]:
+        """The shape of a conversation and its contents as the template renders them, in the text's order."""
+        for n, message in enumerate(messages):
+            if found := self._reserved.search(message["content"]):
+                raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
+        shape = self._shape(tuple(message["role"] for message in messages))
+        contents = [self._kept(messages[i]["content"], trims) for i, trims in zip(shape.order, shape.trims)]
+        self._check_rendering(shape, contents, messages)
+        return shape, contents
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
 
     def _kept(self, content: str, trims: tuple[bool, bool]) -> str:
         content = content.lstrip() if trims[0] else content
         return content.rstrip() if trims[1] else content
-
-    def check_roles(self, roles: tuple[str, ...]) -> None:
-        """Raise Unusable where the template does not keep conversations of these roles."""
-        self._shape(roles)
 
     def _shape(self, roles: tuple[str, ...]) -> _Shape:
         if roles not in self._shapes:
