@@ -233,6 +233,20 @@ def test_trimming_template_keeps_offsets_into_the_original_content(llama3):
     assert (encoded.start[-1], encoded.end[-1]) == (9, 10)  # the end of turn stands at the original length
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip", "strip"])
+def test_template_that_takes_line_ends_off_the_last_answer_keeps_it(side):
+    body = BODY.replace("m['content']", f"(m['content'].{side}('\\n') if loop.last else m['content'])")
+    tokenizer = stand_in("qwen", "{% for m in messages %}" + body + "{% endfor %}")
+    contents = ["\n a\n", "\nb\n", " c", "\n\n d\t\n"]
+    messages = [{**message, "content": content} for message, content in zip(MULTI, contents)]
+    encoded = ConversationEncoder(tokenizer, "native").encode(messages)
+    assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    kept = getattr(contents[3], side)("\n")
+    last = encoded.message == 3
+    assert encoded.start[last][0] == contents[3].index(kept)
+    assert encoded.end[last][-2] == contents[3].index(kept) + len(kept)
+
+
 def test_whitespace_only_answer_that_is_trimmed_away_leaves_the_end_of_turn(llama3):
     encoded = encode_conversation(llama3, [SINGLE[0], {"role": "assistant", "content": " \n "}], "native")
     assert list(zip(encoded.start, encoded.end)) == [(3, 4)]

@@ -60,13 +60,13 @@ class Encoded:
 @dataclass(frozen=True)
 class _Shape:
     """What a template does with one sequence of roles: `pieces[n]` stands before the n-th content in the text, the last
-    piece at the end; `order` says whose content that is; `trims` which sides of it are trimmed (left, right);
-    `predicted` whether it is an answer that stands as it stood when it was the last, `ended` whether the end of turn
-    follows."""
+    piece at the end; `order` says whose content that is; `trims` what is trimmed off it (left, right), as
+    `lstrip` and `rstrip` take it ("" nothing, None white space); `predicted` whether it is an answer that stands as it
+    stood when it was the last, `ended` whether the end of turn follows."""
 
     pieces: tuple[str, ...]
     order: tuple[int, ...]
-    trims: tuple[tuple[bool, bool], ...]
+    trims: tuple[tuple[str | None, str | None], ...]
     predicted: tuple[bool, ...]
     ended: tuple[bool, ...]
 
@@ -140,16 +140,12 @@ class ConversationEncoder:
             if found := self._reserved.search(message["content"]):
                 raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
         shape = self._shape(tuple(message["role"] for message in messages))
-        contents = [self._kept(messages[i]["content"], trims) for i, trims in zip(shape.order, shape.trims)]
+        contents = [messages[i]["content"].lstrip(a).rstrip(b) for i, (a, b) in zip(shape.order, shape.trims)]
         self._check_rendering(shape, contents, messages)
         return shape, contents
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
-
-    def _kept(self, content: str, trims: tuple[bool, bool]) -> str:
-        content = content.lstrip() if trims[0] else content
-        return content.rstrip() if trims[1] else content
 
     def _shape(self, roles: tuple[str, ...]) -> _Shape:
         if roles not in self._shapes:
@@ -171,7 +167,15 @@ class ConversationEncoder:
                 raise Unusable("template", f"the chat template {times} message {n} ({roles[n]}) of {len(roles)}")
         order = tuple(sorted(range(len(roles)), key=lambda n: plain.index(marks[n])))
         pieces = tuple(re.split("|".join(marks), plain))
-        trims = tuple((f" \n\t{marks[n]}" not in padded, f"{marks[n]}\t\n " not in padded) for n in order)
+        ends = "\n" * 9  # more than a template puts before or after a content itself
+        lines = self._render(roles, [f"{ends}{mark}{ends}" for mark in marks])
+        trims = tuple(
+            (
+                _trimmed(f" \n\t{marks[n]}" in padded, f"{ends}{marks[n]}" in lines),
+                _trimmed(f"{marks[n]}\t\n " in padded, f"{marks[n]}{ends}" in lines),
+            )
+            for n in order
+        )
         if not self.template.end_of_turn:
             raise Unusable("template", "the chat template ends no turn with a token of the vocabulary")
         ended = tuple(piece.lstrip().startswith(self.template.end_of_turn) for piece in pieces[1:])
@@ -234,7 +238,7 @@ class ConversationEncoder:
                 context_answers += 1
                 continue
             content = messages[n]["content"]
-            lead = len(content.encode()) - len(content.lstrip().encode()) if trims[0] else 0
+            lead = len(content.encode()) - len(content.lstrip(trims[0]).encode())
             size = len(content.encode())
             while not ended and low < high and end[high - 1] > last:
                 high -= 1  # it runs into what follows: no prediction of the content alone
@@ -264,6 +268,11 @@ class ConversationEncoder:
             while low > 0 and start[low - 1] == end[low - 1] == first:
                 low -= 1
         return int(low)
+
+
+def _trimmed(keeps_blanks: bool, keeps_lines: bool) -> str | None:
+    """What a template takes off one side of a content, by what it keeps of white space there."""
+    return None if not keeps_blanks else "" if keeps_lines else "\n"
 
 
 def encode_conversation(
