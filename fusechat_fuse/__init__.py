@@ -1,6 +1,6 @@
 """Pairwise knowledge fusion of chat LLMs: representations, alignment, a sparse fusion loss, a Trainer.
 
-    load_conversations -> represent -> align (-> combine) -> FusionTrainer -> a target checkpoint for mergekit
+    load_conversations -> represent (-> compare) -> align (-> combine) -> FusionTrainer -> a target for mergekit
 
 Names are resolved on first use, so `import fusechat_fuse` itself loads neither torch nor transformers.
 Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.07990.
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fusechat_fuse.alignment.combination import combine
     from fusechat_fuse.alignment.run import align
     from fusechat_fuse.capture.run import represent
+    from fusechat_fuse.evaluation.comparison import compare
     from fusechat_fuse.store.shards import load_representation
     from fusechat_fuse.text.conversations import load_conversations
     from fusechat_fuse.training.collator import FusionCollator
@@ -26,6 +27,7 @@ __all__ = [
     "FusionTrainer",
     "align",
     "combine",
+    "compare",
     "fusion_loss",
     "load_conversations",
     "load_representation",
@@ -35,6 +37,7 @@ _HOME = {
     "load_conversations": "text.conversations",
     "represent": "capture.run",
     "load_representation": "store.shards",
+    "compare": "evaluation.comparison",
     "align": "alignment.run",
     "combine": "alignment.combination",
     "fusion_loss": "training.loss",

@@ -59,6 +59,18 @@ def _represent(options: dict[str, Any]) -> None:
     end_process_group()
 
 
+def _compare_flags(parser: FlagParser) -> None:
+    parser.add_argument("representations", metavar="R", nargs="+", help="two or more directories that represent wrote")
+    add_flag(parser, "output_dir", help="where compare.json, compare.md and compare.png go (default: nowhere)")
+
+
+def _compare(options: dict[str, Any]) -> None:
+    from fusechat_fuse import compare
+    from fusechat_fuse.evaluation.comparison import table_lines
+
+    _say("\n".join(table_lines(compare(options.pop("representations"), **options))))
+
+
 def _align_flags(parser: FlagParser) -> None:
     from fusechat_fuse.alignment.mappings import MAPPINGS
 
@@ -135,6 +147,7 @@ def _inspect(options: dict[str, Any]) -> None:
 
 COMMANDS = {
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
+    "compare": ("Show which model knows which slice of the data better.", _compare_flags, _compare),
     "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
     "combine": ("Combine several aligned sources.", _combine_flags, _combine),
     "inspect": ("Show what is in a representation or an alignment.", _inspect_flags, _inspect),

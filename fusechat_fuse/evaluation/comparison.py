@@ -1,0 +1,167 @@
+"""`compare`: which model knows which part of the data better, from representations alone and before any training.
+
+    bits per byte of a conversation = sum_p ce_p / (ln 2 * bytes of its predicted tokens)
+
+Bytes, not tokens, so that models with other tokenizers compare. A conversation counts where every model predicted the
+same text of it; one that a model lacks, or cut elsewhere (`max_length`), is left out and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import json_bytes, write_atomic
+from fusechat_fuse.store.shards import Representation, load_representation
+
+logger = logging.getLogger(__name__)
+ALL = "all"  # the whole data set, beside its slices
+
+
+def compare(representation_dirs: Sequence, output_dir=None) -> dict:
+    """Bits per byte of several models on the same conversations, per slice and over all.
+
+    Args:
+        representation_dirs: two or more directories that `represent` wrote on the same data, the pivot's first;
+            opened ones serve too.
+        output_dir: where `compare.json`, `compare.md` and `compare.png` (with matplotlib) are written; None: nowhere.
+
+    Returns:
+        models (names), conversations (count), left_out (count), slices: name -> {conversations, bytes, models: name ->
+        {median, mean, wins}, best}, with the whole data set under "all"; median and mean in bits per byte over
+        conversations, wins the share of the conversations in which the model needs the fewest bits (of equal ones the
+        first), best the model of the lowest median.
+
+    Raises: InputError for fewer than two directories, one that is no representation, or no conversation in common.
+    """
+    opened = _open(representation_dirs)
+    names = _names(opened)
+    slices, bits, sizes, left_out = _bits_per_byte(opened)
+    table = {}
+    for name in [ALL, *sorted(set(slices) - {""})]:
+        chosen = np.array([name in (ALL, of) for of in slices])
+        table[name] = _figures(names, bits[:, chosen], sizes[chosen])
+    result = {"models": names, "conversations": len(slices), "left_out": left_out, "slices": table}
+    if left_out:
+        logger.warning("%d conversations are not in every representation with the same text; left out.", left_out)
+    if output_dir is not None:
+        write(result, Path(output_dir))
+    return result
+
+
+def _open(representation_dirs: Sequence) -> list[Representation]:
+    if isinstance(representation_dirs, str | Path) or len(representation_dirs) < 2:
+        raise InputError(
+            f"representations for compare: expected at least two directories, got {representation_dirs!r}. "
+            "Give the pivot's and a source's."
+        )
+    opened = [one if isinstance(one, Representation) else load_representation(one) for one in representation_dirs]
+    for one in opened:
+        if one.manifest["kind"] != "representation":
+            raise InputError(
+                f"representation for {one.path}: expected what represent wrote, got {one.manifest['kind']} data. "
+                "Give the representation it was made of."
+            )
+    return opened
+
+
+def _names(opened: list[Representation]) -> list[str]:
+    """Model names; where two are equal, the directories' names."""
+    names = [str((one.manifest.get("model") or {}).get("name") or one.path.name) for one in opened]
+    folders = [one.path.resolve().name for one in opened]
+    names = [folder if names.count(name) > 1 else name for name, folder in zip(names, folders)]
+    return [f"{name}#{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+
+def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray, np.ndarray, int]:
+    """(slice of each common conversation [N], bits per byte [M, N], bytes [N], how many were left out)."""
+    found: list[dict[tuple, tuple[str, float, int]]] = []
+    for one in opened:
+        of_model = {}
+        for row in one:
+            size = int(np.sum(row["end"] - row["start"], dtype=np.int64))
+            bits = float(np.sum(row["ce"], dtype=np.float64)) / np.log(2)
+            of_model[row["id"], row.get("content_hash")] = (row.get("slice") or "", bits, size)
+        found.append(of_model)
+    everyone = set().union(*found)
+    common = [
+        key
+        for key, (_, _, size) in found[0].items()
+        if size and all(key in other and other[key][2] == size for other in found)
+    ]
+    if not common:
+        raise InputError(
+            f"conversations for {', '.join(str(one.path) for one in opened)}: expected some that all of them hold, "
+            "got none. Represent the models on the same data."
+        )
+    sizes = np.array([found[0][key][2] for key in common], np.int64)
+    bits = np.array([[of_model[key][1] for key in common] for of_model in found]) / sizes
+    return [found[0][key][0] for key in common], bits, sizes, len(everyone) - len(common)
+
+
+def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
+    """One line of the table from bits per byte [M, N]."""
+    winners = np.bincount(bits.argmin(axis=0), minlength=len(names)) / bits.shape[1]
+    medians = np.median(bits, axis=1)
+    models = {
+        name: {"median": float(medians[m]), "mean": float(bits[m].mean()), "wins": float(winners[m])}
+        for m, name in enumerate(names)
+    }
+    return {
+        "conversations": bits.shape[1],
+        "bytes": int(sizes.sum()),
+        "models": models,
+        "best": names[int(medians.argmin())],
+    }
+
+
+def table_lines(result: dict) -> list[str]:
+    """The comparison as a Markdown table: median bits per byte and share of conversations won, the best in bold."""
+    names = result["models"]
+    lines = [
+        "| bits per byte (wins) | conversations | " + " | ".join(names) + " |",
+        "|---|---:|" + "---:|" * len(names),
+    ]
+    for slice_name, figures in result["slices"].items():
+        cells = []
+        for name in names:
+            of = figures["models"][name]
+            cell = f"{of['median']:.3f} ({100 * of['wins']:.0f} %)"
+            cells.append(f"**{cell}**" if name == figures["best"] else cell)
+        lines.append(f"| {slice_name} | {figures['conversations']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write(result: dict, folder: Path) -> None:
+    """`compare.json`, `compare.md` and, where matplotlib is installed, `compare.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "compare.md", ("\n".join(table_lines(result)) + "\n").encode())
+    try:
+        picture(result, folder / "compare.png")
+    except ImportError:
+        logger.info("no picture: pip install 'fusechat[plot]' for %s", folder / "compare.png")
+    write_atomic(folder / "compare.json", json_bytes(result))
+
+
+def picture(result: dict, path: Path) -> None:
+    """Median bits per byte, slices side by side, one bar a model; lower is better."""
+    from matplotlib.figure import Figure
+
+    names, slices = result["models"], result["slices"]
+    figure = Figure(figsize=(max(5.0, 1.0 + 0.35 * len(slices) * (len(names) + 1)), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for m, name in enumerate(names):
+        places = np.arange(len(slices)) * (len(names) + 1) + m
+        axes.bar(places, [figures["models"][name]["median"] for figures in slices.values()], label=name)
+    axes.set_xticks(
+        np.arange(len(slices)) * (len(names) + 1) + (len(names) - 1) / 2,
+        [f"{name}\n{figures['conversations']}" for name, figures in slices.items()],
+    )
+    axes.set_ylabel("median bits per byte")
+    axes.set_title("What each model needs per slice (lower is better)")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
