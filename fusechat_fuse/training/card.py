@@ -69,6 +69,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
                 "language-model weight lambda": config.lm_loss_weight,
                 "fusion loss": config.fusion_loss_type,
                 "fusion function": f"{config.fusion_function} (cross-entropy per {config.ce_unit})",
+                "where no source is taken": config.fusion_fallback,
                 "temperature": config.fuse_temperature,
             }
         ),

@@ -8,7 +8,11 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
     min_ce        the source's where its CE over the conversation is lower, else the pivot's (a tie: the pivot's)
     avg_ce        both, with weights proportional to exp(-CE)
     min_ce_token  the same choice as min_ce for each predicted token by -log P(actual token)
+    min_ce_slice  one choice for each slice of the data, by the median CE over its conversations (`slice_choice.py`)
     source        always the source's
+
+Where a min_ce choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,
+`label` the label with probability 1, so that the label carries the whole weight, as in plain fine-tuning.
 
 CE is per token of each model's own tokenizer (the paper), or per byte of assistant text, which is comparable between
 tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".
@@ -26,8 +30,10 @@ CHOICES = {  # name -> the columns that it reads
     "min_ce": (*_PIVOT, *_SOURCE, "source_ce"),
     "avg_ce": (*_PIVOT, *_SOURCE, "source_ce"),
     "min_ce_token": (*_PIVOT, *_SOURCE, "source_token_ce", "mapped_mass"),
+    "min_ce_slice": (*_PIVOT, *_SOURCE, "source_ce"),
     "source": _SOURCE,
 }
+FALLBACKS = ("pivot", "label")
 
 
 class FusionDistribution(NamedTuple):
@@ -39,15 +45,23 @@ class FusionDistribution(NamedTuple):
 
 
 def fusion_distribution(
-    row: dict, *, choice: str = "min_ce", ce_unit: str = "token", fuse_temperature: float = 1.0
+    row: dict,
+    *,
+    choice: str = "min_ce",
+    ce_unit: str = "token",
+    fuse_temperature: float = 1.0,
+    fallback: str = "pivot",
+    slice_takes_source: bool = False,
 ) -> FusionDistribution:
     """The fusion distribution q of every predicted token of one conversation.
 
     Args:
         row: an aligned row (documented names, numpy arrays), borrowed.
-        choice: min_ce, avg_ce, min_ce_token or source.
+        choice: one of CHOICES.
         ce_unit: what a conversation's CE is a mean over: token or byte. min_ce_token compares tokens as they are.
         fuse_temperature: T > 0.
+        fallback: pivot or label; avg_ce and source have none.
+        slice_takes_source: for min_ce_slice, what was chosen for the slice of this conversation.
 
     Returns:
         FusionDistribution; an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot
@@ -64,14 +78,14 @@ def fusion_distribution(
         return FusionDistribution(*_source(row, fuse_temperature), 1.0)
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
-        return _choose_per_token(row, taken, fuse_temperature)
+        return _choose_per_token(row, taken, _fallback(row, fallback, fuse_temperature), fuse_temperature)
+    if choice == "min_ce_slice":
+        return _source_or(row, slice_takes_source, fallback, fuse_temperature)
     if ce_unit == "byte":
         require_columns(row, "source_tokens", "source_bytes")
     pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
-    if choice == "min_ce":
-        if source_ce < pivot_ce:  # False where either is not a number
-            return FusionDistribution(*_source(row, fuse_temperature), 1.0)
-        return FusionDistribution(*_pivot(row, fuse_temperature), 0.0)
+    if choice == "min_ce":  # False where either is not a number
+        return _source_or(row, source_ce < pivot_ce, fallback, fuse_temperature)
     share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
     return _mix(row, float(share), fuse_temperature)
 
@@ -84,6 +98,19 @@ def require_columns(row: dict, *columns: str) -> None:
                 f"column {column!r} for conversation {row.get('id')!r}: expected an aligned row, got one without it. "
                 "Pass a directory that align or combine wrote."
             )
+
+
+def _source_or(row: dict, taken: bool, fallback: str, temperature: float) -> FusionDistribution:
+    if taken:
+        return FusionDistribution(*_source(row, temperature), 1.0)
+    return FusionDistribution(*_fallback(row, fallback, temperature), 0.0)
+
+
+def _fallback(row: dict, fallback: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    if fallback == "pivot":
+        return _pivot(row, temperature)
+    labels = row["input_ids"][row["predicted"]][:, None]  # [P, 1]
+    return labels, np.ones(labels.shape, np.float32)
 
 
 def _pivot(row: dict, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -108,13 +135,13 @@ def _pad(ids: np.ndarray, probs: np.ndarray, K: int) -> tuple[np.ndarray, np.nda
     return np.pad(ids, ((0, 0), (0, more)), constant_values=-1), np.pad(probs, ((0, 0), (0, more)))
 
 
-def _choose_per_token(row: dict, taken: np.ndarray, temperature: float) -> FusionDistribution:
-    (pivot_ids, pivot_probs), (source_ids, source_probs) = _pivot(row, temperature), _source(row, temperature)
-    K = max(pivot_ids.shape[1], source_ids.shape[1])
-    pivot_ids, pivot_probs = _pad(pivot_ids, pivot_probs, K)
+def _choose_per_token(row: dict, taken: np.ndarray, otherwise, temperature: float) -> FusionDistribution:
+    (other_ids, other_probs), (source_ids, source_probs) = otherwise, _source(row, temperature)
+    K = max(other_ids.shape[1], source_ids.shape[1])
+    other_ids, other_probs = _pad(other_ids, other_probs, K)
     source_ids, source_probs = _pad(source_ids, source_probs, K)
-    ids = np.where(taken[:, None], source_ids, pivot_ids)
-    probs = np.where(taken[:, None], source_probs, pivot_probs)
+    ids = np.where(taken[:, None], source_ids, other_ids)
+    probs = np.where(taken[:, None], source_probs, other_probs)
     return FusionDistribution(ids, probs, float(taken.mean()) if len(taken) else 0.0)
 
 

@@ -7,7 +7,7 @@ What a batch holds (B rows of T tokens; packed: B = 1 and T = all tokens of the 
 The only Python loop runs over the conversations of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import CHOICES, FusionDistribution, fusion_distribution, require_columns
+from fusechat_fuse.training.choice import CHOICES, FALLBACKS, FusionDistribution, fusion_distribution, require_columns
 from fusechat_fuse.training.loss import IGNORED
 
 INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
@@ -32,9 +32,11 @@ class FusionCollator:
         pad_token_id: any id of the vocabulary; padding is masked everywhere.
         vocab_size: rows of the model's embedding; a conversation with an id beyond it is refused. None: no check.
         max_length: tokens kept of a conversation; a predicted token beyond is left out with its distribution, whole.
-        fusion_function: the choice: min_ce, avg_ce, min_ce_token or source (`choice.py`).
+        fusion_function: the choice, one of `choice.CHOICES`.
+        fusion_fallback: pivot or label, where a min_ce choice does not take the source.
         fuse_temperature: T > 0 of the fusion distribution.
         ce_unit: token or byte, for the choice by conversation.
+        slice_choice: for min_ce_slice, whether a row's slice takes the source (`slice_choice.source_by_slice`).
         packing: put all conversations of a batch into one row with restarting position ids (no padding). The model's
             attention must honour position ids (FlashAttention, flex, and transformers' own sdpa and eager masks do).
         pad_to_multiple_of: round T up (tensor cores).
@@ -49,6 +51,8 @@ class FusionCollator:
     fusion_function: str = "min_ce"
     fuse_temperature: float = 1.0
     ce_unit: str = "token"
+    fusion_fallback: str = "pivot"
+    slice_choice: Callable[[dict], bool] | None = None
     packing: bool = False
     pad_to_multiple_of: int | None = None
     _options: dict = field(init=False, repr=False, default_factory=dict)
@@ -57,6 +61,7 @@ class FusionCollator:
         for name, value, allowed in (
             ("fusion_function", self.fusion_function, CHOICES),
             ("ce_unit", self.ce_unit, CE_UNITS),
+            ("fusion_fallback", self.fusion_fallback, FALLBACKS),
         ):
             if value not in allowed:
                 raise InputError(f"value for {name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
@@ -66,6 +71,7 @@ class FusionCollator:
         self._options = {
             "choice": self.fusion_function,
             "ce_unit": self.ce_unit,
+            "fallback": self.fusion_fallback,
             "fuse_temperature": self.fuse_temperature,
         }
 
@@ -90,7 +96,7 @@ class FusionCollator:
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
         require_columns(row, "input_ids", "predicted")
-        fused = fusion_distribution(row, **self._options)
+        fused = fusion_distribution(row, **self._options, slice_takes_source=self._slice_takes_source(row))
         self._check(row, fused)
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
         mass = row.get("mapped_mass")
@@ -107,6 +113,16 @@ class FusionCollator:
                 max(len(row["input_ids"]) - self.max_length, 0),
             ),
         }
+
+    def _slice_takes_source(self, row: dict) -> bool:
+        if self.fusion_function != "min_ce_slice":
+            return False
+        if self.slice_choice is None:
+            raise InputError(
+                "slice_choice for min_ce_slice: expected what source_by_slice makes of the training data, got none. "
+                "Give it, or let FusionTrainer build the collator."
+            )
+        return self.slice_choice(row)
 
     def _check(self, row: dict, fused: FusionDistribution) -> None:
         if self.vocab_size is None:

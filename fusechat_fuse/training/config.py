@@ -10,7 +10,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
-from fusechat_fuse.training.choice import CHOICES
+from fusechat_fuse.training.choice import CHOICES, FALLBACKS
 from fusechat_fuse.training.loss import LOSS_KINDS
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,25 @@ class FusionConfig(TrainingArguments):
         default="min_ce",
         metadata={
             "help": "Which distribution to train on: min_ce (lower cross-entropy per conversation), avg_ce (weights "
-            "exp(-CE)), min_ce_token (per token), source (always the source's).",
+            "exp(-CE)), min_ce_token (per token), min_ce_slice (one for each slice of the data, by the median), source "
+            "(always the source's).",
             "choices": list(CHOICES),
         },
+    )
+    fusion_fallback: str = field(
+        default="pivot",
+        metadata={
+            "help": "Where a min_ce choice does not take the source: pivot (its own distribution, the paper) or label "
+            "(no fusion: the label carries the whole weight).",
+            "choices": list(FALLBACKS),
+        },
+    )
+    slice_column: str = field(
+        default="slice",
+        metadata={"help": "What names the slices of min_ce_slice: slice (the data's own) or auto (prompt clusters)."},
+    )
+    slice_pattern: str | None = field(
+        default=None, metadata={"help": "A regular expression on the ids that names the slices instead."}
     )
     fuse_temperature: float = field(
         default=1.0, metadata={"help": "T of the fusion distribution; rescales its shape, keeps its mass."}
@@ -173,6 +189,7 @@ class FusionConfig(TrainingArguments):
             ("fusion_loss_type", LOSS_KINDS),
             ("fusion_function", CHOICES),
             ("ce_unit", CE_UNITS),
+            ("fusion_fallback", FALLBACKS),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(

@@ -30,6 +30,7 @@ from fusechat_fuse.training.lean_head import causal_model, install_lean_head, ta
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
 from fusechat_fuse.training.meter import FusionMeter
 from fusechat_fuse.training.packing import check_packing
+from fusechat_fuse.training.slice_choice import lines_of, source_by_slice
 from fusechat_fuse.training.step_losses import StepLosses
 from fusechat_fuse.training.weights import cast_weights, check_weights
 
@@ -98,6 +99,7 @@ class FusionTrainer(Trainer):
         self._own_collator = data_collator is None
         if data_collator is None:
             data_collator = _collator(args, processing_class)
+        self._sliced_by: dict | None = None  # what the slices' choices were made with
         self._packs: set[type] = set()  # classes that were seen to keep packed conversations apart
         super().__init__(
             model=model,
@@ -112,6 +114,7 @@ class FusionTrainer(Trainer):
         self.add_callback(StepLosses())
         if isinstance(self.data_collator, FusionCollator):
             self._fit_collator(self.data_collator)
+            self._choose_by_slice()
             for dataset in (self.train_dataset, self.eval_dataset):
                 check_rows(dataset, self.data_collator)
         self._check_packing()
@@ -161,6 +164,18 @@ class FusionTrainer(Trainer):
             collator.vocab_size = vocabulary_size(self.model)
         if not 0 <= collator.pad_token_id < collator.vocab_size:
             collator.pad_token_id = 0
+
+    def _choose_by_slice(self) -> None:
+        """Give the collator the choice of every slice of the training data, where the arguments ask for it."""
+        args, collator = self.args, self.data_collator
+        data = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        if not self._own_collator or args.fusion_function != "min_ce_slice" or data is None:
+            return
+        wanted = {"ce_unit": args.ce_unit, "column": args.slice_column, "pattern": args.slice_pattern}
+        if self._sliced_by != wanted:
+            self._sliced_by, collator.slice_choice = wanted, source_by_slice(data, **wanted)
+            self.slice_lines = lines_of(collator.slice_choice.choice, ["pivot", *self.sources], args.ce_unit)
+            logger.info("\n".join(self.slice_lines))
 
     def _check_packing(self) -> None:
         kind = type(causal_model(self.model))
@@ -299,6 +314,7 @@ class FusionTrainer(Trainer):
             if any(getattr(self.data_collator, name) != value for name, value in now.items()):
                 self.data_collator = dataclasses.replace(self.data_collator, **now)
                 self._eval_dataloaders = {}  # which persistent workers keep
+            self._choose_by_slice()
         self._check_packing()
         return super()._get_dataloader(*args, **kwargs)
 
@@ -382,7 +398,7 @@ def vocabulary_size(model) -> int:
 
 def collator_options(args: FusionConfig) -> dict[str, Any]:
     """What a FusionCollator takes from the arguments."""
-    names = ("max_length", "fusion_function", "fuse_temperature", "ce_unit", "packing")
+    names = ("max_length", "fusion_function", "fuse_temperature", "ce_unit", "fusion_fallback", "packing")
     return {name: getattr(args, name) for name in names}
 
 

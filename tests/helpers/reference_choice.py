@@ -11,7 +11,7 @@ def distribution(ids, probs):
     return out
 
 
-def reference_choice(row, choice, unit, temperature):
+def reference_choice(row, choice, unit, temperature, fallback="pivot", slice_takes_source=False):
     """Per predicted token {id: probability}, in plain Python floats."""
     pivot, source = [], []
     for p in range(len(row["predicted"])):
@@ -20,16 +20,17 @@ def reference_choice(row, choice, unit, temperature):
         pairs = [(int(u), float(x)) for u, x in zip(row["source_ids"][p], row["source_probs"][p]) if u >= 0]
         mass, total = sum(x for _, x in pairs), sum(x ** (1 / temperature) for _, x in pairs)
         source.append({u: mass * x ** (1 / temperature) / total for u, x in pairs})
+    labels = [{int(row["input_ids"][t]): 1.0} for t in row["predicted"]]
+    otherwise = pivot if fallback == "pivot" else labels
     pivot_ce, source_ce = sum(map(float, row["ce"])) / len(pivot), row["source_ce"]
     if unit == "byte":
         pivot_ce *= len(pivot) / sum(int(e - s) for s, e in zip(row["start"], row["end"]))
         source_ce *= row["source_tokens"] / row["source_bytes"]
-    if choice == "source" or (choice == "min_ce" and source_ce < pivot_ce):
-        return source
-    if choice == "min_ce":
-        return pivot
+    taken = {"source": True, "min_ce": source_ce < pivot_ce, "min_ce_slice": slice_takes_source}
+    if choice in taken:
+        return source if taken[choice] else otherwise
     if choice == "min_ce_token":
         better = [s < c and m > 0 for s, c, m in zip(row["source_token_ce"], row["ce"], row["mapped_mass"])]
-        return [s if b else p for b, s, p in zip(better, source, pivot)]
+        return [s if b else o for b, s, o in zip(better, source, otherwise)]
     weight = math.exp(-source_ce) / (math.exp(-source_ce) + math.exp(-pivot_ce))
     return [{u: weight * s.get(u, 0.0) + (1 - weight) * p.get(u, 0.0) for u in {*s, *p}} for s, p in zip(source, pivot)]

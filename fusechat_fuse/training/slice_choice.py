@@ -1,0 +1,75 @@
+"""The choice by slice, made before training from the aligned data alone: one pass over them, none through a model.
+
+The figures (conversations, median CE of pivot and source, who serves) are logged and kept with the target, and every
+process comes to the same ones. Data that were combined by slice bring theirs in the manifest, over all sources.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
+from fusechat_fuse.store.rows import decode_row
+from fusechat_fuse.store.shards import Representation
+from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceBySlice:
+    """Whether a conversation takes the source's distribution, by its slice.
+
+    names: (id, content hash) -> slice, of the training data; pattern: names others by their id; else the row's own
+    column does. choice: 0 is the pivot, more a source.
+    """
+
+    choice: SliceChoice
+    names: dict[tuple, str]
+    pattern: str | None = None
+
+    def __call__(self, row: dict) -> bool:
+        return self.choice.of(self._name(row)) > 0
+
+    def _name(self, row: dict) -> str:
+        name = self.names.get((row["id"], row.get("content_hash")))
+        if name is not None:
+            return name
+        if self.pattern is not None:
+            found = re.search(self.pattern, row["id"])
+            return (found[found.re.groups and 1] or "") if found else ""
+        return row.get("slice") or ""
+
+
+def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str | None = None) -> SourceBySlice:
+    """Choose pivot or source for every slice of aligned data.
+
+    Args:
+        data: a Representation of aligned or combined data, or rows in another form (then `column` must be slice).
+        ce_unit: token or byte. column, pattern: as `store.slices.name_slices` takes them.
+    Raises: InputError for a column or pattern that names nothing.
+    """
+    keys, own, ces = [], [], []
+    for row in data:
+        row = decode_row(row) if "num_predicted" in row else row
+        keys.append((row["id"], row.get("content_hash")))
+        own.append(row.get("slice") or "")
+        ces.append((pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)))
+    stored = isinstance(data, Representation)
+    slices = name_slices(data, column=column, pattern=pattern) if stored else own
+    choice = choose_by_slice(slices, np.array(ces).T)
+    if stored and "slices" in data.manifest:  # chosen among all sources when they were combined
+        table = data.manifest["slices"]
+        choice = SliceChoice({name: entry["best"] for name, entry in table.items()}, table)
+    return SourceBySlice(choice, dict(zip(keys, slices)), pattern)
+
+
+def lines_of(choice: SliceChoice, models: list[str], ce_unit: str) -> list[str]:
+    """The choice for people: a line a slice, medians in the order of `models` (the pivot first)."""
+    lines = [f"slices by median cross-entropy, nats per {ce_unit} ({', '.join(models)}):"]
+    for name, entry in choice.table.items():
+        medians = ", ".join(f"{median:.4f}" for median in entry["medians"])
+        lines.append(f"  {name or 'all'}: {medians} -> {models[entry['best']]}, {entry['conversations']} conversations")
+    return lines

@@ -1,0 +1,74 @@
+"""min_ce_slice from data to batches: who serves a slice, what the Trainer makes of it, and what it says."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.shards import load_representation
+from fusechat_fuse.training.collator import STATS, FusionCollator
+from fusechat_fuse.training.slice_choice import source_by_slice
+from fusechat_fuse.training.trainer import FusionTrainer
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_runs import VOCAB, aligned_directory, config
+
+
+def sliced_rows(wrong: int = 8) -> list[dict]:
+    """40 conversations by turns of two slices; the source knows "good", but for `wrong` answers that it finds odd."""
+    rows = aligned_rows(40, vocab_size=500)
+    for n, row in enumerate(rows):
+        knows = n % 2 and n >= 2 * wrong
+        row |= {"id": f"{'good' if n % 2 else 'bad'}-{n}", "slice": "good" if n % 2 else "bad"}
+        row["source_ce"] = float(row["ce"].mean()) + (-0.5 if knows else 5.0)
+    return rows
+
+
+@pytest.fixture
+def data(tmp_path):
+    return load_representation(aligned_directory(tmp_path / "data", sliced_rows()))
+
+
+@pytest.mark.parametrize("how", [{}, {"pattern": "^[a-z]+"}], ids=["column", "pattern"])
+def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
+    takes_source = source_by_slice(data, ce_unit="token", **how)
+    assert [takes_source(row) for row in data] == [False, True] * 20
+    assert takes_source.choice.table["good"]["conversations"] == 20
+    assert takes_source({"id": "good-99", "slice": "good"})  # evaluation data: by the slice's name
+
+
+def test_data_combined_by_slice_bring_their_choice(tmp_path):
+    table = {"": {"best": 0}, "bad": {"best": 2}, "good": {"best": 0}}  # against what these rows say
+    data = load_representation(aligned_directory(tmp_path / "c", sliced_rows(), kind="combined", slices=table))
+    takes_source = source_by_slice(data, ce_unit="token")
+    assert [takes_source(row) for row in data] == [True, False] * 20
+
+
+def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog):
+    options = {"fusion_function": "min_ce_slice", "fusion_fallback": "label", "max_steps": 2, "logging_steps": 2}
+    with caplog.at_level(logging.INFO, "fusechat_fuse"):
+        trainer = FusionTrainer(
+            tiny_model("Llama", vocab_size=VOCAB), config(tmp_path / "t", **options), train_dataset=data
+        )
+    assert "bad: " in caplog.text
+    assert "-> strong-source, 20 conversations" in caplog.text
+    batch = trainer.data_collator([data[0], data[1]])
+    share = batch["conversation_stats"][:, 0, STATS.index("source_share")]
+    assert share.tolist() == [0, 1]
+    labels = batch["shift_labels"][0]
+    at = labels >= 0
+    assert torch.equal(batch["target_ids"][0, at, 0], labels[at])  # the label carries the whole weight
+    assert torch.equal(batch["target_probs"][0, at].sum(-1), torch.ones(int(at.sum())))
+    trainer.train()
+    trainer.args.slice_pattern = "^(bad)"  # a late change: the others are in no slice
+    trainer.get_train_dataloader()
+    assert set(trainer.data_collator.slice_choice.choice.table) == {"", "bad"}
+
+
+def test_a_collator_by_hand_needs_the_choice(data):
+    with pytest.raises(InputError, match="slice_choice for min_ce_slice: expected what source_by_slice makes"):
+        FusionCollator(fusion_function="min_ce_slice")([data[0]])
+    collate = FusionCollator(fusion_function="min_ce_slice", slice_choice=source_by_slice(data, ce_unit="byte"))
+    assert np.isfinite(collate([data[0]])["target_probs"].numpy()).all()
