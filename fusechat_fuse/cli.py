@@ -96,8 +96,10 @@ def _align(options: dict[str, Any]) -> None:
 def _combine_flags(parser: FlagParser) -> None:
     add_flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    add_flag(parser, "function", "min_ce", help="min_ce or avg_ce")
+    add_flag(parser, "function", "min_ce", help="min_ce, avg_ce, or min_ce_slice (the best source of each slice)")
     add_flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
+    add_flag(parser, "slice_column", "slice", help="slices of min_ce_slice: slice (the data's own) or auto (clusters)")
+    add_flag(parser, "slice_pattern", help="a regular expression on the ids that names the slices instead")
 
 
 def _combine(options: dict[str, Any]) -> None:

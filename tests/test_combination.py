@@ -13,6 +13,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import source_cross_entropy
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import files_of, rows_for, write
+from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.tiny_runs import aligned_directory
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("directories", "options", "message"),
     [
-        ((0, 1), {"function": "max"}, "expected one of min_ce, avg_ce, got 'max'"),
+        ((0, 1), {"function": "max"}, "expected one of min_ce, avg_ce, min_ce_slice, got 'max'"),
         ((0, 1), {"ce_unit": "word"}, "value for ce_unit: expected token or byte, got 'word'"),
         ((0,), {}, "expected at least two, got \\["),
         ((0, "pivot"), {}, "expected aligned or combined, got a representation"),
@@ -191,7 +193,7 @@ def test_a_path_is_not_several_directories(three, tmp_path):
 
 def test_a_combination_goes_on_by_its_own_function(three, tmp_path):
     combine(three[:2], tmp_path / "mean", function="avg_ce")
-    with pytest.raises(InputError, match="expected function min_ce by token, got avg_ce by token"):
+    with pytest.raises(InputError, match="same options, got function = .avg_ce. there and .min_ce. here"):
         combine([tmp_path / "mean", three[2]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -213,3 +215,37 @@ def test_a_damaged_shard_is_named(three, tmp_path):
     with pytest.raises(InputError, match=r"damaged/shard-00000.arrow: expected the file the manifest lists"):
         combine([three[0], tmp_path / "damaged"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def sliced(path, model: str, offsets: dict[str, float], lacking=()):
+    """Sixty conversations in three slices, aligned to one pivot; the source's CE is the pivot's and an offset."""
+    rows = aligned_rows(60, vocab_size=500)
+    for n, row in enumerate(rows):
+        row |= {"id": f"{'abc'[n % 3]}-{n}", "slice": "abc"[n % 3]}
+        wrong = n < 6  # answers that no expert finds likely
+        row["source_ce"] = float(row["ce"].mean()) + (9.0 if wrong else offsets["abc"[n % 3]])
+    about = {"pivot": {"model": "p"}, "source": {"model": model}, "options": {"mapping": "prefix", "safe_only": False}}
+    return aligned_directory(path, [row for n, row in enumerate(rows) if n not in lacking], **about)
+
+
+def test_by_slice_the_best_source_serves_all_of_it(tmp_path):
+    parts = [
+        sliced(tmp_path / "one", "one", {"a": -0.8, "b": -0.1, "c": 0.5}),
+        sliced(tmp_path / "two", "two", {"a": -0.1, "b": -0.8, "c": 0.9}, lacking=(1, 59)),
+    ]
+    manifest = combine(parts, tmp_path / "out", function="min_ce_slice")
+    won = {name: set() for name in "abc"}
+    for row in by_id(tmp_path / "out").values():
+        won[row["slice"]].add(int(row["source_index"][0]))
+    assert won["a"] == {0}
+    assert won["b"] == {0, 1}  # where the best source lacks a conversation, the next one
+    assert by_id(tmp_path / "out")["b-1"]["source_index"].tolist() == [0]
+    assert {name: manifest["slices"][name]["best"] for name in "abc"} == {"a": 1, "b": 2, "c": 0}
+    assert won["c"] == {0}  # the pivot is better there: training leaves these rows
+    assert manifest["slice_models"] == ["pivot", "one", "two"]
+    assert manifest["taken"] == {"one": 41, "two": 19}
+    by_pattern = combine(parts, tmp_path / "ids", function="min_ce_slice", slice_pattern="^[ab]")
+    assert set(by_pattern["slices"]) == {"", "a", "b"}
+    assert by_id(tmp_path / "ids")["c-2"].get("slice") is None
+    with pytest.raises(InputError, match="same options, got slice_pattern = "):
+        combine([parts[0], tmp_path / "ids"], tmp_path / "more", function="min_ce_slice")

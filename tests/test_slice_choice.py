@@ -41,7 +41,9 @@ def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
 
 def test_data_combined_by_slice_bring_their_choice(tmp_path):
     table = {"": {"best": 0}, "bad": {"best": 2}, "good": {"best": 0}}  # against what these rows say
-    data = load_representation(aligned_directory(tmp_path / "c", sliced_rows(), kind="combined", slices=table))
+    data = load_representation(
+        aligned_directory(tmp_path / "c", sliced_rows(), kind="combined", slices=table, slice_models=[])
+    )
     takes_source = source_by_slice(data, ce_unit="token")
     assert [takes_source(row) for row in data] == [True, False] * 20
 

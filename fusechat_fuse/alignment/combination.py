@@ -2,6 +2,7 @@
 
     min_ce   the source with the lowest cross-entropy; of equal ones the first
     avg_ce   q = sum_j w_j q_j,   w_j = exp(-CE_j) / sum_i exp(-CE_i)
+    min_ce_slice   for all conversations of a slice, the source with the lowest median CE over them
 
 Combining is associative: a combination stands for its sources. For avg_ce a row keeps `source_log_weight` =
 log sum_j exp(-CE_j), its weight when more sources are added; its `source_ce` is the weighted mean of the sources'.
@@ -15,20 +16,30 @@ from pathlib import Path
 
 import numpy as np
 
+from fusechat_fuse.alignment.slice_combination import choose_sources, serving
 from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.cross_entropy import CE_UNITS, source_cross_entropy
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
-COMBINATIONS = ("min_ce", "avg_ce")
+COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
 SHARD = 256
 _OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "source_ce", "source_bytes")
 _OF_SOURCE += ("source_tokens", "source_index", "source_log_weight", "source_best_ce")
 logger = logging.getLogger(__name__)
 
 
-def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str = "token") -> dict:
+def combine(
+    aligned_dirs,
+    output_dir,
+    *,
+    function: str = "min_ce",
+    ce_unit: str = "token",
+    slice_column: str = "slice",
+    slice_pattern: str | None = None,
+) -> dict:
     """Combine representations of several sources that were aligned to one pivot.
 
     A combination can be combined again: adding one source to it equals combining all at once (for avg_ce to the
@@ -38,13 +49,16 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
     Args:
         aligned_dirs: at least two directories that `align` or `combine` wrote, same pivot representation.
         output_dir: new, or an earlier start of the same run.
-        function: min_ce or avg_ce (equations in the module's text).
+        function: min_ce, avg_ce or min_ce_slice (equations in the module's text).
         ce_unit: token (nats per token of each source's own tokenizer, the paper) or byte (nats per byte of text,
             comparable between tokenizers).
+        slice_column, slice_pattern: for min_ce_slice, as `store.slices.name_slices` takes them; the rows' `slice`
+            becomes the name that was used.
 
     Returns:
-        The manifest that was written: `sources` names them, `taken` counts the conversations each one won (min_ce);
-        a row's `source_index` [1] points into `sources` (-1: a mixture).
+        The manifest that was written: `sources` names them, `taken` counts the conversations each one won (not avg_ce);
+        a row's `source_index` [1] points into `sources` (-1: a mixture). Of min_ce_slice also `slices`: the table of
+        medians, the pivot's first, and `slice_models`, whose they are.
 
     Raises:
         InputError: fewer than two directories, another pivot, another function in an earlier combination.
@@ -55,23 +69,33 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
         raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
     if ce_unit not in CE_UNITS:
         raise InputError(f"value for ce_unit: expected {' or '.join(CE_UNITS)}, got {ce_unit!r}. Use one of them.")
-    parts = _open_all(aligned_dirs, function, ce_unit)
+    options = {"function": function, "ce_unit": ce_unit}
+    if function == "min_ce_slice":
+        options |= {"slice_column": slice_column, "slice_pattern": slice_pattern}
+    parts = _open_all(aligned_dirs, options)
     lists = [_sources(part) for part in parts]
     sources = [source for several in lists for source in several]
     offsets = np.cumsum([0, *(len(several) for several in lists)])
     rows = _join(parts)
     identity = {
-        "options": {"function": function, "ce_unit": ce_unit},
+        "options": options,
         "pivot": parts[0].manifest["pivot"],
         "sources": [_key(source) for source in sources],
     }
     writer = ShardWriter(output_dir, identity, kind="combined")
     copy_tokenizer(parts[0].path, writer.path)
+    slices, choice = [], None
+    if function == "min_ce_slice":
+        slices, choice = choose_sources(parts, rows, ce_unit=ce_unit, column=slice_column, pattern=slice_pattern)
     shards = range(-(-len(rows) // SHARD))
     for shard in writer.left(shards):
         combined, taken = [], Counter()
-        for places in rows[shard * SHARD : (shard + 1) * SHARD]:
-            row = _combined([_numbered(parts[n][i], int(offsets[n])) for n, i in places], function, ce_unit)
+        for c in range(shard * SHARD, min((shard + 1) * SHARD, len(rows))):
+            candidates = [_numbered(parts[n][i], int(offsets[n])) for n, i in rows[c]]
+            if choice is None:
+                row = _combined(candidates, function, ce_unit)
+            else:
+                row = candidates[serving(choice, slices[c], rows[c])] | {"slice": slices[c] or None}
             taken[str(int(row["source_index"][0]))] += 1
             combined.append(row)
         writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
@@ -82,6 +106,10 @@ def combine(aligned_dirs, output_dir, *, function: str = "min_ce", ce_unit: str 
         "sources": sources,
         "taken": {name: taken[str(n)] for n, name in enumerate(source_names(sources))},
     }
+    if choice is not None:
+        own = (source_names(several)[0] if len(several) == 1 else None for several in lists)
+        labels = [name or part.path.name for name, part in zip(own, parts)]
+        manifest |= {"slices": choice.table, "slice_models": ["pivot", *labels]}
     manifest |= {key: first.get(key) for key in ("model", "tokenizer", "template", "versions")}
     writer.finish(len(shards), manifest)
     return load_representation(writer.path).manifest
@@ -125,7 +153,7 @@ def _sources(part: Representation) -> list[dict]:
     ]
 
 
-def _open_all(aligned_dirs, function: str, ce_unit: str) -> list[Representation]:
+def _open_all(aligned_dirs, options: dict) -> list[Representation]:
     if isinstance(aligned_dirs, str | Path) or len(aligned_dirs) < 2:
         raise InputError(
             f"aligned directories for combine: expected at least two, got {aligned_dirs!r}. "
@@ -143,10 +171,9 @@ def _open_all(aligned_dirs, function: str, ce_unit: str) -> list[Representation]
                 f"pivot for {part.path}: expected that of {first.path}, got another pivot representation. "
                 "Align all sources to one pivot representation."
             )
-        if kind == "combined" and part.manifest["options"] != {"function": function, "ce_unit": ce_unit}:
+        if kind == "combined" and (difference := first_difference(part.manifest["options"], options)):
             raise InputError(
-                f"combination for {part.path}: expected function {function} by {ce_unit}, got "
-                f"{part.manifest['options']['function']} by {part.manifest['options']['ce_unit']}. Use the same."
+                f"combination for {part.path}: expected one made with the same options, got {difference}. Use the same."
             )
     return [part.check() for part in parts]
 

@@ -44,6 +44,10 @@ class SliceChoice:
         """The model of a slice; of one that was not there, the whole data set's."""
         return self.best.get(name, self.best[""])
 
+    def medians(self, name: str) -> list[float]:
+        """The medians [M] that decide for a slice: its own, or the whole data set's."""
+        return self.table[name if name in self.best else ""]["medians"]
+
 
 def choose_by_slice(slices: Sequence[str], ces: np.ndarray) -> SliceChoice:
     """The best model of every slice.

@@ -29,6 +29,7 @@ class SourceBySlice:
     choice: SliceChoice
     names: dict[tuple, str]
     pattern: str | None = None
+    models: list[str] | None = None  # whose medians they are, where the data say it
 
     def __call__(self, row: dict) -> bool:
         return self.choice.of(self._name(row)) > 0
@@ -57,17 +58,18 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
         keys.append((row["id"], row.get("content_hash")))
         own.append(row.get("slice") or "")
         ces.append((pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)))
-    stored = isinstance(data, Representation)
-    slices = name_slices(data, column=column, pattern=pattern) if stored else own
-    choice = choose_by_slice(slices, np.array(ces).T)
-    if stored and "slices" in data.manifest:  # chosen among all sources when they were combined
-        table = data.manifest["slices"]
-        choice = SliceChoice({name: entry["best"] for name, entry in table.items()}, table)
-    return SourceBySlice(choice, dict(zip(keys, slices)), pattern)
+    if isinstance(data, Representation):
+        table = data.manifest.get("slices")
+        if table is not None:  # chosen among all sources when they were combined, and the rows named so
+            best = {name: entry["best"] for name, entry in table.items()}
+            return SourceBySlice(SliceChoice(best, table), dict(zip(keys, own)), models=data.manifest["slice_models"])
+        own = name_slices(data, column=column, pattern=pattern)
+    return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), pattern)
 
 
-def lines_of(choice: SliceChoice, models: list[str], ce_unit: str) -> list[str]:
-    """The choice for people: a line a slice, medians in the order of `models` (the pivot first)."""
+def lines_of(chosen: SourceBySlice, models: list[str], ce_unit: str) -> list[str]:
+    """The choice for people: a line a slice, medians in the order of the models (the pivot first)."""
+    choice, models = chosen.choice, chosen.models or models
     lines = [f"slices by median cross-entropy, nats per {ce_unit} ({', '.join(models)}):"]
     for name, entry in choice.table.items():
         medians = ", ".join(f"{median:.4f}" for median in entry["medians"])

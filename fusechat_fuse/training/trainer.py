@@ -174,7 +174,7 @@ class FusionTrainer(Trainer):
         wanted = {"ce_unit": args.ce_unit, "column": args.slice_column, "pattern": args.slice_pattern}
         if self._sliced_by != wanted:
             self._sliced_by, collator.slice_choice = wanted, source_by_slice(data, **wanted)
-            self.slice_lines = lines_of(collator.slice_choice.choice, ["pivot", *self.sources], args.ce_unit)
+            self.slice_lines = lines_of(collator.slice_choice, ["pivot", *self.sources], args.ce_unit)
             logger.info("\n".join(self.slice_lines))
 
     def _check_packing(self) -> None:
