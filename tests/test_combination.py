@@ -193,7 +193,7 @@ def test_a_path_is_not_several_directories(three, tmp_path):
 
 def test_a_combination_goes_on_by_its_own_function(three, tmp_path):
     combine(three[:2], tmp_path / "mean", function="avg_ce")
-    with pytest.raises(InputError, match="same options, got function = .avg_ce. there and .min_ce. here"):
+    with pytest.raises(InputError, match=r"same options, got function = 'avg_ce' there and 'min_ce' here"):
         combine([tmp_path / "mean", three[2]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
