@@ -166,7 +166,8 @@ def load_model(
     options |= {"device_map": device_map} if device_map else {}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(str(name_or_path), output_loading_info=True, **options)
+        both: Any = AutoModelForCausalLM.from_pretrained(str(name_or_path), output_loading_info=True, **options)
+        model, told = both
     except _UNREADABLE as error:
         raise InputError(
             f"weights for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the model."

@@ -20,7 +20,7 @@ from torch import Tensor, bfloat16, float16
 from fusechat_merge import report
 
 
-class GatherWide(GatherTensors, frozen=True):
+class GatherWide(GatherTensors, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]: it is, by pydantic
     """Gathers the inputs of one tensor, 16-bit ones as float32 (which holds all their values)."""
 
     def execute(self, **loaded: Any) -> dict[Any, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,8 @@ def combine(
             if choice is None:
                 row = _combined(candidates, function, ce_unit)
             else:
-                row = candidates[serving(choice, slices[c], rows[c])] | {"slice": slices[c] or None}
+                row = candidates[serving(choice, slices[c], rows[c])]
+                row["slice"] = slices[c] or None
             taken[str(int(row["source_index"][0]))] += 1
             combined.append(row)
         writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
@@ -192,7 +194,7 @@ def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:
     return list(places.values())
 
 
-def _numbered(row: dict, offset: int) -> dict:
+def _numbered(row: dict[str, Any], offset: int) -> dict[str, Any]:
     index = row.get("source_index")
     index = np.zeros(1, np.int32) if index is None else np.asarray(index, np.int32)[:1]
     return row | {"source_index": np.where(index >= 0, index + offset, -1).astype(np.int32)}

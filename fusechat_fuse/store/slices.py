@@ -142,7 +142,7 @@ def cluster(texts: Sequence[str], *, least: int = 2 * LEAST, most: int = 12, see
     if width < 2:
         return [""] * len(texts)
     points = make_pipeline(TruncatedSVD(width, random_state=seed), Normalizer(copy=False)).fit_transform(features)
-    labels = KMeans(k, n_init=10, random_state=seed).fit_predict(points)
+    labels = KMeans(k, n_init=10, random_state=seed).fit_predict(points)  # pyright: ignore[reportArgumentType]
     names = {label: f"{n} {words}" for n, (label, words) in enumerate(_described(texts, labels), start=1)}
     return [names[label] for label in labels]
 

@@ -255,11 +255,15 @@ class ConversationEncoder:
         keep = [k for k, t in enumerate(predicted) if 0 < t < self.max_length]
         if not keep:
             raise Unusable("too_long", f"no predicted token within {self.max_length} tokens (of {len(ids)})")
-        arrays = (
-            np.array(values, dtype)[keep]
-            for values, dtype in ((predicted, np.int32), (message, np.int16), (begins, np.int32), (ends, np.int32))
+        return Encoded(
+            input_ids=ids[: self.max_length],
+            predicted=np.array(predicted, np.int32)[keep],
+            message=np.array(message, np.int16)[keep],
+            start=np.array(begins, np.int32)[keep],
+            end=np.array(ends, np.int32)[keep],
+            truncated=len(ids) > self.max_length,
+            context_answers=context_answers,
         )
-        return Encoded(ids[: self.max_length], *arrays, len(ids) > self.max_length, context_answers)
 
     @staticmethod
     def _with_empty_tokens(low: int, start, end, first: int, last: int) -> int:

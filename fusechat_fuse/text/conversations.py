@@ -171,8 +171,9 @@ def _text_of(position: int, content: Any) -> str:
     content = _listed(content)
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in content]
-        if texts and all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+        kept = [text for text in texts if isinstance(text, str)]
+        if texts and len(kept) == len(texts):
+            return "".join(kept)
         raise Unusable("not_text", f"message {position}: expected parts of text alone, got {content!r:.80}")
     if not isinstance(content, str):
         kind = type(content).__name__
