@@ -174,9 +174,10 @@ def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch,
         ((0, 1), {"function": "max"}, "expected one of min_ce, avg_ce, min_ce_slice, got 'max'"),
         ((0, 1), {"ce_unit": "word"}, "value for ce_unit: expected token or byte, got 'word'"),
         ((0,), {}, "expected at least two, got \\["),
+        ((0, 1, 0), {}, "sources for combine: expected each once, got made up"),
         ((0, "pivot"), {}, "expected aligned or combined, got a representation"),
     ],
-    ids=["function", "ce_unit", "one", "representation"],
+    ids=["function", "ce_unit", "one", "twice", "representation"],
 )
 def test_bad_input(directories, options, message, three, tmp_path):
     paths = [three[n] if isinstance(n, int) else three[0].parent / n for n in directories]

@@ -46,6 +46,7 @@ def no_weights(monkeypatch):
             "q_porj",
             "adapters for .*tied: expected modules that peft can adapt, got: .*q_porj.* not found",
         ),
+        ("q_proj,v_porj", "adapters for 'v_porj': expected a module of LlamaForCausalLM, got none of that name"),
         (
             "input_layernorm",
             "adapters for .*tied: expected modules that peft can adapt, got: .*RMSNorm",

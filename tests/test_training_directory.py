@@ -168,6 +168,77 @@ def fill_the_disk(monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", save_pretrained)
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be spoiled."""
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        ("typo", {"overwrite": True}, "expected a whole checkpoint"),
+        ("copied/checkpoint-1", {"overwrite": True}, "expected one outside .*copied, got one that --overwrite would"),
+        ("copied/checkpoint-1", {"output": "new"}, "expected one of a run like this, got another's .lm_loss_weight = "),
+    ],
+    ids=["typo", "own", "another run's"],
+)
+def test_a_checkpoint_that_is_asked_for_is_looked_at_first(pivot, data, copied, tmp_path, asked, options, message):
+    output = tmp_path / options.pop("output", "copied")
+    before = contents(tmp_path)
+    settings = config(output, max_steps=2, lm_loss_weight=0.25, resume_from_checkpoint=str(tmp_path / asked))
+    with pytest.raises(InputError, match=message):
+        train(pivot, data, settings, **options)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_without_its_weights_is_no_finished_run(pivot, data, copied):
+    (copied / "model.safetensors").unlink()
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(InputError, match="expected the weights of a finished run, got none"):
+        train(pivot, data, config(copied, **settings), eval_data_path=data)
+
+
+def test_overwriting_leaves_what_is_not_the_runs(pivot, data, copied, monkeypatch):
+    kept = [copied / name for name in ("mine.safetensors", "adapter/mine", "checkpoint-9/mine")]
+    for file in kept:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fusechat_fuse.training.run_directory.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(pivot, data, config(copied, max_steps=1), overwrite=True)
+    assert not json.loads((copied / "fusion_run.json").read_text())["finished"]  # half removed, and it says so
+    train(pivot, data, config(copied, max_steps=1), overwrite=True)
+    assert all(file.read_text() == "mine" for file in kept)
+    assert not (copied / "checkpoint-2").exists()
+
+
+def test_a_checkpoint_without_its_optimizer_is_left_out(pivot, data, copied, caplog):
+    for step in (1, 2):
+        (copied / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    file = copied / "fusion_run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": False}))
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(pivot, data, config(copied, **settings), eval_data_path=data)
+    assert "saved without its optimizer); it is left out" in caplog.text
+    assert "Continuing after" not in caplog.text
+
+
+def test_float16_weights_are_refused_where_all_are_trained(pivot, data, tmp_path):
+    with pytest.raises(InputError, match="expected float32 or bfloat16 to train all weights, got float16"):
+        train(pivot, data, config(tmp_path / "t", max_steps=1), dtype="float16")
+
+
+def test_weights_beyond_float16_are_not_saved_in_it():
+    with pytest.raises(FloatingPointError, match="weights for w: expected numbers within float16"):
+        cast_weights({"w": torch.tensor([1.0, 1e5])}, torch.float16)
+
+
 def test_a_full_disk_is_told_with_the_path_and_leaves_no_part_of_a_target(pivot, data, tmp_path, monkeypatch, capsys):
     flags = ["--model_name_or_path", pivot, "--data_path", data, "--output_dir", tmp_path / "t", "--max_steps", "1"]
     flags += ["--use_cpu", "--report_to", "none", "--save_strategy", "no", "--per_device_train_batch_size", "4"]

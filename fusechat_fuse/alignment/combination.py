@@ -76,6 +76,7 @@ def combine(
     parts = _open_all(aligned_dirs, options)
     lists = [_sources(part) for part in parts]
     sources = [source for several in lists for source in several]
+    _check_distinct(sources)
     offsets = np.cumsum([0, *(len(several) for several in lists)])
     rows = _join(parts)
     identity = {
@@ -134,6 +135,16 @@ def combination_lines(manifest: dict) -> list[str]:
         taken = "mixed" if options["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
         lines.append(f"source {n}: {name}, {taken}")
     return lines
+
+
+def _check_distinct(sources: list[dict]) -> None:
+    keys = [_key(source) for source in sources]
+    twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+    if twice is not None:
+        raise InputError(
+            f"sources for combine: expected each once, got {twice['model']} with the same mapping and data twice. "
+            "Leave one out."
+        )
 
 
 def _key(source: dict) -> dict:

@@ -66,6 +66,12 @@ def _add(model, arguments) -> Any:
             f"{first_line(error)}. Change lora_target_modules."
         ) from error
     targeted: Any = adapted.base_model.targeted_module_names
+    for name in wanted if isinstance(wanted, list) else []:
+        if not any(module == name or module.endswith(f".{name}") for module in targeted):
+            raise InputError(
+                f"adapters for {name!r}: expected a module of {type(model).__name__}, got none of that name. "
+                "Correct lora_target_modules."
+            )
     tied = sorted(shared & set(targeted))
     if tied:
         raise InputError(

@@ -6,6 +6,7 @@ is merely wrong.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -58,6 +59,10 @@ def check_packing(model, autocast: Callable[[], AbstractContextManager] = nullco
         ) from error
     finally:
         model.train(training)
+    if math.isnan(difference):
+        raise InputError(
+            f"logits for {name}: expected numbers, got some that are not finite. Check the pivot's weights."
+        )
     if not difference <= tolerance:
         raise InputError(
             f"packing for {name}: expected conversations that do not see one another, got logits that change by "

@@ -116,6 +116,11 @@ def _check_arguments(arguments: TrainArguments) -> None:
         value = getattr(arguments, name)
         if value not in (*DTYPES, *([None] if name == "save_dtype" else [])):
             raise InputError(f"value for {name}: expected one of {', '.join(DTYPES)}, got {value!r}. Use one.")
+    if arguments.dtype == "float16" and not arguments.lora_r:
+        raise InputError(
+            "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
+            "go wrong. Train in float32 with --fp16 for float16 arithmetic."
+        )
     if arguments.lora_r < 0:
         raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.claim import check_claim, check_is_directory
+from fusechat_fuse.store.claim import check_claim, check_is_directory, first_difference
 from fusechat_fuse.store.files import read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class RunDirectory:
         """
         check_is_directory(self.path)
         self._check_apart()
+        self._check_asked()
         there = self._read()
         if self.arguments.overwrite:
             if there is None:
@@ -105,7 +106,14 @@ class RunDirectory:
         if there is not None and not there.get("finished") and not self._checkpoints():
             return None
         check_claim(self.path, _names(self.identity), self._names_there, remedy=", or --overwrite to start anew")
-        return there["metrics"] if there is not None and there.get("finished") else None
+        if there is None or not there.get("finished"):
+            return None
+        if not any(self.path.glob("model*.safetensors")):
+            raise InputError(
+                f"target for {self.path}: expected the weights of a finished run, got none. Give --overwrite to train "
+                "it anew."
+            )
+        return there["metrics"]
 
     def claim(self) -> None:
         """Take the directory for this run, after `check`; by one process, before any works in it."""
@@ -124,6 +132,33 @@ class RunDirectory:
                     "would replace. Choose another directory."
                 )
 
+    def _asked(self) -> str | None:
+        """The checkpoint that resume_from_checkpoint names."""
+        asked = self.config.resume_from_checkpoint
+        return None if not asked or str(asked).lower() in ("true", "false") else str(asked)
+
+    def _check_asked(self) -> None:
+        """A checkpoint that is asked for must be whole, of a run like this one, and not what --overwrite removes."""
+        asked = self._asked()
+        if asked is None:
+            return
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise InputError(
+                f"checkpoint for {asked}: expected a whole checkpoint, got one without trainer_state.json. "
+                "Leave resume_from_checkpoint out to take the last whole one."
+            )
+        if self.arguments.overwrite and Path(asked).resolve().is_relative_to(self.path.resolve()):
+            raise InputError(
+                f"checkpoint for {asked}: expected one outside {self.path}, got one that --overwrite would remove. "
+                "Leave one of the two out."
+            )
+        theirs = read_json(Path(asked).parent / RUN_FILE, "run file")
+        if theirs and (difference := first_difference(_names(theirs["identity"]), _names(self.identity))):
+            raise InputError(
+                f"checkpoint for {asked}: expected one of a run like this, got another's ({difference}). "
+                "Leave resume_from_checkpoint out, or give the same options."
+            )
+
     def _checkpoints(self) -> dict[int, Path]:
         """Step -> folder, whole or not."""
         found = ((re.fullmatch(r"checkpoint-(\d+)", entry.name), entry) for entry in self.path.glob("checkpoint-*"))
@@ -131,22 +166,19 @@ class RunDirectory:
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from: the one asked for, else the last whole one; None: start at the beginning."""
-        asked = self.config.resume_from_checkpoint
-        if asked is not None and str(asked).lower() == "false":
+        if str(self.config.resume_from_checkpoint).lower() == "false":
             return None
-        if asked and str(asked).lower() != "true":
-            if not (Path(asked) / "trainer_state.json").is_file():
-                raise InputError(
-                    f"checkpoint for {asked}: expected a whole checkpoint, got one without trainer_state.json. "
-                    "Leave resume_from_checkpoint out to take the last whole one."
-                )
-            return str(asked)
+        if (asked := self._asked()) is not None:
+            return asked
         steps = self._checkpoints()
         for step in sorted(steps, reverse=True):
             if _whole(steps[step], step):
                 logger.info("Continuing after step %d, from %s.", step, steps[step])
                 return str(steps[step])
-            logger.warning("%s is not whole (the run was stopped while writing it); it is left out.", steps[step])
+            logger.warning(
+                "%s is not whole (stopped while it was written, or saved without its optimizer); it is left out.",
+                steps[step],
+            )
         return None
 
     def finish(self, metrics: dict) -> None:
@@ -166,13 +198,17 @@ class RunDirectory:
         )
 
     def _clear(self) -> None:
-        """Remove what an earlier run of ours left; other files stay."""
-        if self._read() is None:
+        """Remove what an earlier run of ours left; other files stay. It is unfinished from the first moment on."""
+        there = self._read()
+        if there is None:
             return
+        self._write(there | {"finished": False})
         for entry in self.path.iterdir():
-            if entry.is_dir() and re.fullmatch(r"checkpoint-\d+|adapter", entry.name):
+            ours = re.fullmatch(r"checkpoint-\d+", entry.name) and (entry / "trainer_state.json").exists()
+            ours = ours or (entry.name == "adapter" and (entry / "adapter_config.json").exists())
+            if ours and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.suffix == ".safetensors" or entry.name in (RUN_FILE, "model.safetensors.index.json"):
+            elif ours or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", entry.name):
                 entry.unlink()
 
 
@@ -196,7 +232,9 @@ def _plain(value):
 
 
 def _whole(folder: Path, step: int) -> bool:
-    """Whether the Trainer got to the last file of a checkpoint."""
+    """Whether the Trainer got to the last file of a checkpoint, and an optimizer is in it (DeepSpeed: global_step*)."""
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
+        return False
     try:
         return json.loads((folder / "trainer_state.json").read_bytes())["global_step"] == step
     except (OSError, ValueError, KeyError):

@@ -6,10 +6,11 @@ import torch
 
 
 def check_weights(model: torch.nn.Module, accelerator) -> None:
-    """Raise FloatingPointError where a trained weight is not finite: the last update is seen by no loss."""
+    """Raise FloatingPointError where a weight is not finite: the last update is seen by no loss, and a frozen weight
+    that the data never read by none either."""
     bad = 0
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.is_floating_point():
             continue
         here: Any = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
         here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
@@ -31,6 +32,11 @@ def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dic
             cast[name] = tensor
         elif tensor.numel() == 0 or key not in done:
             cast[name] = done[key] = tensor.to(dtype)
+            if dtype == torch.float16 and not torch.isfinite(done[key]).all():
+                raise FloatingPointError(
+                    f"weights for {name}: expected numbers within float16 (65504), got larger ones. "
+                    "Give save_dtype bfloat16 or float32."
+                )
         else:
             cast[name] = done[key]
     return cast
