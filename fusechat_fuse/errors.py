@@ -49,6 +49,8 @@ def system_error_number(error: BaseException) -> int | None:
             return seen.errno
         if found := re.search(r"\bos error (\d+)|\bErrno (\d+)", str(seen)):
             return int(found[1] or found[2])
+        if "inline_container" in str(seen) and "unexpected pos" in str(seen):  # torch.save, cut short
+            return errno.ENOSPC
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -95,3 +95,13 @@ def test_nothing_is_said_of_tokens_that_the_target_does_not_have(tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "tokens that differ from the model config" not in caplog.text
+
+
+def test_evaluation_takes_a_directory_as_well(tmp_path):
+    rows = aligned_rows(6, vocab_size=50)
+    made = aligned_directory(tmp_path / "data", rows, vocab_size=50)
+    trainer = FusionTrainer(tiny_model(), config(tmp_path / "t"), eval_dataset={"one": rows[:3], "all": rows})
+    expected = trainer.evaluate(rows)["eval_loss"]
+    for data in (made, str(made)):
+        assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-3)  # as stored: float16
+    assert trainer.evaluate()["eval_all_loss"] == pytest.approx(expected)

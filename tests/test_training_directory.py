@@ -254,6 +254,20 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_no_part_of_a_target(pivot,
     assert not (tmp_path / "t" / target_module.ASIDE).exists()
 
 
+def test_a_disk_that_fills_up_under_torch_save_is_told():
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 169280 vs 169168")
+    with pytest.raises(OSError, match="No space left") as caught, writing("/a/b"):
+        raise error
+    assert as_sentence(caught.value)[0].startswith("error: disk for /a/b: expected room to write")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"identity": 3}'])
+def test_a_run_file_that_is_none_is_named(pivot, data, copied, content):
+    (copied / "fusion_run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run file for .*fusion_run.json: expected what a run wrote"):
+        train(pivot, data, config(copied, max_steps=1))
+
+
 @pytest.mark.parametrize(
     ("number", "told", "code"),
     [

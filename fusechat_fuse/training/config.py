@@ -1,6 +1,7 @@
 """FusionConfig: transformers' TrainingArguments plus what pairwise fusion needs; the paper's values as defaults."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -197,7 +198,8 @@ class FusionConfig(TrainingArguments):
                 )
         for name, good, expected in (
             ("lm_loss_weight", 0 <= self.lm_loss_weight <= 1, "0 to 1"),
-            ("fuse_temperature", self.fuse_temperature > 0, "more than 0"),
+            ("fuse_temperature", 0 < self.fuse_temperature < math.inf, "more than 0"),
+            ("learning_rate", 0 <= (self.learning_rate or 0) < math.inf, "a number from 0"),
             ("max_length", self.max_length >= 2, "at least 2"),
             ("head_chunks", self.head_chunks >= 1, "at least 1"),
             ("total_batch_size", self.total_batch_size >= 1, "at least 1"),

@@ -186,7 +186,12 @@ class RunDirectory:
         self._write({"identity": self.identity, "finished": True, "metrics": metrics})
 
     def _read(self) -> dict | None:
-        return read_json(self.file, "run file")
+        there = read_json(self.file, "run file")
+        if there is not None and not (isinstance(there, dict) and isinstance(there.get("identity"), dict)):
+            raise InputError(
+                f"run file for {self.file}: expected what a run wrote, got something else. Make the directory anew."
+            )
+        return there
 
     def _names_there(self) -> dict | None:
         there = self._read()

@@ -337,9 +337,12 @@ class FusionTrainer(Trainer):
             del logs[name]  # float16's gradient norm where a step is skipped: JSON has no word for it
         super().log(logs, start_time)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """As Trainer's; a directory serves too, and a name of the evaluation data where they are several."""
+        if not (isinstance(self.eval_dataset, dict) and eval_dataset in list(self.eval_dataset)):
+            eval_dataset = open_dataset(eval_dataset)
         with self.meters["train"].paused():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
