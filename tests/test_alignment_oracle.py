@@ -15,6 +15,8 @@ from tests.helpers import reference_alignment as reference
 from tests.helpers.alignment_data import HEADERS, TEXTS, end_of_turn, make_row, write_representation
 from tests.helpers.random_texts import random_texts
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     ("openchat", "qwen"),
     ("qwen", "openchat"),

@@ -43,6 +43,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import token_table
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "golden"
 END_OF_TURN = {"openchat": "<|end_of_turn|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>"}
 POSITIONS = {

@@ -57,6 +57,7 @@ def test_imports_nothing_heavy(package):
     assert not loaded_after(f"import {package}") & HEAVY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("package", "module"), [(p, m) for p, modules in LIGHT.items() for m in modules])
 def test_the_method_loads_nothing_heavy_but_torch(package, module):
     assert not loaded_after(f"import {package}.{module}") & (HEAVY - {"torch"})

@@ -17,6 +17,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import rows_for, write
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

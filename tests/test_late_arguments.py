@@ -11,6 +11,8 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import config
 
+pytestmark = pytest.mark.slow
+
 CHANGES = {
     "fusion_function": "source",
     "fuse_temperature": 2.0,

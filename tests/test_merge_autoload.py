@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = """
 _METHODS = {"sce": "mergekit's own", "ties": "mergekit's own"}

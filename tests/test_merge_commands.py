@@ -23,6 +23,8 @@ from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, write_family, write_llama
 from tests.helpers.merge_checkpoints import recipe as make_recipe
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parent.parent / "mergekit_configs"
 NAME = "model.layers.1.mlp.up_proj.weight"
 

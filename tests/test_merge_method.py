@@ -17,6 +17,8 @@ import fusechat_merge
 from fusechat_merge import kernel, sce, varm
 from tests.helpers.merge_checkpoints import read, recipe, write_family, write_llama
 
+pytestmark = pytest.mark.slow
+
 QUIET = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
 
 

@@ -13,6 +13,8 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import FAMILIES, SIZES, tiny_model
 from tests.helpers.tiny_runs import config
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
 APART = {
     **{family: {} for family in FAMILIES},

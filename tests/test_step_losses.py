@@ -17,6 +17,8 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
+pytestmark = pytest.mark.slow
+
 WILD = {"learning_rate": 1e6, "optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
 
 

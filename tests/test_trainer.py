@@ -19,6 +19,8 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, assert_same_run, config, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_accumulation_does_not_change_the_loss(tmp_path, choice):

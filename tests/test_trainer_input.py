@@ -13,6 +13,8 @@ from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import aligned_directory, config, run, tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("pad", [50, 10**6, -1])
 def test_padding_may_be_any_id(tmp_path, pad):

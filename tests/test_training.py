@@ -21,6 +21,8 @@ from tests.helpers import real_tokenizers
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pivot(tmp_path_factory):

@@ -13,6 +13,8 @@ from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.run import train
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft")
 
 

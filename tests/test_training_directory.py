@@ -21,6 +21,8 @@ from fusechat_fuse.training.weights import cast_weights
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pivot(tmp_path_factory):
