@@ -24,6 +24,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import end_of_turn, files_of, make_row, rows_for, write
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

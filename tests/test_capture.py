@@ -38,6 +38,8 @@ from fusechat_fuse.text.conversations import load_conversations
 from fusechat_fuse.text.templates import resolve_template
 from tests.helpers.reference_represent import distribution
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 

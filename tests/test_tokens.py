@@ -12,6 +12,8 @@ from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import same_vocabulary, token_bytes, tokenizer_hash
 from tests.helpers.random_texts import random_texts
 
+pytestmark = pytest.mark.slow
+
 REAL = ("openchat", "qwen", "llama3")
 ALL = (*REAL, "tiny_bpe", "tiny_unigram")
 TEXTS = (
