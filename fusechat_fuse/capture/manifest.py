@@ -21,6 +21,7 @@ _OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps the
 
 
 def check_finite(non_finite: int, total: int) -> None:
+    """Raise RuntimeError where too many of the conversations have logits that are not finite."""
     if non_finite > MAX_NON_FINITE_SHARE * total:
         raise RuntimeError(
             f"{non_finite} of {total} conversations have logits that are not finite ({non_finite / total:.1%}; at most "
