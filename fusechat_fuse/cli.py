@@ -23,6 +23,10 @@ from fusechat_fuse.processes import end_process_group, speaks
 FIRST_SPEAKS = 3.0
 
 
+def _preset_flag(parser: FlagParser) -> None:
+    add_flag(parser, "preset", "fusechat", help="where a flag says preset: fusechat (ours) or paper (FuseChat's)")
+
+
 def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
     add_flag(
@@ -78,7 +82,8 @@ def _align_flags(parser: FlagParser) -> None:
     add_flag(parser, "pivot_representation", required=True, help="directory that represent wrote for the pivot")
     add_flag(parser, "source_representation", required=True, help="directory that represent wrote for the source")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    add_flag(parser, "mapping", "prefix", help=known)
+    add_flag(parser, "mapping", help=f"{known} (preset: prefix, paper statistics)")
+    _preset_flag(parser)
     add_flag(parser, "num_proc", type=int, help="processes (default: one)")
     add_flag(parser, "safe_only", False, help="answer only where no token of either vocabulary could span the start")
     add_flag(parser, "counts", help="counts of an earlier corpus, for statistics")
@@ -96,8 +101,15 @@ def _align(options: dict[str, Any]) -> None:
 def _combine_flags(parser: FlagParser) -> None:
     add_flag(parser, "aligned", required=True, nargs="+", help="two or more directories that align or combine wrote")
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
-    add_flag(parser, "function", "min_ce", help="min_ce, avg_ce, or min_ce_slice (the best source of each slice)")
-    add_flag(parser, "ce_unit", "token", help="token (the paper) or byte, which is comparable between tokenizers")
+    add_flag(
+        parser,
+        "function",
+        help="min_ce_slice (the best source of each slice), min_ce or avg_ce (preset: min_ce_slice, paper min_ce)",
+    )
+    add_flag(
+        parser, "ce_unit", help="byte, which is comparable between tokenizers, or token (preset: byte, paper token)"
+    )
+    _preset_flag(parser)
     add_flag(parser, "slice_column", "slice", help="slices of min_ce_slice: slice (the data's own) or auto (clusters)")
     add_flag(parser, "slice_pattern", help="a regular expression on the ids that names the slices instead")
 

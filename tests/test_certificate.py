@@ -34,7 +34,9 @@ def test_gaps_of_opposite_sign_do_not_cancel_in_the_mean_of_their_sizes():
         np.array([5, 5]), start, end, np.zeros(2, int), np.log([4.0, 16.0]), np.array([[5, 6]] * 2), np.zeros((2, 2))
     )
     probs = np.array([[1 / 16], [1 / 4]])
-    mapped = Mapped(np.ones((2, 1), int), probs, np.log(probs[:, 0]), np.ones(2, bool), probs[:, 0], np.full(2, EXACT))
+    mapped = Mapped(
+        np.ones((2, 1), int), probs, np.log(probs[:, 0]), np.ones(2, bool), probs[:, 0], np.full(2, EXACT), np.zeros(2)
+    )
     match = correspond(start, end, start, end)
     counted = tally(pivot, source, match, mapped, np.ones(2, bool), np.arange(2), np.array([1, 3]))
     assert counted["predicted"].tolist() == [1, 3]

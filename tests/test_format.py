@@ -133,6 +133,7 @@ def test_the_example_is_what_is_written():
         "source_probs": np.array([[0.5, 0.25, 0], [0, 0, 0], [1, 0, 0]]),
         "source_token_ce": [0.7, np.inf, 0],
         "mapped_mass": [0.75, 0, 1],
+        "label_tail": [1.25, 0, -1],
         "source_index": [1],
     }
     fields = encode_row(row, "plain") | encode_row(row, "compact")

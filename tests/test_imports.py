@@ -37,7 +37,15 @@ PURE = {  # pure maths: at the top of the file numpy, torch, the standard librar
     "store": ["cross_entropy"],
 }
 ROOMS = ("capture", "alignment", "training", "evaluation")  # strangers to each other
-SHARED = ("store", "text", "models", "processes", "errors", "logit_transform")  # which any room may use; they use none
+SHARED = (
+    "store",
+    "text",
+    "models",
+    "processes",
+    "errors",
+    "presets",
+    "logit_transform",
+)  # which any room may use; they use none
 COMMAND = ("cli", "flags")  # the top, which nothing below it uses
 
 

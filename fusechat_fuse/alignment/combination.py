@@ -20,6 +20,7 @@ import numpy as np
 from fusechat_fuse.alignment.slice_combination import choose_sources, serving
 from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import or_preset
 from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.cross_entropy import CE_UNITS, source_cross_entropy
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
@@ -27,7 +28,7 @@ from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
 SHARD = 256
-_OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "source_ce", "source_bytes")
+_OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "label_tail", "source_ce", "source_bytes")
 _OF_SOURCE += ("source_tokens", "source_index", "source_log_weight", "source_best_ce")
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ def combine(
     aligned_dirs,
     output_dir,
     *,
-    function: str = "min_ce",
-    ce_unit: str = "token",
+    function: str | None = None,
+    ce_unit: str | None = None,
+    preset: str = "fusechat",
     slice_column: str = "slice",
     slice_pattern: str | None = None,
 ) -> dict:
@@ -50,9 +52,10 @@ def combine(
     Args:
         aligned_dirs: at least two directories that `align` or `combine` wrote, same pivot representation.
         output_dir: new, or an earlier start of the same run.
-        function: min_ce, avg_ce or min_ce_slice (equations in the module's text).
+        function: min_ce, avg_ce or min_ce_slice (equations in the module's text); None: the preset's.
         ce_unit: token (nats per token of each source's own tokenizer, the paper) or byte (nats per byte of text,
-            comparable between tokenizers).
+            comparable between tokenizers); None: the preset's.
+        preset: fusechat (min_ce_slice by byte) or paper (min_ce by token).
         slice_column, slice_pattern: for min_ce_slice, as `store.slices.name_slices` takes them; the rows' `slice`
             becomes the name that was used.
 
@@ -66,6 +69,7 @@ def combine(
 
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
+    function, ce_unit = or_preset(preset, function=function, ce_unit=ce_unit).values()
     if function not in COMBINATIONS:
         raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
     if ce_unit not in CE_UNITS:

@@ -101,13 +101,16 @@ def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch,
     """The pivot's rows with the source's columns; a token of no bytes, which is in no batch, has no answer."""
     ids, probs = mapped.ids, mapped.probs.astype(np.float32)
     token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
+    tail = mapped.label_tail
     if not batch.kept.all():
         ids, probs = _spread(ids, batch.kept, -1), _spread(probs, batch.kept, 0)
         token_ce, mass = _spread(token_ce, batch.kept, np.inf), _spread(mass, batch.kept, 0)
+        tail = _spread(tail, batch.kept, 0)
     cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]
-    columns = (np.split(array, cuts) for array in (ids, probs, token_ce.astype(np.float32), mass.astype(np.float16)))
+    half = (mass.astype(np.float16), tail.astype(np.float16))
+    columns = (np.split(array, cuts) for array in (ids, probs, token_ce.astype(np.float32), *half))
     rows = []
-    for pivot, source, i, p, c, m in zip(pivot_rows, source_rows, *columns):
+    for pivot, source, i, p, c, m, t in zip(pivot_rows, source_rows, *columns):
         rows.append(
             pivot
             | {
@@ -115,6 +118,7 @@ def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch,
                 "source_probs": p,
                 "source_token_ce": c,
                 "mapped_mass": m,
+                "label_tail": t,
                 "source_ce": float(np.mean(source["ce"], dtype=np.float64)),
                 "source_bytes": int(np.sum(source["end"] - source["start"], dtype=np.int64)),
                 "source_tokens": len(source["predicted"]),

@@ -74,16 +74,23 @@ def prefix_rows(pivot: Stream, source: SourceStream, match: Correspondence, voca
     q = np.flatnonzero((placement.inside > 0) & placement.no_hole)  # [n] source tokens not read to their end
     p = placement.first[q]  # [n] the pivot token each was read to
     probs, rows = candidates.probs[q], candidates.rows[q]  # [n, C]; P is 0 for the dead, and for the actual token
-    D = np.where(source.start[q] == pivot.start[p], 1.0, candidates.alive[q])  # [n]
+    common = source.start[q] == pivot.start[p]
+    D = np.where(common, 1.0, candidates.alive[q])  # [n]
+    unkept = np.concatenate(
+        [[0], np.cumsum(candidates.slot == probs.shape[1] - 1)]
+    )  # [Q + 1] actual tokens before each
     c = 0
     while len(q):
         following = vocab.table.at(rows, c)  # [n, C] next token of each candidate
         lands = following == pivot.ids[p, None]  # [n, C] on y
         log_actual = log_p_actual(pivot, source, candidates, p, q, probs * lands, D)  # [n]
         _fill(out, pivot, p, candidates.slot[q], log_actual, np.where(lands, -1, following), probs / D[:, None])
+        last = np.maximum(np.searchsorted(source.start, pivot.end[p], side="left") - 1, q)  # the source token y reaches
+        of_kept = np.where(pivot.end[p] < source.end[q], row_sums(probs * lands), 0)  # what y has from kept ones
+        out.label_tail[p] = np.where(unkept[last + 1] > unkept[q], np.where(common & (c == 0), 1 + of_kept, -1), 0)
         on = _goes_on(pivot, placement, p, q, c)
         alive = lands[on]  # [n', C] those that begin with y too
-        q, p, rows, c = q[on], p[on] + 1, rows[on], c + 1
+        q, p, rows, common, c = q[on], p[on] + 1, rows[on], common[on], c + 1
         probs = np.where(alive, probs[on], 0)
         D = row_sums(probs) + candidates.actual[q]
     out.answered = np.isfinite(out.log_actual)

@@ -18,6 +18,7 @@ from fusechat_fuse.alignment.job import Job, collect_counts, write_shards
 from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import or_preset
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
@@ -29,7 +30,8 @@ def align(
     source_representation,
     output_dir,
     *,
-    mapping: str = "prefix",
+    mapping: str | None = None,
+    preset: str = "fusechat",
     num_proc: int | None = None,
     safe_only: bool = False,
     counts=None,
@@ -45,8 +47,10 @@ def align(
         pivot_representation, source_representation: directories that `represent` wrote, of the same conversations
             (joined by id and content; others are counted and left out).
         output_dir: new, or an earlier start of the same run.
-        mapping: prefix (exact next-token probabilities; the default because its bits-per-byte gap is 0, see
-            tests/benchmarks/bench_align_quality.py), statistics (MS, the paper's choice), exact (EM), min_edit (MinED).
+        mapping: prefix (exact next-token probabilities; its bits-per-byte gap is 0, see
+            tests/benchmarks/bench_align_quality.py), statistics (MS, the paper's choice), exact (EM), min_edit (MinED);
+            None: the preset's.
+        preset: fusechat (prefix) or paper (statistics).
         num_proc: processes; None is one.
         safe_only: answer only at starts that no token of either vocabulary could span.
         counts: for `statistics`, counts of an earlier corpus (`counts.safetensors` or the directory that holds it)
@@ -64,6 +68,7 @@ def align(
 
     Source: `docs/method.md`, "Alignment"; FuseChat (arXiv 2408.07990) section 3.2.
     """
+    mapping = or_preset(preset, mapping=mapping)["mapping"]
     _check_options(mapping, num_proc, fail_under_coverage, counts)
     pivot, source = _open(pivot_representation, "pivot"), _open(source_representation, "source")
     joined, join = join_conversations(pivot, source)

@@ -38,8 +38,10 @@ def single_id_rows(pivot: Stream, source: SourceStream, match: Correspondence, v
     probs = np.exp(source.topk_logprobs[q].astype(np.float64))
     probs[ids < 0] = 0
     ids = np.where(probs > 0, ids, -1).astype(np.int32)
+    came = ((source.topk_ids[q] == source.ids[q, None]) & (ids >= 0)).any(1)  # [n] the actual token became an id
     add_up_equal_ids(ids, probs)
     mass = row_sums(probs)  # [n]
+    out.label_tail[p] = np.where(came, 0, 1 + row_sums(probs * (ids == pivot.ids[p, None])))
     out.ids[p], out.probs[p], out.mass[p] = ids, probs / np.where(mass > 0, mass, 1)[:, None], mass
     out.log_actual[p] = _log_actual(pivot, source, vocab, p, q)
     out.answered[p] = mass > 0

@@ -18,6 +18,9 @@ class Mapped:
         answered: bool [P].
         mass: float64 [P], what of the source's probability was mapped.
         kind: uint8 [P] as in Correspondence, NONE where not answered.
+        label_tail: float64 [P], what becomes of the row where the actual token was not among the kept ones, so that the
+            label stands for the tail: 0, it was among them (or no answer); 1 + m, the label gets that, m of it from
+            kept candidates; -1, the label alone stands (the row is conditional on what was read of the token).
         exact_actual: whether a row's probability of the actual token is the source's own, however small.
     """
 
@@ -27,6 +30,7 @@ class Mapped:
     answered: np.ndarray
     mass: np.ndarray
     kind: np.ndarray
+    label_tail: np.ndarray
     exact_actual: bool = False
 
     @classmethod
@@ -39,12 +43,13 @@ class Mapped:
             answered=np.zeros(P, bool),
             mass=np.zeros(P),
             kind=np.zeros(P, np.uint8),
+            label_tail=np.zeros(P),
         )
 
     def leave_out(self, rows: np.ndarray, one_hot: np.ndarray | None = None) -> None:
         """Take the answer from some rows (bool [P]): no entry, or probability 1 on the id in `one_hot` (int [P])."""
         self.ids[rows], self.probs[rows] = -1, 0
-        self.log_actual[rows], self.mass[rows] = -np.inf, 0
+        self.log_actual[rows], self.mass[rows], self.label_tail[rows] = -np.inf, 0, 0
         self.answered[rows], self.kind[rows] = False, 0
         if one_hot is not None:
             self.ids[rows, 0], self.probs[rows, 0] = one_hot[rows], 1.0

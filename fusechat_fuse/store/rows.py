@@ -27,7 +27,7 @@ from fusechat_fuse.store.fields import (
     to_planes,
 )
 
-SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16}
+SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16, "label_tail": np.float16}
 ENCODINGS = ("plain", "compact")
 
 
@@ -219,7 +219,7 @@ def decode_row(row: dict) -> dict:
     Returns: `id` (and `content_hash`, `slice` where stored), `input_ids` int32 [T], `predicted`, `start`, `end` int32
         [P], `message` int16 [P], `topk_ids` int32 [P, K], `topk_logprobs` float16 [P, K], `ce` float32 [P]; of aligned
         rows also `source_ids` int32 [P, K'] (-1 padded), `source_probs` float32 [P, K'], `source_token_ce` float32 [P],
-        `mapped_mass` float16 [P] and the scalars stored with them. Arrays are fresh and writable.
+        `mapped_mass`, `label_tail` float16 [P] and the scalars stored with them. Arrays are fresh and writable.
     """
     P = int(row["num_predicted"])
     arrays = {key: value for key, value in row.items() if key not in _FIELDS and value is not None}

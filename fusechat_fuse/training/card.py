@@ -70,6 +70,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
                 "fusion loss": config.fusion_loss_type,
                 "fusion function": f"{config.fusion_function} (cross-entropy per {config.ce_unit})",
                 "where no source is taken": config.fusion_fallback,
+                "tail of the distributions": config.fusion_tail,
                 "temperature": config.fuse_temperature,
             }
         ),

@@ -14,6 +14,14 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
 Where a min_ce choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,
 `label` the label with probability 1, so that the label carries the whole weight, as in plain fine-tuning.
 
+The kept entries of a distribution leave out its tail. With the *tail* `drop` (the paper) a label in it is all but
+denied; with `label` the label y stands for it,
+
+    q'_y = 1 + (what the kept candidates give y)        where the actual token was not among the kept ones
+
+and the others as they are, unnormalised: where labels are drawn from p, the mean of q' is p itself. At a position
+inside a source token, whose row is conditional on what was read of it, q' is the label alone there, for the same end.
+
 CE is per token of each model's own tokenizer (the paper), or per byte of assistant text, which is comparable between
 tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".
 """
@@ -26,6 +34,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 
 _PIVOT, _SOURCE = ("topk_ids", "topk_logprobs", "ce"), ("source_ids", "source_probs")
+TAILS = ("label", "drop")
 CHOICES = {  # name -> the columns that it reads
     "min_ce": (*_PIVOT, *_SOURCE, "source_ce"),
     "avg_ce": (*_PIVOT, *_SOURCE, "source_ce"),
@@ -34,6 +43,9 @@ CHOICES = {  # name -> the columns that it reads
     "source": _SOURCE,
 }
 FALLBACKS = ("pivot", "label")
+
+
+Sparse = tuple[np.ndarray, np.ndarray]  # ids [P, K] (-1: no entry), probabilities [P, K]
 
 
 class FusionDistribution(NamedTuple):
@@ -51,6 +63,7 @@ def fusion_distribution(
     ce_unit: str = "token",
     fuse_temperature: float = 1.0,
     fallback: str = "pivot",
+    tail: str = "drop",
     slice_takes_source: bool = False,
 ) -> FusionDistribution:
     """The fusion distribution q of every predicted token of one conversation.
@@ -61,10 +74,11 @@ def fusion_distribution(
         ce_unit: what a conversation's CE is a mean over: token or byte. min_ce_token compares tokens as they are.
         fuse_temperature: T > 0.
         fallback: pivot or label; avg_ce and source have none.
+        tail: drop, or label: what stands for the entries that were not kept.
         slice_takes_source: for min_ce_slice, what was chosen for the slice of this conversation.
 
     Returns:
-        FusionDistribution; an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot
+        FusionDistribution, of mass at most 1 (under tail label at most 2); an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot
         one).
 
     Raises:
@@ -73,21 +87,22 @@ def fusion_distribution(
     Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
     Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
     """
-    require_columns(row, *CHOICES[choice])
+    require_columns(row, *CHOICES[choice], *(("label_tail",) if tail == "label" else ()))
+    source = _source(row, fuse_temperature, tail)
     if choice == "source":
-        return FusionDistribution(*_source(row, fuse_temperature), 1.0)
+        return FusionDistribution(*source, 1.0)
+    if choice == "min_ce_slice":
+        return _source_or(source, slice_takes_source, _fallback(row, fallback, fuse_temperature, tail))
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
-        return _choose_per_token(row, taken, _fallback(row, fallback, fuse_temperature), fuse_temperature)
-    if choice == "min_ce_slice":
-        return _source_or(row, slice_takes_source, fallback, fuse_temperature)
+        return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, tail))
     if ce_unit == "byte":
         require_columns(row, "source_tokens", "source_bytes")
     pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
     if choice == "min_ce":  # False where either is not a number
-        return _source_or(row, source_ce < pivot_ce, fallback, fuse_temperature)
+        return _source_or(source, source_ce < pivot_ce, _fallback(row, fallback, fuse_temperature, tail))
     share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
-    return _mix(row, float(share), fuse_temperature)
+    return _mix(_pivot(row, fuse_temperature, tail), source, float(share))
 
 
 def require_columns(row: dict, *columns: str) -> None:
@@ -100,56 +115,73 @@ def require_columns(row: dict, *columns: str) -> None:
             )
 
 
-def _source_or(row: dict, taken: bool, fallback: str, temperature: float) -> FusionDistribution:
-    if taken:
-        return FusionDistribution(*_source(row, temperature), 1.0)
-    return FusionDistribution(*_fallback(row, fallback, temperature), 0.0)
+def _source_or(source: Sparse, taken: bool, otherwise: Sparse) -> FusionDistribution:
+    return FusionDistribution(*source, 1.0) if taken else FusionDistribution(*otherwise, 0.0)
 
 
-def _fallback(row: dict, fallback: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+def _labels(row: dict) -> np.ndarray:
+    return row["input_ids"][row["predicted"]]  # [P]
+
+
+def _fallback(row: dict, fallback: str, temperature: float, tail: str) -> Sparse:
     if fallback == "pivot":
-        return _pivot(row, temperature)
-    labels = row["input_ids"][row["predicted"]][:, None]  # [P, 1]
+        return _pivot(row, temperature, tail)
+    labels = _labels(row)[:, None]  # [P, 1]
     return labels, np.ones(labels.shape, np.float32)
 
 
-def _pivot(row: dict, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    logprobs = row["topk_logprobs"].astype(np.float32) / np.float32(temperature)
-    weights = np.exp(logprobs - logprobs.max(1, keepdims=True, initial=-np.inf))
-    return row["topk_ids"], weights / weights.sum(1, keepdims=True)
+def _pivot(row: dict, temperature: float, tail: str) -> Sparse:
+    ids, logprobs = row["topk_ids"], row["topk_logprobs"].astype(np.float32)
+    scaled = logprobs / np.float32(temperature)
+    weights = np.exp(scaled - scaled.max(1, keepdims=True, initial=-np.inf))
+    probs = weights / weights.sum(1, keepdims=True)
+    if tail == "drop":
+        return ids, probs
+    probs *= np.minimum(np.exp(logprobs).sum(1, keepdims=True), 1)  # the kept mass, which the paper's rule makes 1
+    return _label_stands_for_tail(ids, probs, _labels(row), ~(ids == _labels(row)[:, None]).any(1) * 1.0)
 
 
-def _source(row: dict, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    probs = row["source_probs"]
-    if temperature == 1.0 or probs.shape[1] == 0:
-        return row["source_ids"], probs
-    mass = probs.sum(1, keepdims=True)
-    top = np.maximum(probs.max(1, keepdims=True), np.finfo(np.float32).tiny)
-    weights = (probs / top) ** np.float32(1 / temperature)
-    total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
-    return row["source_ids"], mass * weights / total
+def _source(row: dict, temperature: float, tail: str) -> Sparse:
+    ids, probs = row["source_ids"], row["source_probs"]
+    if temperature != 1.0 and probs.shape[1]:
+        mass = probs.sum(1, keepdims=True)
+        top = np.maximum(probs.max(1, keepdims=True), np.finfo(np.float32).tiny)
+        weights = (probs / top) ** np.float32(1 / temperature)
+        total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+        probs = mass * weights / total
+    if tail == "drop":
+        return ids, probs
+    mapped, mass = row["mapped_mass"].astype(np.float32), probs.sum(1)  # [P]; the paper's mappings made 1 of it
+    scale = np.where((mapped > 0) & (mapped < 0.999 * mass), mapped / np.maximum(mass, 1e-30), 1).astype(np.float32)
+    return _label_stands_for_tail(ids, probs * scale[:, None], _labels(row), row["label_tail"].astype(np.float32))
 
 
-def _pad(ids: np.ndarray, probs: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray]:
+def _label_stands_for_tail(ids: np.ndarray, probs: np.ndarray, labels: np.ndarray, becomes: np.ndarray) -> Sparse:
+    """Give the label the probability `becomes` ([P]) where that is above 0; where it is below, probability 1 alone."""
+    own = (ids == labels[:, None]) & (becomes != 0)[:, None]
+    probs = np.where(own | (becomes < 0)[:, None], 0, probs)
+    ids = np.concatenate([np.where(probs > 0, ids, -1), np.where(becomes != 0, labels, -1)[:, None]], axis=1)
+    return ids, np.concatenate([probs, np.abs(becomes)[:, None]], axis=1).astype(np.float32)
+
+
+def _pad(ids: np.ndarray, probs: np.ndarray, K: int) -> Sparse:
     more = K - ids.shape[1]
     return np.pad(ids, ((0, 0), (0, more)), constant_values=-1), np.pad(probs, ((0, 0), (0, more)))
 
 
-def _choose_per_token(row: dict, taken: np.ndarray, otherwise, temperature: float) -> FusionDistribution:
-    (other_ids, other_probs), (source_ids, source_probs) = otherwise, _source(row, temperature)
-    K = max(other_ids.shape[1], source_ids.shape[1])
-    other_ids, other_probs = _pad(other_ids, other_probs, K)
-    source_ids, source_probs = _pad(source_ids, source_probs, K)
+def _choose_per_token(taken: np.ndarray, source: Sparse, otherwise: Sparse) -> FusionDistribution:
+    K = max(otherwise[0].shape[1], source[0].shape[1])
+    (other_ids, other_probs), (source_ids, source_probs) = _pad(*otherwise, K), _pad(*source, K)
     ids = np.where(taken[:, None], source_ids, other_ids)
     probs = np.where(taken[:, None], source_probs, other_probs)
     return FusionDistribution(ids, probs, float(taken.mean()) if len(taken) else 0.0)
 
 
-def _mix(row: dict, share: float, temperature: float) -> FusionDistribution:
+def _mix(pivot: Sparse, source: Sparse, share: float) -> FusionDistribution:
     """share * source + (1 - share) * pivot; where both name an id, the source's entry moves into the pivot's."""
-    (pivot_ids, pivot_probs), (source_ids, source_probs) = _pivot(row, temperature), _source(row, temperature)
+    (pivot_ids, pivot_probs), (source_ids, source_probs) = pivot, source
     source_probs = np.float32(share) * source_probs
-    same = pivot_ids[:, :, None] == source_ids[:, None, :]  # [P, K, K']
+    same = (pivot_ids[:, :, None] == source_ids[:, None, :]) & (source_ids >= 0)[:, None, :]  # [P, K, K']
     mixed = np.float32(1 - share) * pivot_probs + (same * source_probs[:, None, :]).sum(2)
     left = ~same.any(1) & (source_ids >= 0)
     ids = np.concatenate([pivot_ids, np.where(left, source_ids, -1)], axis=1)

@@ -16,7 +16,14 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import CHOICES, FALLBACKS, FusionDistribution, fusion_distribution, require_columns
+from fusechat_fuse.training.choice import (
+    CHOICES,
+    FALLBACKS,
+    TAILS,
+    FusionDistribution,
+    fusion_distribution,
+    require_columns,
+)
 from fusechat_fuse.training.loss import IGNORED
 
 INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
@@ -34,6 +41,7 @@ class FusionCollator:
         max_length: tokens kept of a conversation; a predicted token beyond is left out with its distribution, whole.
         fusion_function: the choice, one of `choice.CHOICES`.
         fusion_fallback: pivot or label, where a min_ce choice does not take the source.
+        fusion_tail: label or drop, what stands for the entries that were not kept.
         fuse_temperature: T > 0 of the fusion distribution.
         ce_unit: token or byte, for the choice by conversation.
         slice_choice: for min_ce_slice, whether a row's slice takes the source (`slice_choice.source_by_slice`).
@@ -52,6 +60,7 @@ class FusionCollator:
     fuse_temperature: float = 1.0
     ce_unit: str = "token"
     fusion_fallback: str = "pivot"
+    fusion_tail: str = "drop"
     slice_choice: Callable[[dict], bool] | None = None
     packing: bool = False
     pad_to_multiple_of: int | None = None
@@ -62,6 +71,7 @@ class FusionCollator:
             ("fusion_function", self.fusion_function, CHOICES),
             ("ce_unit", self.ce_unit, CE_UNITS),
             ("fusion_fallback", self.fusion_fallback, FALLBACKS),
+            ("fusion_tail", self.fusion_tail, TAILS),
         ):
             if value not in allowed:
                 raise InputError(f"value for {name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
@@ -72,6 +82,7 @@ class FusionCollator:
             "choice": self.fusion_function,
             "ce_unit": self.ce_unit,
             "fallback": self.fusion_fallback,
+            "tail": self.fusion_tail,
             "fuse_temperature": self.fuse_temperature,
         }
 

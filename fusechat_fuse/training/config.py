@@ -1,4 +1,4 @@
-"""FusionConfig: transformers' TrainingArguments plus what pairwise fusion needs; the paper's values as defaults."""
+"""FusionConfig: transformers' TrainingArguments plus what pairwise fusion needs; defaults by a preset."""
 
 import logging
 import math
@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import PRESETS, or_preset
 from fusechat_fuse.store.cross_entropy import CE_UNITS
-from fusechat_fuse.training.choice import CHOICES, FALLBACKS
+from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
 from fusechat_fuse.training.loss import LOSS_KINDS
 
 logger = logging.getLogger(__name__)
@@ -34,25 +35,43 @@ class FusionConfig(TrainingArguments):
     Source: FuseChat (arXiv 2408.07990), training details.
     """
 
+    preset: str = field(
+        default="fusechat",
+        metadata={
+            "help": "Where an option below says preset: fusechat (ours) or paper (FuseChat's settings).",
+            "choices": list(PRESETS),
+        },
+    )
     lm_loss_weight: float = field(
-        default=0.9, metadata={"help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning."}
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={
+            "help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
+        },
     )
     fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(LOSS_KINDS)})
     fusion_function: str = field(
-        default="min_ce",
+        default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Which distribution to train on: min_ce (lower cross-entropy per conversation), avg_ce (weights "
-            "exp(-CE)), min_ce_token (per token), min_ce_slice (one for each slice of the data, by the median), source "
-            "(always the source's).",
+            "help": "Which distribution to train on: min_ce_slice (one for each slice of the data, by the median "
+            "cross-entropy), min_ce (lower cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token "
+            "(per token), source (always the source's) (preset: min_ce_slice, paper min_ce).",
             "choices": list(CHOICES),
         },
     )
     fusion_fallback: str = field(
-        default="pivot",
+        default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Where a min_ce choice does not take the source: pivot (its own distribution, the paper) or label "
-            "(no fusion: the label carries the whole weight).",
+            "help": "Where a min_ce choice does not take the source: label (no fusion: the label carries the whole "
+            "weight) or pivot (its own distribution) (preset: label, paper pivot).",
             "choices": list(FALLBACKS),
+        },
+    )
+    fusion_tail: str = field(
+        default=None,  # pyright: ignore[reportAssignmentType]
+        metadata={
+            "help": "What stands for the entries of a distribution that were not kept: label (where the label is one "
+            "of them) or drop (nothing) (preset: label, paper drop).",
+            "choices": list(TAILS),
         },
     )
     slice_column: str = field(
@@ -66,10 +85,10 @@ class FusionConfig(TrainingArguments):
         default=1.0, metadata={"help": "T of the fusion distribution; rescales its shape, keeps its mass."}
     )
     ce_unit: str = field(
-        default="token",
+        default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Compare cross-entropies per token (the paper) or per byte of text, which is comparable between "
-            "tokenizers.",
+            "help": "Compare cross-entropies per byte of text, which is comparable between tokenizers, or per token "
+            "(preset: byte, paper token).",
             "choices": list(CE_UNITS),
         },
     )
@@ -119,6 +138,11 @@ class FusionConfig(TrainingArguments):
     length_column_name: str = field(default="num_tokens", metadata={"help": "Column for group_by_length."})
 
     def __post_init__(self):
+        names = {"lm_loss_weight": "lm_loss_weight", "ce_unit": "ce_unit"}
+        names |= {f"fusion_{name}": name for name in ("function", "fallback", "tail")}
+        values = or_preset(self.preset, **{name: getattr(self, field_name) for field_name, name in names.items()})
+        for field_name, name in names.items():
+            setattr(self, field_name, values[name])
         self.check_fusion_values()
         self._default_learning_rate = self.learning_rate is None
         if self.learning_rate is None:
@@ -191,6 +215,7 @@ class FusionConfig(TrainingArguments):
             ("fusion_function", CHOICES),
             ("ce_unit", CE_UNITS),
             ("fusion_fallback", FALLBACKS),
+            ("fusion_tail", TAILS),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(

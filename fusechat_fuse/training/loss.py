@@ -1,7 +1,7 @@
 """The loss of pairwise fusion, sparse: one logsumexp serves the language-model term and the fusion term.
 
 Per labelled position, with z the logits, y the label and q a distribution over a few vocabulary entries u_k with mass
-m = sum_k q_k <= 1:
+m = sum_k q_k (at most 1; up to 2 where the label stands for the tail):
 
     L_LM     = lse(z) - z_y
     L_fusion = m lse(z) - sum_k q_k z_{u_k}                      (kind "ce")
@@ -52,7 +52,7 @@ def fusion_loss(
         labels: [B, T] int64, already shifted (`labels[b, t]` is what `logits[b, t]` predicts), -100 = ignored.
         target_ids: [B, T, K] int64 vocabulary entries, padding -1. K may be 0. An id may occur twice (its
             probabilities add up), except under "kl", whose entropy is taken per entry.
-        target_probs: [B, T, K] probabilities of these entries; each labelled position sums to m <= 1.
+        target_probs: [B, T, K] probabilities of these entries; each labelled position sums to m, of any size.
         lm_loss_weight: lambda in [0, 1].
         kind: "ce" or "kl".
         num_items: what the sums are divided by; None: the number of labelled positions here (at least 1).

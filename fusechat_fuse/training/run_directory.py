@@ -24,6 +24,7 @@ DECISIVE = (
     "fuse_temperature",
     "ce_unit",
     "fusion_fallback",
+    "fusion_tail",
     "slice_column",
     "slice_pattern",
     "max_length",

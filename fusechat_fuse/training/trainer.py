@@ -401,7 +401,15 @@ def vocabulary_size(model) -> int:
 
 def collator_options(args: FusionConfig) -> dict[str, Any]:
     """What a FusionCollator takes from the arguments."""
-    names = ("max_length", "fusion_function", "fuse_temperature", "ce_unit", "fusion_fallback", "packing")
+    names = (
+        "max_length",
+        "fusion_function",
+        "fuse_temperature",
+        "ce_unit",
+        "fusion_fallback",
+        "fusion_tail",
+        "packing",
+    )
     return {name: getattr(args, name) for name in names}
 
 

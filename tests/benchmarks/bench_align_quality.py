@@ -137,7 +137,9 @@ def released(pivot_rows, source_rows, pair: TokenizerPair, tokenizers, marks) ->
             else:
                 answered[n] = True
                 ids[n, : len(row)], probs[n, : len(row)] = list(row), list(row.values())
-        mapped = Mapped(ids, probs, np.full(P, -np.inf), answered, probs.sum(1), np.where(answered, match.kind, 0))
+        mapped = Mapped(
+            ids, probs, np.full(P, -np.inf), answered, probs.sum(1), np.where(answered, match.kind, 0), np.zeros(P)
+        )
         part = tally(batch.pivot, batch.source, match, mapped, np.zeros(P, bool), batch.conversation, np.array([P]))
         sums.update({name: float(value[0]) for name, value in part.items()})
     return certificate(dict(sums))

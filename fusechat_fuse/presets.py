@@ -1,0 +1,37 @@
+"""Settings that belong together, by one name: `fusechat`, what wins in our measurements, and `paper`, what FuseChat did.
+
+A single option that is given wins over the preset. `docs/results.md` has the measurements.
+"""
+
+from typing import Any
+
+from fusechat_fuse.errors import InputError
+
+PRESETS = {
+    "fusechat": {
+        "mapping": "prefix",
+        "function": "min_ce_slice",
+        "fallback": "label",
+        "ce_unit": "byte",
+        "tail": "label",
+        "lm_loss_weight": 0.5,
+    },
+    "paper": {
+        "mapping": "statistics",
+        "function": "min_ce",
+        "fallback": "pivot",
+        "ce_unit": "token",
+        "tail": "drop",
+        "lm_loss_weight": 0.9,
+    },
+}
+
+
+def or_preset(preset: str, **options) -> dict[str, Any]:
+    """The options, with the preset's value where one is None.
+
+    Raises: InputError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"value for preset: expected {' or '.join(PRESETS)}, got {preset!r}. Use one of them.")
+    return {name: PRESETS[preset][name] if value is None else value for name, value in options.items()}
