@@ -5,7 +5,9 @@ no test prompt occurs in any training data), three tokenizers, a pivot and two s
 the skills well; the pivot has seen all six, briefly. The fusion data are few and partly wrong, as chat data are; what
 the sources know beyond them is in their distributions. Then the public commands run, as they would for 7B models:
 
-    represent x3  ->  align x2  ->  train x3 (plain fine-tuning, two targets)  ->  mergekit-yaml (SCE)  ->  evaluation
+    represent x3  ->  align x2  ->  combine  ->  train (plain, targets, multi)  ->  mergekit-yaml (SCE)  ->  evaluation
+
+Fusion is done twice, by the paper's settings and by ours, so that the table shows what the choice of what to fuse does.
 
     python examples/quickstart.py [--output DIR] [--seed N] [--fast]
 
@@ -48,9 +50,9 @@ from transformers import (
 
 WORDS = "sun tree red cat moon fish blue stone river bird green door lamp wind gold milk rain leaf star boat".split()
 START = time.monotonic()
-MERGE_CONFIG = Path(__file__).resolve().parents[1] / "mergekit_configs" / "quickstart-sce.yml"
+MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data that have another question's answer
-LM_WEIGHT = 0.5  # the paper's 0.9 suits real models; a handful of steps needs a stronger pull
+SLICES = ("--slice_pattern", "^([a-z]+)-")  # the skill, by which ids begin; --slice_column auto finds them alone
 NUMBER_SKILLS, WORD_SKILLS = ("add", "successor", "larger"), ("reverse", "last", "capitals")
 SKILLS = NUMBER_SKILLS + WORD_SKILLS
 
@@ -264,47 +266,54 @@ def fuse(*arguments) -> None:
         sys.exit(code)
 
 
+def fuse_aside(arguments: tuple, started: float) -> None:
+    """The same in a process of a pool, on one core."""
+    global START
+    START = started
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    fuse(*arguments)
+
+
 def pipeline(output: Path, seed: int, epochs: float) -> None:
-    """The method's stages through the public commands: represent, align, train, merge."""
-    models, data = output / "models", output / "conversations.json"
+    """The method's stages through the public commands: represent, align, combine, train, merge."""
+    models, data, representations = output / "models", output / "conversations.json", output / "representations"
     for name in ("pivot", "source-numbers", "source-words"):
-        represented = ("--output_dir", output / "representations" / name, "--template", "native", "--dtype", "float32")
+        represented = ("--output_dir", representations / name, "--template", "native", "--dtype", "float32")
         fuse("represent", "--model_name_or_path", models / name, "--data_path", data, *represented)
-    for name in ("numbers", "words"):
-        representations = output / "representations"
-        sources = ("--source_representation", representations / f"source-{name}", "--mapping", "prefix")
-        fuse(
-            "align",
-            "--pivot_representation",
-            representations / "pivot",
-            *sources,
-            "--output_dir",
-            output / "aligned" / name,
-        )
-    runs = {"plain": ("numbers", 1.0), "target-numbers": ("numbers", LM_WEIGHT), "target-words": ("words", LM_WEIGHT)}
-    for name, (aligned, weight) in runs.items():
-        sizes = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 16, "--total_batch_size", 16)
-        options = (
-            "--learning_rate",
-            1e-3,
-            "--lm_loss_weight",
-            weight,
-            "--seed",
-            seed,
-            "--use_cpu",
-            "--disable_tqdm",
-            "true",
-        )
-        paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
-        fuse("train", *paths, "--output_dir", output / "models" / name, *sizes, *options, "--save_strategy", "no")
-    merge = [
-        str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml"),
-        str(MERGE_CONFIG),
-        "merged",
-        "--no-write-model-card",
-    ]
-    say("$ " + shlex.join(merge))
-    subprocess.run(merge, cwd=models, check=True, stdout=subprocess.DEVNULL)
+    fuse("compare", *(representations / name for name in ("pivot", "source-numbers", "source-words")))
+    for preset in ("paper", "fusechat"):
+        for name in ("numbers", "words"):
+            pair = ("--pivot_representation", representations / "pivot")
+            pair += ("--source_representation", representations / f"source-{name}")
+            fuse("align", *pair, "--output_dir", output / "aligned" / f"{preset}-{name}", "--preset", preset)
+    both = [output / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
+    fuse("combine", "--aligned", *both, "--output_dir", output / "aligned" / "multi", *SLICES)
+    runs = {
+        "plain": ("fusechat-numbers", ("--lm_loss_weight", 1.0)),
+        **{f"paper-{name}": (f"paper-{name}", ("--preset", "paper")) for name in ("numbers", "words")},
+        **{f"target-{name}": (f"fusechat-{name}", SLICES) for name in ("numbers", "words")},
+        "multi": ("multi", SLICES),
+    }
+    options = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 16, "--total_batch_size", 16)
+    options += ("--learning_rate", 1e-3, "--seed", seed, "--save_strategy", "no")
+    options += ("--use_cpu", "--disable_tqdm", "true")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        trainings = []
+        for name, (aligned, more) in runs.items():
+            paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
+            arguments = ("train", *paths, "--output_dir", models / name, *more, *options)
+            trainings.append(pool.submit(fuse_aside, arguments, START))
+        for training in trainings:
+            training.result()
+    merge = str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")
+    for config, merged in (
+        (MERGES / "quickstart-sce-paper.yml", "paper-merged"),
+        (MERGES / "quickstart-sce.yml", "merged"),
+    ):
+        command = [merge, str(config), merged, "--no-write-model-card"]
+        say("$ " + shlex.join(command))
+        subprocess.run(command, cwd=models, check=True, stdout=subprocess.DEVNULL)
 
 
 def draw(scores: dict[str, dict[str, float]], path: Path) -> None:
@@ -363,7 +372,8 @@ def main() -> None:
     pipeline(output, options.seed, 6.0 if options.fast else 13.0)
 
     questions = test_questions(60 if options.fast else 100, options.seed + 11)
-    names = ("pivot", "source-numbers", "source-words", "plain", "target-numbers", "target-words", "merged")
+    names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
+    names += ("target-numbers", "target-words", "merged", "multi")
     scores = {name: exact_match(output / "models" / name, questions) for name in names}
     show(scores)
     results = {

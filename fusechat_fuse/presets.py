@@ -1,6 +1,6 @@
-"""Settings that belong together, by one name: `fusechat`, what wins in our measurements, and `paper`, what FuseChat did.
+"""Settings that belong together, by one name: `fusechat`, what wins in our measurements, and `paper`, FuseChat's own.
 
-A single option that is given wins over the preset. `docs/results.md` has the measurements.
+A single option that is given wins over the preset. `examples/results` has the measurements.
 """
 
 from typing import Any

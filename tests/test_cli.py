@@ -75,7 +75,7 @@ def test_represent_align_combine_train(world, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("min_ce by token of 2 sources: 12 conversations, ")
+    assert said[0].startswith("min_ce_slice by byte of 2 sources: 12 conversations, ")
     assert [line.split(":")[0] for line in said[1:]] == ["source 0", "source 1"]
     train = ["train", "--model_name_or_path", str(world / "pivot"), "--data_path", str(tmp_path / "both")]
     train += [

@@ -38,7 +38,7 @@ def by_id(path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("ce_unit", ["token", "byte"])
 def test_min_ce_takes_the_lowest(ce_unit, three, tmp_path):
-    manifest = combine(three, tmp_path / "out", ce_unit=ce_unit)
+    manifest = combine(three, tmp_path / "out", function="min_ce", ce_unit=ce_unit)
     parts, taken = [by_id(path) for path in three], [0, 0, 0]
     combined = by_id(tmp_path / "out")
     assert list(combined) == [f"c{n}" for n in range(10)]
@@ -59,9 +59,10 @@ def test_min_ce_takes_the_lowest(ce_unit, three, tmp_path):
 
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
 def test_adding_one_source_equals_combining_all_at_once(function, three, tmp_path):
-    combine(three, tmp_path / "all", function=function)
-    combine(three[:2], tmp_path / "two", function=function)
-    manifest = combine([tmp_path / "two", three[2]], tmp_path / "added", function=function)
+    options = {"function": function, "ce_unit": "token"}
+    combine(three, tmp_path / "all", **options)
+    combine(three[:2], tmp_path / "two", **options)
+    manifest = combine([tmp_path / "two", three[2]], tmp_path / "added", **options)
     whole, added = by_id(tmp_path / "all"), by_id(tmp_path / "added")
     assert whole.keys() == added.keys()
     for name, row in whole.items():
@@ -87,7 +88,7 @@ def dense(row) -> list[dict[int, float]]:
 
 
 def test_avg_ce_by_loops(three, tmp_path):
-    combine(three, tmp_path / "out", function="avg_ce")
+    combine(three, tmp_path / "out", function="avg_ce", ce_unit="token")
     parts = [by_id(path) for path in three]
     for name, row in by_id(tmp_path / "out").items():
         present = [part[name] for part in parts if name in part]
@@ -164,7 +165,7 @@ def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch,
     assert f"{tmp_path / 'out'}: 3 of 4 shards there, going on." in caplog.text
     combine(three, tmp_path / "out")
     assert f"{tmp_path / 'out'} holds this very run, finished: nothing to compute." in caplog.text
-    with pytest.raises(InputError, match="function = 'min_ce' there and 'avg_ce' here"):
+    with pytest.raises(InputError, match="function = 'min_ce_slice' there and 'avg_ce' here"):
         combine(three, tmp_path / "out", function="avg_ce")
 
 
@@ -194,7 +195,7 @@ def test_a_path_is_not_several_directories(three, tmp_path):
 
 def test_a_combination_goes_on_by_its_own_function(three, tmp_path):
     combine(three[:2], tmp_path / "mean", function="avg_ce")
-    with pytest.raises(InputError, match=r"same options, got function = 'avg_ce' there and 'min_ce' here"):
+    with pytest.raises(InputError, match=r"same options, got function = 'avg_ce' there and 'min_ce_slice' here"):
         combine([tmp_path / "mean", three[2]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

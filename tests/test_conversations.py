@@ -307,6 +307,21 @@ def test_several_files_and_globs_and_objects_with_splits(tmp_path):
         ids_in([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], strict=True)
 
 
+def test_each_of_several_files_is_a_slice_where_its_rows_name_none(tmp_path):
+    def slices(*names) -> list:
+        rows = load_conversations([str(tmp_path / name) for name in names])
+        return rows["slice"] if "slice" in rows.column_names else None
+
+    for name in ("code.jsonl", "math.v2.jsonl", "train-00001-of-00002.jsonl", "train-00002-of-00002.jsonl"):
+        as_jsonl(tmp_path / name, named(name))
+    as_jsonl(tmp_path / "own.jsonl", [{**row, "category": "poems"} for row in named("own")])
+    assert slices("code.jsonl", "math.v2.jsonl", "own.jsonl") == ["code", "math", "poems"]
+    assert slices("code.jsonl") is None
+    parts = ("train-00001-of-00002.jsonl", "train-00002-of-00002.jsonl")
+    assert slices(*parts) is None  # parts of one
+    assert slices("code.jsonl", *parts) == ["code", "train", "train"]
+
+
 def test_directory_is_read_by_split_and_what_is_left_out_is_said(tmp_path, caplog):
     for name in ("train", "test"):
         as_jsonl(tmp_path / f"{name}.jsonl", named(name))

@@ -1,5 +1,6 @@
 """min_ce_slice from data to batches: who serves a slice, what the Trainer makes of it, and what it says."""
 
+import json
 import logging
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.collator import STATS, FusionCollator
+from fusechat_fuse.training.run import train
 from fusechat_fuse.training.slice_choice import source_by_slice
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
-from tests.helpers.tiny_runs import VOCAB, aligned_directory, config
+from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, pivot_directory
 
 
 def sliced_rows(wrong: int = 8) -> list[dict]:
@@ -49,7 +51,7 @@ def test_data_combined_by_slice_bring_their_choice(tmp_path):
 
 
 def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog):
-    options = {"fusion_function": "min_ce_slice", "fusion_fallback": "label", "max_steps": 2, "logging_steps": 2}
+    options = {"ce_unit": "token", "max_steps": 2, "logging_steps": 2}
     with caplog.at_level(logging.INFO, "fusechat_fuse"):
         trainer = FusionTrainer(
             tiny_model("Llama", vocab_size=VOCAB), config(tmp_path / "t", **options), train_dataset=data
@@ -67,6 +69,22 @@ def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog)
     trainer.args.slice_pattern = "^(bad)"  # a late change: the others are in no slice
     trainer.get_train_dataloader()
     assert set(trainer.data_collator.slice_choice.choice.table) == {"", "bad"}
+
+
+@pytest.mark.slow
+def test_the_target_keeps_who_served_which_slice(data, tmp_path):
+    options = {"fusion_function": "min_ce_slice", "ce_unit": "token", "max_steps": 1}
+    train(pivot_directory(tmp_path / "pivot"), data.path, config(tmp_path / "t", **options))
+    kept = json.loads((tmp_path / "t" / "slices.json").read_bytes())
+    assert (kept["ce_unit"], kept["models"]) == ("token", ["pivot", "strong-source"])
+    good = kept["slices"]["good"]
+    assert (good["best"], good["conversations"]) == (1, 20)
+    assert good["medians"][1] < good["medians"][0]
+    card = (tmp_path / "t" / "README.md").read_text()
+    medians = " | ".join(f"{median:.4f}" for median in good["medians"])
+    assert f"| good | 20 | {medians} | strong-source |" in card
+    train(tmp_path / "pivot", data.path, config(tmp_path / "paper", preset="paper", max_steps=1))
+    assert not (tmp_path / "paper" / "slices.json").exists()
 
 
 def test_a_collator_by_hand_needs_the_choice(data):

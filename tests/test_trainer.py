@@ -100,7 +100,8 @@ def test_weight_one_is_plain_fine_tuning(tmp_path):
 
 def test_figures_in_the_logs(tmp_path):
     rows = [*aligned_rows(3, seed=1, source_better=True), *aligned_rows(1, seed=2, source_better=False)]
-    _, _, trainer = run(tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    options = {"preset": "paper", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    _, _, trainer = run(tmp_path, rows, **options)
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["source_share"] == pytest.approx(0.75)
     masses = np.concatenate([row["mapped_mass"].astype(np.float64) for row in rows])
@@ -116,7 +117,7 @@ def test_the_choice_is_reported_for_each_source(tmp_path):
     rows = [row | {"source_index": np.array([n % 2])} for n, row in enumerate(aligned_rows(4, source_better=True))]
     rows[1]["source_ce"] = 99.0
     options = {"sources": ["solar", "qwen"]}
-    _, _, trainer = run(tmp_path, rows, trainer_options=options)
+    _, _, trainer = run(tmp_path, rows, trainer_options=options, preset="paper")
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert (entry["source_share/solar"], entry["source_share/qwen"]) == (0.5, 0.25)
     assert entry["source_share"] == 0.75
@@ -124,9 +125,8 @@ def test_the_choice_is_reported_for_each_source(tmp_path):
 
 def test_evaluation_is_a_mean_over_tokens(tmp_path):
     rows = aligned_rows(7)
-    trainer = FusionTrainer(
-        tiny_model(), config(tmp_path, per_device_eval_batch_size=3), train_dataset=rows, eval_dataset=rows
-    )
+    options = config(tmp_path, preset="paper", per_device_eval_batch_size=3)
+    trainer = FusionTrainer(tiny_model(), options, train_dataset=rows, eval_dataset=rows)
     metrics = trainer.evaluate()
     batch = FusionCollator()(rows)
     with torch.no_grad():
@@ -246,10 +246,19 @@ def test_a_new_model_for_each_run(tmp_path):
     assert trainer.loss_path == "lean"
 
 
-def test_defaults_are_the_papers(tmp_path):
-    got = FusionConfig(str(tmp_path), use_cpu=True)
-    assert (got.lm_loss_weight, got.fusion_loss_type, got.fusion_function) == (0.9, "ce", "min_ce")
-    assert (got.fuse_temperature, got.ce_unit, got.max_length) == (1.0, "token", 2048)
+@pytest.mark.parametrize(
+    ("preset", "weight", "choice"),
+    [
+        ("fusechat", 0.5, ("min_ce_slice", "label", "label", "byte")),
+        ("paper", 0.9, ("min_ce", "pivot", "drop", "token")),
+    ],
+)
+def test_defaults_are_the_presets(tmp_path, preset, weight, choice):
+    got = FusionConfig(str(tmp_path), use_cpu=True, preset=preset)
+    assert (got.fusion_function, got.fusion_fallback, got.fusion_tail, got.ce_unit) == choice
+    assert (got.lm_loss_weight, got.fusion_loss_type) == (weight, "ce")
+    assert (got.fuse_temperature, got.max_length) == (1.0, 2048)
+    assert FusionConfig(str(tmp_path), use_cpu=True, preset=preset, lm_loss_weight=0.7).lm_loss_weight == 0.7
     assert (got.num_train_epochs, got.learning_rate, got.lr_scheduler_type) == (3, 5e-6, "cosine")
     assert (got.get_warmup_steps(1000), got.weight_decay) == (30, 0)
     assert got.per_device_train_batch_size * got.gradient_accumulation_steps == 128
@@ -311,7 +320,7 @@ def test_other_arguments_are_refused(tmp_path):
 
 
 def test_direct_call_without_num_items(tmp_path):
-    trainer = FusionTrainer(tiny_model(), config(tmp_path))
+    trainer = FusionTrainer(tiny_model(), config(tmp_path, lm_loss_weight=0.9))
     batch = batch_of()
     logits = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = fusion_loss(logits, *(batch[name] for name in ("shift_labels", "target_ids", "target_probs")))

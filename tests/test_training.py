@@ -64,7 +64,16 @@ def test_a_target_loads_generates_and_keeps_what_is_the_pivots(pivot, data, tmp_
 
 def test_the_model_card_tells_the_story(pivot, data, tmp_path):
     output = tmp_path / "openchat-strong"
-    train(pivot, data, config(output, max_steps=1))
+    train(pivot, data, config(tmp_path / "ours", max_steps=1))
+    ours = (tmp_path / "ours" / "README.md").read_text()
+    rows = (
+        "weight lambda | 0.5 |",
+        "min_ce_slice (cross-entropy per byte)",
+        "| label |",
+        "| label (label noise 0.05) |",
+    )
+    assert [row for row in rows if row not in ours] == []
+    train(pivot, data, config(output, max_steps=1, preset="paper"))
     text = (output / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["pipeline_tag"] == "text-generation"
@@ -126,7 +135,7 @@ def finished(pivot, data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("seed", "weight", "difference"),
-    [(0, 0.5, "lm_loss_weight = 0.9 there and 0.5 here"), (9, 0.9, "data = ")],
+    [(0, 0.9, "lm_loss_weight = 0.5 there and 0.9 here"), (9, 0.5, "data = ")],
     ids=["another option", "other data"],
 )
 def test_another_runs_directory_is_refused_with_the_difference(pivot, finished, tmp_path, seed, weight, difference):

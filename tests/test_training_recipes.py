@@ -26,9 +26,10 @@ def test_recipe_is_the_papers_training(path):
     assert set(options) <= names
     arguments = {field.name for field in fields(TrainArguments)}
     config = FusionConfig(use_cpu=True, **{name: value for name, value in options.items() if name not in arguments})
-    default = FusionConfig(config.output_dir, use_cpu=True)
+    default = FusionConfig(config.output_dir, preset="paper", use_cpu=True)
     told = (
-        *("lm_loss_weight", "fusion_loss_type", "fusion_function", "fuse_temperature", "ce_unit", "num_train_epochs"),
+        *("lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail", "ce_unit"),
+        *("fuse_temperature", "num_train_epochs"),
         *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_length", "total_batch_size"),
     )
     for name in told:

@@ -68,7 +68,7 @@ def align(
 
     Source: `docs/method.md`, "Alignment"; FuseChat (arXiv 2408.07990) section 3.2.
     """
-    mapping = or_preset(preset, mapping=mapping)["mapping"]
+    mapping = str(or_preset(preset, mapping=mapping)["mapping"])
     _check_options(mapping, num_proc, fail_under_coverage, counts)
     pivot, source = _open(pivot_representation, "pivot"), _open(source_representation, "source")
     joined, join = join_conversations(pivot, source)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -274,10 +275,10 @@ def read_conversations(
     """
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
-    sources = data_sources(data, split)
+    sources = _sources(data, split)
     report = ReadReport(_name_of(data), strict)
     found, seen = [], Counter()
-    for number, row in _numbered(sources, report):
+    for number, of_file, row in _numbered(sources, report):
         report.rows += 1
         name = _row_name(row)
         try:
@@ -297,7 +298,7 @@ def read_conversations(
             repairs.append(("duplicate_id", f"{given!r} appears again"))
         for rule, detail in repairs:
             report.note("repair", number, name, rule, detail)
-        found.append(Conversation(name, messages, digest, _slice_of(row), number))
+        found.append(Conversation(name, messages, digest, _slice_of(row) or of_file, number))
         if len(found) == limit:
             break
     if not found:
@@ -319,13 +320,26 @@ def _name_of(data) -> str:
     return f"{entries[0]}" + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
 
 
-def _numbered(sources: list[Source], report: ReadReport) -> Iterator[tuple[int, Any]]:
-    """All rows with their numbers through all sources; the report learns where each source begins."""
+def _sources(data, split: str) -> list[tuple[str | None, Source]]:
+    """Sources of rows, each with the slice that its rows are of where they name none: of several files one each.
+
+    Files that differ in their numbers alone (train-00001-of-00008) are parts of one.
+    """
+    several = isinstance(data, list | tuple) and len(data) > 1 and all(isinstance(e, str | Path) for e in data)
+    if not several:
+        return [(None, source) for source in data_sources(data, split)]
+    names = {str(entry): re.sub(r"[-_.]*\d+([-_.]of[-_.]\d+)?$", "", Path(entry).name.split(".")[0]) for entry in data}
+    one = len(set(names.values())) == 1
+    return [(None if one else names[str(e)] or None, source) for e in data for source in data_sources(e, split)]
+
+
+def _numbered(sources: list[tuple[str | None, Source]], report: ReadReport) -> Iterator[tuple[int, str | None, Any]]:
+    """All rows with their numbers through all sources, and slices; the report learns where each source begins."""
     number = 0
-    for name, rows in sources:
+    for of_file, (name, rows) in sources:
         report.begins.append((name, number))
         for row in rows:
-            yield number, row
+            yield number, of_file, row
             number += 1
 
 
@@ -348,8 +362,8 @@ def load_conversations(
         messages_column: the column that holds the messages, where it is neither `messages` nor `conversations`.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
         of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight`, 0 or none,
-        where an answer is not to be predicted); where a row has one, `slice` (string or None: the row's own `slice`,
-        `dataset`, `source` or `category`).
+        where an answer is not to be predicted); where there is one, `slice` (string or None: the row's own `slice`,
+        `dataset`, `source` or `category`, else, of several paths, the name of its file without numbers at the end).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets

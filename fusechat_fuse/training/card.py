@@ -70,7 +70,8 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
                 "fusion loss": config.fusion_loss_type,
                 "fusion function": f"{config.fusion_function} (cross-entropy per {config.ce_unit})",
                 "where no source is taken": config.fusion_fallback,
-                "tail of the distributions": config.fusion_tail,
+                "tail of the distributions": config.fusion_tail
+                + (f" (label noise {config.label_noise})" if config.fusion_tail == "label" else ""),
                 "temperature": config.fuse_temperature,
             }
         ),
@@ -79,6 +80,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "",
         _table({"pivot": pivot_name, "source": source_list, **_alignment(manifest)}),
         "",
+        *_slices(trainer.slices),
         "## Training",
         "",
         _table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
@@ -95,6 +97,20 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _slices(chosen: dict | None) -> list[str]:
+    """Who served which slice, and the medians that decided."""
+    if chosen is None:
+        return []
+    names, figures = [_name(model) for model in chosen["models"]], chosen["slices"]
+    head = ["slice", "conversations", *(f"{name}, nats per {chosen['ce_unit']}" for name in names), "taken"]
+    rows = [
+        [slice_name or "all", entry["conversations"], *(f"{m:.4f}" for m in entry["medians"]), names[entry["best"]]]
+        for slice_name, entry in figures.items()
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return ["## Slices", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
 
 
 def _alignment(manifest: dict) -> dict:

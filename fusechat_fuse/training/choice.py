@@ -14,13 +14,15 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
 Where a min_ce choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,
 `label` the label with probability 1, so that the label carries the whole weight, as in plain fine-tuning.
 
-The kept entries of a distribution leave out its tail. With the *tail* `drop` (the paper) a label in it is all but
-denied; with `label` the label y stands for it,
+The kept entries of a distribution leave out its tail, of mass t. With the *tail* `drop` (the paper) a label in it is
+all but denied; with `label` the label y stands for it,
 
-    q'_y = 1 + (what the kept candidates give y)        where the actual token was not among the kept ones
+    q'_y = t / (t + e) + (what the kept candidates give y)        where the actual token was not among the kept ones
 
-and the others as they are, unnormalised: where labels are drawn from p, the mean of q' is p itself. At a position
-inside a source token, whose row is conditional on what was read of it, q' is the label alone there, for the same end.
+and the others as they are, unnormalised. e is the *label noise*: of labels in the tail, about t / (t + e) are the
+source's own where a share e of all labels is wrong. With e = 0 and labels drawn from p, the mean of q' is p itself. At
+a position inside a source token, whose row is conditional on what was read of it, q' is the label alone there, for the
+same end.
 
 CE is per token of each model's own tokenizer (the paper), or per byte of assistant text, which is comparable between
 tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".
@@ -64,6 +66,7 @@ def fusion_distribution(
     fuse_temperature: float = 1.0,
     fallback: str = "pivot",
     tail: str = "drop",
+    label_noise: float = 0.0,
     slice_takes_source: bool = False,
 ) -> FusionDistribution:
     """The fusion distribution q of every predicted token of one conversation.
@@ -75,11 +78,12 @@ def fusion_distribution(
         fuse_temperature: T > 0.
         fallback: pivot or label; avg_ce and source have none.
         tail: drop, or label: what stands for the entries that were not kept.
+        label_noise: e >= 0, for tail label.
         slice_takes_source: for min_ce_slice, what was chosen for the slice of this conversation.
 
     Returns:
-        FusionDistribution, of mass at most 1 (under tail label at most 2); an unanswered position of the source has no entries (or, in the paper's mappings, a one-hot
-        one).
+        FusionDistribution, of mass at most 1 (under tail label at most 2); an unanswered position of the source has no
+        entries (or, in the paper's mappings, a one-hot one).
 
     Raises:
         InputError: the row lacks a column that the choice needs.
@@ -87,22 +91,23 @@ def fusion_distribution(
     Source: FuseChat (arXiv 2408.07990) for MinCE, FuseLLM (arXiv 2401.10491) for AvgCE.
     Differs from the released code: CE is compared in full precision (there bfloat16, where near values tie).
     """
-    require_columns(row, *CHOICES[choice], *(("label_tail",) if tail == "label" else ()))
-    source = _source(row, fuse_temperature, tail)
+    require_columns(row, *CHOICES[choice])
+    noise = None if tail == "drop" else label_noise
+    source = _source(row, fuse_temperature, noise)
     if choice == "source":
         return FusionDistribution(*source, 1.0)
     if choice == "min_ce_slice":
-        return _source_or(source, slice_takes_source, _fallback(row, fallback, fuse_temperature, tail))
+        return _source_or(source, slice_takes_source, _fallback(row, fallback, fuse_temperature, noise))
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
-        return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, tail))
+        return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, noise))
     if ce_unit == "byte":
         require_columns(row, "source_tokens", "source_bytes")
     pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
     if choice == "min_ce":  # False where either is not a number
-        return _source_or(source, source_ce < pivot_ce, _fallback(row, fallback, fuse_temperature, tail))
+        return _source_or(source, source_ce < pivot_ce, _fallback(row, fallback, fuse_temperature, noise))
     share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
-    return _mix(_pivot(row, fuse_temperature, tail), source, float(share))
+    return _mix(_pivot(row, fuse_temperature, noise), source, float(share))
 
 
 def require_columns(row: dict, *columns: str) -> None:
@@ -123,25 +128,25 @@ def _labels(row: dict) -> np.ndarray:
     return row["input_ids"][row["predicted"]]  # [P]
 
 
-def _fallback(row: dict, fallback: str, temperature: float, tail: str) -> Sparse:
+def _fallback(row: dict, fallback: str, temperature: float, noise: float | None) -> Sparse:
     if fallback == "pivot":
-        return _pivot(row, temperature, tail)
+        return _pivot(row, temperature, noise)
     labels = _labels(row)[:, None]  # [P, 1]
     return labels, np.ones(labels.shape, np.float32)
 
 
-def _pivot(row: dict, temperature: float, tail: str) -> Sparse:
+def _pivot(row: dict, temperature: float, noise: float | None) -> Sparse:
     ids, logprobs = row["topk_ids"], row["topk_logprobs"].astype(np.float32)
     scaled = logprobs / np.float32(temperature)
     weights = np.exp(scaled - scaled.max(1, keepdims=True, initial=-np.inf))
     probs = weights / weights.sum(1, keepdims=True)
-    if tail == "drop":
+    if noise is None:
         return ids, probs
     probs *= np.minimum(np.exp(logprobs).sum(1, keepdims=True), 1)  # the kept mass, which the paper's rule makes 1
-    return _label_stands_for_tail(ids, probs, _labels(row), ~(ids == _labels(row)[:, None]).any(1) * 1.0)
+    return _label_stands_for_tail(ids, probs, _labels(row), ~(ids == _labels(row)[:, None]).any(1) * 1.0, noise)
 
 
-def _source(row: dict, temperature: float, tail: str) -> Sparse:
+def _source(row: dict, temperature: float, noise: float | None) -> Sparse:
     ids, probs = row["source_ids"], row["source_probs"]
     if temperature != 1.0 and probs.shape[1]:
         mass = probs.sum(1, keepdims=True)
@@ -149,19 +154,31 @@ def _source(row: dict, temperature: float, tail: str) -> Sparse:
         weights = (probs / top) ** np.float32(1 / temperature)
         total = np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
         probs = mass * weights / total
-    if tail == "drop":
+    if noise is None:
         return ids, probs
+    if row.get("label_tail") is None:
+        raise InputError(
+            f"column 'label_tail' for conversation {row.get('id')!r}: expected for --fusion_tail label, got a row "
+            "without it (an average, or aligned by an earlier version). Align again or use --fusion_tail drop."
+        )
+    require_columns(row, "mapped_mass")
     mapped, mass = row["mapped_mass"].astype(np.float32), probs.sum(1)  # [P]; the paper's mappings made 1 of it
     scale = np.where((mapped > 0) & (mapped < 0.999 * mass), mapped / np.maximum(mass, 1e-30), 1).astype(np.float32)
-    return _label_stands_for_tail(ids, probs * scale[:, None], _labels(row), row["label_tail"].astype(np.float32))
+    marks = row["label_tail"].astype(np.float32)
+    return _label_stands_for_tail(ids, probs * scale[:, None], _labels(row), marks, noise)
 
 
-def _label_stands_for_tail(ids: np.ndarray, probs: np.ndarray, labels: np.ndarray, becomes: np.ndarray) -> Sparse:
-    """Give the label the probability `becomes` ([P]) where that is above 0; where it is below, probability 1 alone."""
-    own = (ids == labels[:, None]) & (becomes != 0)[:, None]
-    probs = np.where(own | (becomes < 0)[:, None], 0, probs)
-    ids = np.concatenate([np.where(probs > 0, ids, -1), np.where(becomes != 0, labels, -1)[:, None]], axis=1)
-    return ids, np.concatenate([probs, np.abs(becomes)[:, None]], axis=1).astype(np.float32)
+def _label_stands_for_tail(
+    ids: np.ndarray, probs: np.ndarray, labels: np.ndarray, marks: np.ndarray, noise: float
+) -> Sparse:
+    """Let the label stand for the tail where `marks` ([P], as `label_tail`) is not 0: see the module's text."""
+    marked, alone = (marks != 0)[:, None], (marks < 0)[:, None]  # [P, 1]
+    probs = np.where((ids == labels[:, None]) & marked | alone, 0, probs)
+    of_kept = np.maximum(marks - 1, 0)  # [P]
+    tail = np.clip(1 - probs.sum(1) - of_kept, 0, 1)
+    stands = np.where(marks < 0, 1, tail / np.maximum(tail + noise, np.finfo(np.float32).tiny) + of_kept) * (marks != 0)
+    ids = np.concatenate([np.where(probs > 0, ids, -1), np.where(marked, labels[:, None], -1)], axis=1)
+    return ids, np.concatenate([probs, stands[:, None]], axis=1).astype(np.float32)
 
 
 def _pad(ids: np.ndarray, probs: np.ndarray, K: int) -> Sparse:

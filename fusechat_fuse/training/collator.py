@@ -42,6 +42,7 @@ class FusionCollator:
         fusion_function: the choice, one of `choice.CHOICES`.
         fusion_fallback: pivot or label, where a min_ce choice does not take the source.
         fusion_tail: label or drop, what stands for the entries that were not kept.
+        label_noise: for fusion_tail label, the share of labels that may be wrong.
         fuse_temperature: T > 0 of the fusion distribution.
         ce_unit: token or byte, for the choice by conversation.
         slice_choice: for min_ce_slice, whether a row's slice takes the source (`slice_choice.source_by_slice`).
@@ -61,6 +62,7 @@ class FusionCollator:
     ce_unit: str = "token"
     fusion_fallback: str = "pivot"
     fusion_tail: str = "drop"
+    label_noise: float = 0.0
     slice_choice: Callable[[dict], bool] | None = None
     packing: bool = False
     pad_to_multiple_of: int | None = None
@@ -75,6 +77,8 @@ class FusionCollator:
         ):
             if value not in allowed:
                 raise InputError(f"value for {name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
+        if not 0 <= self.label_noise < 1:
+            raise InputError(f"value for label_noise: expected 0 to 1, got {self.label_noise}. Change it.")
         for name in ("fuse_temperature", "max_length"):
             if not getattr(self, name) > 0:
                 raise InputError(f"value for {name}: expected more than 0, got {getattr(self, name)}. Raise it.")
@@ -83,6 +87,7 @@ class FusionCollator:
             "ce_unit": self.ce_unit,
             "fallback": self.fusion_fallback,
             "tail": self.fusion_tail,
+            "label_noise": self.label_noise,
             "fuse_temperature": self.fuse_temperature,
         }
 

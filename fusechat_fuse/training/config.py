@@ -74,6 +74,13 @@ class FusionConfig(TrainingArguments):
             "choices": list(TAILS),
         },
     )
+    label_noise: float = field(
+        default=0.05,
+        metadata={
+            "help": "For fusion_tail label: the share of labels that may be wrong; the label's weight is t / (t + it), "
+            "where t is the mass that was not kept. 0: an unbiased estimate, for labels that are the source's own."
+        },
+    )
     slice_column: str = field(
         default="slice",
         metadata={"help": "What names the slices of min_ce_slice: slice (the data's own) or auto (prompt clusters)."},
@@ -223,6 +230,7 @@ class FusionConfig(TrainingArguments):
                 )
         for name, good, expected in (
             ("lm_loss_weight", 0 <= self.lm_loss_weight <= 1, "0 to 1"),
+            ("label_noise", 0 <= self.label_noise < 1, "0 to 1"),
             ("fuse_temperature", 0 < self.fuse_temperature < math.inf, "more than 0"),
             ("learning_rate", 0 <= (self.learning_rate or 0) < math.inf, "a number from 0"),
             ("max_length", self.max_length >= 2, "at least 2"),

@@ -25,6 +25,7 @@ DECISIVE = (
     "ce_unit",
     "fusion_fallback",
     "fusion_tail",
+    "label_noise",
     "slice_column",
     "slice_pattern",
     "max_length",

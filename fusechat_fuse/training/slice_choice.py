@@ -14,6 +14,7 @@ from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_
 from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices
+from fusechat_fuse.training.choice import require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,13 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     Args:
         data: a Representation of aligned or combined data, or rows in another form (then `column` must be slice).
         ce_unit: token or byte. column, pattern: as `store.slices.name_slices` takes them.
-    Raises: InputError for a column or pattern that names nothing.
+    Raises: InputError for a column or pattern that names nothing, or a row without a column that the CE needs.
     """
     keys, own, ces = [], [], []
+    needed = ("ce", "source_ce", *(("start", "end", "source_tokens", "source_bytes") if ce_unit == "byte" else ()))
     for row in data:
         row = decode_row(row) if "num_predicted" in row else row
+        require_columns(row, *needed)
         keys.append((row["id"], row.get("content_hash")))
         own.append(row.get("slice") or "")
         ces.append((pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)))

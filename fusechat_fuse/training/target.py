@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fusechat_fuse.errors import writing
-from fusechat_fuse.store.files import move_in
+from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
 from fusechat_fuse.training.card import write_model_card
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
             trainer.accelerator.wait_for_everyone()
             if first:
                 pivot.copy_files(aside)
+                if trainer.slices is not None:
+                    write_atomic(aside / "slices.json", json_bytes(trainer.slices))
                 write_model_card(aside, output.resolve().name, trainer, pivot, arguments, metrics)
                 move_in(aside, output, last="config.json")
     except BaseException:

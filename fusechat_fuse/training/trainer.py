@@ -100,6 +100,7 @@ class FusionTrainer(Trainer):
         if data_collator is None:
             data_collator = _collator(args, processing_class)
         self._sliced_by: dict | None = None  # what the slices' choices were made with
+        self.slices: dict | None = None  # and what was chosen: ce_unit, models, slices
         self._packs: set[type] = set()  # classes that were seen to keep packed conversations apart
         super().__init__(
             model=model,
@@ -174,8 +175,12 @@ class FusionTrainer(Trainer):
         wanted = {"ce_unit": args.ce_unit, "column": args.slice_column, "pattern": args.slice_pattern}
         if self._sliced_by != wanted:
             self._sliced_by, collator.slice_choice = wanted, source_by_slice(data, **wanted)
-            self.slice_lines = lines_of(collator.slice_choice, ["pivot", *self.sources], args.ce_unit)
-            logger.info("\n".join(self.slice_lines))
+            logger.info("\n".join(lines_of(collator.slice_choice, ["pivot", *self.sources], args.ce_unit)))
+            self.slices = {
+                "ce_unit": args.ce_unit,
+                "models": collator.slice_choice.models or ["pivot", *self.sources],
+                "slices": collator.slice_choice.choice.table,
+            }
 
     def _check_packing(self) -> None:
         kind = type(causal_model(self.model))
@@ -408,6 +413,7 @@ def collator_options(args: FusionConfig) -> dict[str, Any]:
         "ce_unit",
         "fusion_fallback",
         "fusion_tail",
+        "label_noise",
         "packing",
     )
     return {name: getattr(args, name) for name in names}

@@ -37,6 +37,7 @@ def aligned_row(seed: int, *, vocab_size=50, tokens=20, predicted=8, k=4, source
         "source_bytes": int(end[-1]),
         "source_tokens": int(predicted),
         "mapped_mass": mapped.astype(np.float16),
+        "label_tail": ((mapped > 0) & ~(source_ids == input_ids[at][:, None]).any(1)).astype(np.float16),
     }
 
 

@@ -109,6 +109,8 @@ def read_source(stored: dict, P: int) -> dict:
         position += count
     row["source_token_ce"] = floats(stored["source_token_ce"], "f")
     row["mapped_mass"] = floats(stored["mapped_mass"], "e")
+    if "label_tail" in stored:
+        row["label_tail"] = floats(stored["label_tail"], "e")
     if stored.get("source_index") is not None:
         row["source_index"] = ids(stored["source_index"])
     return row

