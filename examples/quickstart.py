@@ -172,7 +172,6 @@ class Recipe:
 
 def pretrain(recipe: Recipe, output: Path, seed: int, batch: int = 16, rate: float = 3e-3) -> int:
     """Train a model from scratch on its skills (loss on the answers only), save it, return its number of parameters."""
-    torch.set_num_threads(1)  # two models at a time, a core each: such small ones gain little from a second
     set_seed(seed)
     rows = conversations(recipe.skills, 8000, seed + zlib.crc32(output.name.encode()))
     tok = recipe.tokenizer
@@ -235,7 +234,7 @@ def exact_match(directory: Path, questions: dict[str, list[tuple[str, str]]]) ->
     return scores
 
 
-def teach(output: Path, seed: int, scale: float) -> dict[str, int]:
+def teach(output: Path, seed: int, scale: float, pool: ProcessPoolExecutor) -> dict[str, int]:
     """Make tokenizers and train the pivot and the two sources from scratch; return parameters per model."""
     texts = [turn["value"] for row in conversations(SKILLS, 3000, seed) for turn in row["conversations"]]
     pivot = byte_level_tokenizer(texts, 420, "<|bos|>", "<|end_of_turn|>", "User:\n", "Assistant:\n")
@@ -246,11 +245,8 @@ def teach(output: Path, seed: int, scale: float) -> dict[str, int]:
         "pivot": Recipe(pivot, LlamaConfig, 96, 2, SKILLS, round(450 * max(scale, 0.6))),
         "source-words": Recipe(words, MistralConfig, 80, 2, WORD_SKILLS, round(2000 * scale)),
     }
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        taught = {
-            name: pool.submit(pretrain, recipe, output / "models" / name, seed) for name, recipe in recipes.items()
-        }
-        sizes = {name: future.result() for name, future in taught.items()}
+    taught = {name: pool.submit(pretrain, recipe, output / "models" / name, seed) for name, recipe in recipes.items()}
+    sizes = {name: future.result() for name, future in taught.items()}
     for name, recipe in recipes.items():
         say(f"{name}: {recipe.config.model_type}, {sizes[name]:,} parameters, {len(recipe.tokenizer)} tokens")
     return sizes
@@ -267,15 +263,19 @@ def fuse(*arguments) -> None:
 
 
 def fuse_aside(arguments: tuple, started: float) -> None:
-    """The same in a process of a pool, on one core."""
+    """The same in a process of the pool."""
     global START
     START = started
-    torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     fuse(*arguments)
 
 
-def pipeline(output: Path, seed: int, epochs: float) -> None:
+def quiet() -> None:
+    """Of every process: one core (steps of a millisecond: a second thread waits more than it works), few words."""
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def pipeline(output: Path, seed: int, epochs: float, pool: ProcessPoolExecutor) -> None:
     """The method's stages through the public commands: represent, align, combine, train, merge."""
     models, data, representations = output / "models", output / "conversations.json", output / "representations"
     for name in ("pivot", "source-numbers", "source-words"):
@@ -297,23 +297,26 @@ def pipeline(output: Path, seed: int, epochs: float) -> None:
     }
     options = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 16, "--total_batch_size", 16)
     options += ("--learning_rate", 1e-3, "--seed", seed, "--save_strategy", "no")
-    options += ("--use_cpu", "--disable_tqdm", "true")
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        trainings = []
-        for name, (aligned, more) in runs.items():
-            paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
-            arguments = ("train", *paths, "--output_dir", models / name, *more, *options)
-            trainings.append(pool.submit(fuse_aside, arguments, START))
-        for training in trainings:
-            training.result()
+    options += ("--use_cpu", "--disable_tqdm", "true", "--logging_steps", 25)
+    trainings = []
+    for name, (aligned, more) in runs.items():
+        paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
+        arguments = ("train", *paths, "--output_dir", models / name, *more, *options)
+        trainings.append(pool.submit(fuse_aside, arguments, START))
+    for training in trainings:
+        training.result()
     merge = str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")
-    for config, merged in (
-        (MERGES / "quickstart-sce-paper.yml", "paper-merged"),
-        (MERGES / "quickstart-sce.yml", "merged"),
-    ):
-        command = [merge, str(config), merged, "--no-write-model-card"]
+    merges = []
+    for config, merged in (("quickstart-sce-paper.yml", "paper-merged"), ("quickstart-sce.yml", "merged")):
+        command = [merge, str(MERGES / config), merged, "--no-write-model-card"]
         say("$ " + shlex.join(command))
-        subprocess.run(command, cwd=models, check=True, stdout=subprocess.DEVNULL)
+        merges.append(
+            subprocess.Popen(command, cwd=models, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    for running in merges:
+        told = running.communicate()[1]
+        if running.returncode:
+            sys.exit(f"mergekit-yaml failed: {told[-2000:]}")
 
 
 def draw(scores: dict[str, dict[str, float]], path: Path) -> None:
@@ -363,18 +366,18 @@ def main() -> None:
         parser.error(f"--output {options.output}: expected a new or empty directory. Name another one or delete it.")
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(1)  # steps of a millisecond: a second thread waits more than it works
+    quiet()
 
-    sizes = teach(output, options.seed, 0.3 if options.fast else 1.0)
     rows = conversations(SKILLS, 400 if options.fast else 1000, options.seed + 10, wrong=WRONG_ANSWERS)
     (output / "conversations.json").write_text(json.dumps(rows, indent=1))
-    pipeline(output, options.seed, 6.0 if options.fast else 13.0)
-
-    questions = test_questions(60 if options.fast else 100, options.seed + 11)
-    names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
-    names += ("target-numbers", "target-words", "merged", "multi")
-    scores = {name: exact_match(output / "models" / name, questions) for name in names}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        sizes = teach(output, options.seed, 0.3 if options.fast else 1.0, pool)
+        pipeline(output, options.seed, 6.0 if options.fast else 13.0, pool)
+        questions = test_questions(60 if options.fast else 100, options.seed + 11)
+        names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
+        names += ("target-numbers", "target-words", "merged", "multi")
+        asked = {name: pool.submit(exact_match, output / "models" / name, questions) for name in names}
+        scores = {name: future.result() for name, future in asked.items()}
     show(scores)
     results = {
         "seed": options.seed,

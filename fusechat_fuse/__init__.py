@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fusechat_fuse.alignment.combination import combine
     from fusechat_fuse.alignment.run import align
     from fusechat_fuse.capture.run import represent
+    from fusechat_fuse.evaluation.answers import answer
     from fusechat_fuse.evaluation.comparison import compare
     from fusechat_fuse.store.shards import load_representation
     from fusechat_fuse.text.conversations import load_conversations
@@ -26,6 +27,7 @@ __all__ = [
     "FusionConfig",
     "FusionTrainer",
     "align",
+    "answer",
     "combine",
     "compare",
     "fusion_loss",
@@ -37,6 +39,7 @@ _HOME = {
     "load_conversations": "text.conversations",
     "represent": "capture.run",
     "load_representation": "store.shards",
+    "answer": "evaluation.answers",
     "compare": "evaluation.comparison",
     "align": "alignment.run",
     "combine": "alignment.combination",

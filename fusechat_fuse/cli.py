@@ -159,13 +159,50 @@ def _inspect(options: dict[str, Any]) -> None:
     _say(inspect_path(options.pop("path"), **options))
 
 
+def _answer_flags(parser: FlagParser) -> None:
+    add_flag(parser, "benchmark", required=True, help="mt_bench, alpaca_eval or chat: whose files are read and written")
+    add_flag(parser, "model", required=True, help="the model that answers: a directory or a Hub name")
+    add_flag(parser, "questions", required=True, help="the benchmark's file; for chat any chat data")
+    add_flag(parser, "output", required=True, help="the answers' file; for mt_bench model_answer/MODEL_ID.jsonl")
+    add_flag(parser, "temperature", type=float, help="of all (default: mt_bench's by category, else 0, greedy)")
+    add_flag(parser, "max_new_tokens", type=int, help="of an answer (default: 1024, alpaca_eval 2048)")
+    add_flag(parser, "batch_size", 16, help="questions generated at once")
+    add_flag(parser, "seed", 0, help="of what is drawn at temperatures above 0")
+    add_flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    add_flag(parser, "device_map", help="auto: one model over several GPUs")
+    add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
+
+
+def _answer(options: dict[str, Any]) -> None:
+    from fusechat_fuse import answer
+
+    _say(answer(options.pop("model"), options.pop("questions"), options.pop("output"), **options))
+
+
+def _run_flags(parser: FlagParser) -> None:
+    from fusechat_fuse.pipeline.steps import STAGES
+
+    parser.add_argument("recipe", metavar="RECIPE.yml", help="models, data and options of the whole fusion")
+    add_flag(parser, "only", help=f"one stage: {', '.join(STAGES)}")
+    add_flag(parser, "from", dest="start", help="the first stage; what comes before must be there")
+    add_flag(parser, "dry_run", False, help="say what would be done, and do nothing")
+
+
+def _run_recipe(options: dict[str, Any]) -> None:
+    from fusechat_fuse.pipeline.run import run
+
+    run(options.pop("recipe"), **options)
+
+
 COMMANDS = {
+    "run": ("Carry out a recipe: every stage below, the merge and a report.", _run_flags, _run_recipe),
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
     "compare": ("Show which model knows which slice of the data better.", _compare_flags, _compare),
     "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
     "combine": ("Combine several aligned sources.", _combine_flags, _combine),
     "inspect": ("Show what is in a representation or an alignment.", _inspect_flags, _inspect),
     "train": ("Fine-tune the pivot on aligned data: one target.", _train_flags, _train),
+    "answer": ("Answer a benchmark's questions in its judge's format.", _answer_flags, _answer),
 }
 
 

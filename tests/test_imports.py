@@ -36,7 +36,7 @@ PURE = {  # pure maths: at the top of the file numpy, torch, the standard librar
     "training": ["choice", "loss"],
     "store": ["cross_entropy"],
 }
-ROOMS = ("capture", "alignment", "training", "evaluation")  # strangers to each other
+ROOMS = ("capture", "alignment", "training", "evaluation", "pipeline")  # strangers to each other
 SHARED = (
     "store",
     "text",

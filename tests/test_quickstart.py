@@ -29,12 +29,13 @@ def run(tmp_path_factory):
 def test_prints_the_table_and_writes_it(run):
     output, printed = run
     results = json.loads((output / "results.json").read_text())
-    names = ["pivot", "source-numbers", "source-words", "plain", "target-numbers", "target-words", "merged"]
+    names = ["pivot", "source-numbers", "source-words", "plain", "paper-merged"]
+    names += ["target-numbers", "target-words", "merged", "multi"]
     assert list(results["exact_match"]) == names
     for name in names:
         row = results["exact_match"][name]
         assert list(row) == [*quickstart.SKILLS, "overall"]
-        line = next(line for line in printed.splitlines() if line.startswith(name))
+        line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:] == [f"{100 * value:.1f}" for value in row.values()]
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
@@ -46,14 +47,14 @@ def test_models_learned_and_sources_have_their_own_skills(run):
     assert sum(words[skill] for skill in quickstart.WORD_SKILLS) > 0.5
     assert all(numbers[skill] == 0 for skill in quickstart.WORD_SKILLS)
     assert all(words[skill] == 0 for skill in quickstart.NUMBER_SKILLS)
-    for name in ("plain", "target-numbers", "target-words"):
+    for name in ("plain", "paper-numbers", "paper-words", "target-numbers", "target-words", "multi"):
         history = json.loads((run[0] / "models" / name / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
-        assert sum(losses[-3:]) < sum(losses[:3]), name
+        assert sum(losses[-2:]) < sum(losses[:2]), name
 
 
 def test_alignments_are_of_different_tokenizers_and_exact(run):
-    for name in ("numbers", "words"):
+    for name in ("fusechat-numbers", "fusechat-words"):
         manifest = json.loads((run[0] / "aligned" / name / "manifest.json").read_text())
         figures = manifest["certificate"]["all"]
         assert manifest["vocabulary"] == "mapped"
@@ -63,12 +64,19 @@ def test_alignments_are_of_different_tokenizers_and_exact(run):
 
 def test_the_merge_is_ours(run):
     models = run[0] / "models"
-    pivot, *targets, merged = (
-        load_file(models / name / "model.safetensors") for name in ("pivot", "target-numbers", "target-words", "merged")
-    )
-    for name, tensor in pivot.items():
-        expected = sce_merge(tensor, [target[name] for target in targets])
-        assert (merged[name] - expected).abs().max() <= 1e-6, name
+    for kind, output in (("paper", "paper-merged"), ("target", "merged")):
+        names = ("pivot", f"{kind}-numbers", f"{kind}-words", output)
+        pivot, *targets, merged = (load_file(models / name / "model.safetensors") for name in names)
+        for name, tensor in pivot.items():
+            expected = sce_merge(tensor, [target[name] for target in targets])
+            assert (merged[name] - expected).abs().max() <= 1e-6, name
+
+
+def test_the_target_names_who_served_which_skill(run):
+    kept = json.loads((run[0] / "models" / "multi" / "slices.json").read_text())
+    served = {name: kept["models"][entry["best"]] for name, entry in kept["slices"].items()}
+    assert {served[skill] for skill in ("reverse", "capitals")} == {"source-words"}
+    assert served["larger"] == "source-numbers"
 
 
 def test_an_output_directory_with_data_is_refused(tmp_path):

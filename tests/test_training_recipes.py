@@ -1,41 +1,53 @@
-"""The recipe files are read by what reads them: the train command's options, accelerate's launcher."""
+"""The recipe files are read by what reads them: `run` and the commands it gives, accelerate's launcher."""
 
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from fusechat_fuse.cli import COMMANDS
+from fusechat_fuse.flags import FlagParser
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.run import TrainArguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted((EXAMPLES / "recipes").glob("*.yml"))
 SOURCES = {"starling", "solar", "internlm2", "mixtral", "qwen"}
 
 
-def test_there_is_one_for_every_pair_of_the_model_card():
-    assert {path.stem for path in RECIPES} == {f"openchat-{source}" for source in SOURCES}
+def test_the_model_card_is_one_recipe_by_the_papers_settings():
+    recipe = read_recipe(EXAMPLES / "recipes" / "fusechat-7b-v2.yml")
+    assert (recipe.pivot.model, set(recipe.sources)) == ("openchat/openchat_3.5", SOURCES)
+    assert recipe.merges == {"sce": ("sce", {"select_topk": 0.1, "out_dtype": "bfloat16"})}
+    steps = steps_of(recipe)
+    assert [step.stage for step in steps].count("train") == 5
+    for step in steps:
+        if step.stage == "merge":
+            continue
+        description, add_flags, _ = COMMANDS[step.arguments[0]]
+        options = FlagParser(step.arguments[0], description, add_flags).parse(step.arguments[1:])  # all are known
+        if step.stage == "align":
+            assert options["preset"] == "paper"
+        if step.stage == "train":
+            assert step.command[:2] == ["accelerate", "launch"]
+            is_the_papers({**options, "use_cpu": True, "bf16": None})
+    of = {step.key: step for step in steps}
+    assert "--device_map auto" in of["represent qwen"].shell
+    assert "accelerate" not in of["represent qwen"].shell
+    assert "--num_processes 8 -m fusechat_fuse represent" in of["represent starling"].shell
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_the_papers_training(path):
-    options = yaml.safe_load(path.read_text())
-    names = {field.name for field in fields(FusionConfig)} | {field.name for field in fields(TrainArguments)}
-    assert set(options) <= names
-    arguments = {field.name for field in fields(TrainArguments)}
-    config = FusionConfig(use_cpu=True, **{name: value for name, value in options.items() if name not in arguments})
-    default = FusionConfig(config.output_dir, preset="paper", use_cpu=True)
-    told = (
-        *("lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail", "ce_unit"),
-        *("fuse_temperature", "num_train_epochs"),
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_length", "total_batch_size"),
-    )
-    for name in told:
-        assert getattr(config, name) == getattr(default, name), name
-    assert options["data_path"].endswith(path.stem)
-    assert config.activation_checkpointing
+def is_the_papers(options: dict) -> None:
+    of_config = {field.name for field in fields(FusionConfig) if field.init}
+    config = FusionConfig(**{name: value for name, value in options.items() if name in of_config})
+    told = {
+        **{"lm_loss_weight": 0.9, "fusion_loss_type": "ce", "fusion_function": "min_ce", "fusion_fallback": "pivot"},
+        **{"fusion_tail": "drop", "ce_unit": "token", "fuse_temperature": 1.0, "num_train_epochs": 3},
+        **{"learning_rate": 5e-6, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0},
+        **{"max_length": 2048, "total_batch_size": 128, "activation_checkpointing": True},
+    }
+    assert {name: getattr(config, name) for name in told} == told
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3", "ddp"])

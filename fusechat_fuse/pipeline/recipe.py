@@ -1,0 +1,180 @@
+"""The recipe of a whole fusion, one YAML file: models, data, options of each stage, how each stage is launched.
+
+    output_dir: fused                       # everything goes below it
+    pivot: openchat/openchat_3.5            # a directory or Hub name, or {model: ..., represent: {...}, launcher: ...}
+    sources:                                # name: model, as for the pivot
+      starling: berkeley-nest/Starling-LM-7B-alpha
+      qwen: {model: Qwen/Qwen1.5-72B-Chat, represent: {device_map: auto}, launcher: {represent: python}}
+    data: mixture.json                      # one or several, as --data_path
+    held_out: held-out.json                 # optional: measures what came out
+    preset: fusechat                        # or paper
+    represent: {dtype: bfloat16}            # flags of a stage, without their dashes; so align, combine, train
+    plain: true                             # the baseline: the same training without fusion
+    multi: true                             # one training on all sources, combined
+    merge: {sce: {select_topk: 0.1}}        # method: parameters; a name of its own with {method: sce, ...}
+    launcher: {train: accelerate launch --config_file fsdp.yaml}   # one for all stages, or by stage
+    devices: [0, 1]                         # representations side by side, one GPU each
+
+Relative paths are relative to the directory the command runs in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import or_preset
+
+FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a recipe gives
+LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")
+KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", *FLAGGED)
+KEYS += ("plain", "multi", "merge", "launcher", "devices")
+OWN = {  # flags that the recipe itself decides
+    "represent": ("model_name_or_path", "data_path", "output_dir", "pivot_name_or_path"),
+    "align": ("pivot_representation", "source_representation", "output_dir", "preset"),
+    "combine": ("aligned", "output_dir", "preset"),
+    "train": ("model_name_or_path", "data_path", "output_dir", "preset", "overwrite"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the recipe: where it is, what its own stages' flags are (over the recipe's), how they are launched."""
+
+    model: str
+    flags: dict[str, dict[str, Any]] = field(default_factory=dict)
+    launcher: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; `read_recipe` makes it. flags, launcher: by stage. merges: name -> (method, parameters)."""
+
+    output_dir: Path
+    pivot: Model
+    sources: dict[str, Model]
+    data: list[str]
+    held_out: list[str]
+    preset: str
+    flags: dict[str, dict[str, Any]]
+    plain: bool
+    multi: bool
+    merges: dict[str, tuple[str, dict[str, Any]]]
+    launcher: dict[str, str]
+    devices: list[str]
+
+
+def read_recipe(path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises: InputError naming the file and the key.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"recipe {path}: expected a readable YAML file, got: {told}. Correct it.") from error
+    return _Reader(str(path), _mapping(str(path), "the recipe", entries)).recipe()
+
+
+def _mapping(path: str, what: str, value) -> dict:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{what} in {path}: expected name: value pairs, got {value!r}.")
+    return value
+
+
+class _Reader:
+    """Takes the entries of one file apart; every complaint names the file and the key."""
+
+    def __init__(self, path: str, entries: dict):
+        self.path, self.entries = path, entries
+
+    def recipe(self) -> Recipe:
+        for key in self.entries:
+            if key not in KEYS:
+                raise InputError(f"key {key!r} in {self.path}: expected one of {', '.join(KEYS)}. Correct it.")
+        for key in ("output_dir", "pivot", "sources", "data"):
+            if not self.entries.get(key):
+                raise InputError(f"key {key!r} in {self.path}: expected a value, got none. Add it.")
+        preset = self.entries.get("preset", "fusechat")
+        or_preset(preset)
+        sources = _mapping(self.path, "sources", self.entries["sources"])
+        for name in sources:
+            if name in ("pivot", "plain", "multi", "compare") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+                raise InputError(
+                    f"source {name!r} in {self.path}: expected letters, digits, '-', '_' and '.', and none of pivot, "
+                    "plain, multi, compare. Rename it."
+                )
+        return Recipe(
+            output_dir=Path(self._text("output_dir")),
+            pivot=self._model("pivot", self.entries["pivot"]),
+            sources={name: self._model(f"sources.{name}", value) for name, value in sources.items()},
+            data=self._texts("data"),
+            held_out=self._texts("held_out"),
+            preset=preset,
+            flags={stage: self._flags(stage, self.entries.get(stage, {})) for stage in FLAGGED},
+            plain=self._switch("plain", True),
+            multi=self._switch("multi", False),
+            merges=self._merges(),
+            launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
+            devices=[str(device) for device in self.entries.get("devices") or []],
+        )
+
+    def _text(self, key: str) -> str:
+        if not isinstance(self.entries[key], str):
+            raise InputError(f"key {key!r} in {self.path}: expected text, got {self.entries[key]!r}.")
+        return self.entries[key]
+
+    def _texts(self, key: str) -> list[str]:
+        value = self.entries.get(key) or []
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in values):
+            raise InputError(f"key {key!r} in {self.path}: expected a path or a list of paths, got {value!r}.")
+        return values
+
+    def _switch(self, key: str, default: bool) -> bool:
+        value = self.entries.get(key, default)
+        if not isinstance(value, bool):
+            raise InputError(f"key {key!r} in {self.path}: expected true or false, got {value!r}.")
+        return value
+
+    def _flags(self, key: str, value) -> dict[str, Any]:
+        flags, stage = _mapping(self.path, key, value or {}), key.split(".")[-1]
+        for name in flags:
+            if name in OWN[stage]:
+                raise InputError(f"key {key}.{name} in {self.path}: expected to be left to the recipe. Remove it.")
+        return flags
+
+    def _launcher(self, key: str, value) -> dict[str, str]:
+        if isinstance(value, str):
+            return dict.fromkeys(LAUNCHED, value)
+        value = _mapping(self.path, key, value)
+        for stage, prefix in value.items():
+            if stage not in LAUNCHED or not isinstance(prefix, str):
+                raise InputError(
+                    f"key {key}.{stage} in {self.path}: expected a stage ({', '.join(LAUNCHED)}) and a command's "
+                    f"beginning, got {prefix!r}."
+                )
+        return value
+
+    def _model(self, key: str, value) -> Model:
+        if isinstance(value, str):
+            return Model(value)
+        value = _mapping(self.path, key, value)
+        known = ("model", "launcher", *FLAGGED)
+        if not isinstance(value.get("model"), str) or set(value) - set(known):
+            raise InputError(f"key {key} in {self.path}: expected a model or {{{', '.join(known)}}}, got {value!r}.")
+        flags = {stage: self._flags(f"{key}.{stage}", value[stage]) for stage in FLAGGED if stage in value}
+        return Model(value["model"], flags, self._launcher(f"{key}.launcher", value.get("launcher", {})))
+
+    def _merges(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        found = {}
+        for name, value in _mapping(self.path, "merge", self.entries.get("merge", {"sce": {}}) or {}).items():
+            parameters = dict(_mapping(self.path, f"merge.{name}", value or {}))
+            found[name] = (parameters.pop("method", name), parameters)
+        return found

@@ -1,0 +1,250 @@
+"""`run`: the steps of a recipe, each as a subprocess, each skipped where it is finished and unchanged.
+
+What a step was made from (its arguments and what it reads) and what it made are kept by content in `stages.json`;
+dates and launchers do not count. A killed run goes on with the same command, the stages from where they stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.report import write_report
+from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of
+from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
+
+logger = logging.getLogger(__name__)
+RECORD = "stages.json"
+SMALL = 1 << 20  # bytes of a JSON file that is read; of larger files in a directory the size counts
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
+
+
+def run(recipe, *, only: str | None = None, start: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: path of the YAML file, see `pipeline.recipe`.
+        only: one stage of STAGES; start: the first stage; what comes before must be there.
+        dry_run: say what would be done, and do nothing.
+
+    Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, command.
+
+    Raises:
+        InputError: a bad recipe, an unknown stage.
+        RuntimeError: the first step that fails, with the command to repeat by hand and its log.
+    """
+    plan = read_recipe(recipe)
+    for stage in (only, start):
+        if stage is not None and stage not in STAGES:
+            raise InputError(f"stage for run: expected one of {', '.join(STAGES)}, got {stage!r}. Use one.")
+    record = _Record(plan.output_dir / RECORD)
+    steps = steps_of(plan, record.plain_of())
+    wanted = [s for s in STAGES if s == (only or s) and STAGES.index(s) >= STAGES.index(start or STAGES[0])]
+    chosen = [step for step in steps if step.stage in wanted]
+    if dry_run:
+        for step in chosen:
+            logger.info("%s: %s\n    %s", step.key, "skip" if record.is_done(step) else "run", step.shell)
+        return record.entries
+    plan.output_dir.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(chosen, record)
+    for stage in wanted:
+        of_stage = [step for step in chosen if step.stage == stage]
+        together = [step for step in of_stage if step.parallel and plan.devices]
+        _side_by_side(together, plan.devices, record, progress, plan.output_dir)
+        for step in of_stage:
+            if step not in together:
+                _perform(step, record, progress, plan.output_dir)
+    if "report" in wanted:
+        write_report(plan, steps, record.entries)
+        logger.info("report: %s", plan.output_dir / "report.html")
+    return record.entries
+
+
+class _Record:
+    """`stages.json`, written whole after every step."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries, self.lock = path, read_json(path, "record of the run") or {}, threading.Lock()
+
+    def plain_of(self) -> str | None:
+        """The source that `plain` was trained with, where it was."""
+        command = self.entries.get("train plain", {}).get("arguments", [])
+        return Path(command[command.index("--data_path") + 1]).name if command else None
+
+    def is_done(self, step: Step) -> bool:
+        """Finished, from what is there now, and its output as it was left."""
+        entry = self.entries.get(step.key)
+        return bool(entry) and entry["fingerprint"] == _fingerprint(step) and entry["output"] == _digest(step.output)
+
+    def forget(self, step: Step) -> bool:
+        """Take a step out; whether it was there. What lies at its output was made from something else then."""
+        with self.lock:
+            known = self.entries.pop(step.key, None) is not None
+            if known:
+                write_atomic(self.path, json_bytes(self.entries))
+        return known
+
+    def add(self, step: Step, seconds: float) -> None:
+        """Write down a finished step."""
+        with self.lock:
+            self.entries[step.key] = {
+                "fingerprint": _fingerprint(step),
+                "output": _digest(step.output),
+                "seconds": round(seconds, 1),
+                "arguments": step.arguments,
+                "command": step.shell,
+            }
+            write_atomic(self.path, json_bytes(self.entries))
+
+
+def _fingerprint(step: Step) -> str:
+    """What a step is made from: its arguments and the content of what it reads."""
+    made_from = [step.arguments, {path: _digest(Path(path)) for path in step.reads}]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    """The content of a file; of a directory its files' names and sizes, and the content of small JSON files."""
+    if path.is_file():
+        about = path.stat()
+        return _file_digest(path, about.st_size, about.st_mtime_ns)
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else ():
+        if file.is_file() and not any(part.startswith((".", "checkpoint-")) for part in file.relative_to(path).parts):
+            size = file.stat().st_size
+            found.update(f"{file.relative_to(path)} {size}\n".encode())
+            if file.suffix == ".json" and size <= SMALL:
+                found.update(file.read_bytes())
+    return found.hexdigest()[:16] if path.is_dir() else "name"  # a Hub name stands for itself
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    """Read once by a run; the arguments after the path tell whether a file is still the same within it."""
+    return file_sha256(path)[:16]
+
+
+class _Progress:
+    """One line a step, with the time that passed and what is left by the steps that were measured."""
+
+    def __init__(self, steps: list[Step], record: _Record):
+        self.left = {step.key: step for step in steps if not record.is_done(step)}
+        self.record, self.start = record, time.monotonic()
+
+    def say(self, step: Step, what: str) -> None:
+        """Log one line."""
+        if what != "starts":
+            self.left.pop(step.key, None)
+        measured: dict[str, list[float]] = {}
+        for key, entry in list(self.record.entries.items()):
+            measured.setdefault(key.split()[0], []).append(entry["seconds"])
+        known = [s for s in self.left.values() if s.stage in measured]
+        remaining = sum(sum(measured[s.stage]) / len(measured[s.stage]) for s in known)
+        left = f"about {_clock(remaining)}" if len(known) == len(self.left) else f"more than {_clock(remaining)}"
+        logger.info("[%s, %s left] %s: %s", _clock(time.monotonic() - self.start), left, step.key, what)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def _side_by_side(steps: list[Step], devices: list[str], record: _Record, progress: _Progress, home: Path) -> None:
+    """Independent steps, one on each device at a time; the first failure is raised when those that run have ended."""
+    if not steps:
+        return
+    free: queue.Queue[str] = queue.Queue()
+    for device in devices:
+        free.put(device)
+
+    def perform(step: Step) -> None:
+        device = free.get()
+        try:
+            _perform(step, record, progress, home, {"CUDA_VISIBLE_DEVICES": device}, quiet=True)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(perform, step) for step in steps]
+        for future in futures:
+            try:
+                future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _perform(
+    step: Step, record: _Record, progress: _Progress, home: Path, more: dict | None = None, quiet: bool = False
+) -> None:
+    """Skip one step or run it."""
+    if record.is_done(step):
+        return progress.say(step, "finished before")
+    if step.made_anew and (record.forget(step) or step.stage == "merge"):  # a merge takes no directory with files
+        shutil.rmtree(step.output, ignore_errors=True)
+    for path, text in step.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode())
+    log = home / "logs" / f"{step.key.replace(' ', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    progress.say(step, "starts")
+    begun = time.monotonic()
+    code = _follow(step, log, {**step.environment, **(more or {})}, quiet)
+    if code:
+        raise RuntimeError(
+            f"{step.key} ended with exit code {code}: {_last_line(log)} | all it said: {log} | by hand: {step.shell}"
+        )
+    record.add(step, time.monotonic() - begun)
+    progress.say(step, f"done in {_clock(time.monotonic() - begun)}")
+
+
+def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> int:
+    """Run a command; what it says goes to its log and, unless quiet, on to standard error."""
+    with log.open("ab") as kept:
+        kept.write(f"$ {step.shell}\n".encode())
+        kept.flush()
+        child = subprocess.Popen(
+            step.command,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        assert child.stdout is not None
+        try:
+            while said := os.read(child.stdout.fileno(), 1 << 16):
+                kept.write(said)
+                kept.flush()
+                if not quiet:
+                    sys.stderr.buffer.write(said)
+                    sys.stderr.flush()
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+def _end_with_parent() -> None:
+    """In the child: when the run is killed, so is the stage, which the next run then continues."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("fusechat-fuse:", "fusechat-merge:"))]
+    return (told or lines or [""])[-1].rstrip(".") + "."

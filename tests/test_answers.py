@@ -1,0 +1,172 @@
+"""`answer`: the judges' formats, as their own readers check them; turns, temperatures, resuming, bad files."""
+
+import json
+
+import pytest
+import torch
+
+from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.evaluation import answers as module
+from fusechat_fuse.evaluation.answers import answer
+from tests.helpers.real_tokenizers import tiny_bpe
+from tests.helpers.tiny_models import tiny_model
+
+CATEGORIES = ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem", "humanities")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("answers") / "my-model"
+    tiny_model("Llama", vocab_size=len(tiny_bpe()) + 8, max_position_embeddings=256).save_pretrained(path)
+    tiny_bpe().save_pretrained(path)
+    return path
+
+
+def mt_bench(path, count: int = 8):
+    """Questions as FastChat's question.jsonl has them."""
+    rows = [
+        {"question_id": 81 + n, "category": CATEGORIES[n % 8], "turns": [f"say {n}", "and again"]} for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_mt_bench_answers_are_what_fastchat_reads(model, tmp_path):
+    output = tmp_path / "model_answer" / "fused-7b.jsonl"
+    command = ["answer", "--benchmark", "mt_bench", "--model", str(model), "--output", str(output)]
+    command += ["--questions", str(mt_bench(tmp_path / "question.jsonl")), "--max_new_tokens", "4"]
+    assert main(command) == 0
+    # common.py: load_model_answers keys files by name and answers by question_id; check_data asks for all of them
+    found = {line["question_id"]: line for line in lines(output)}
+    assert list(found) == [81 + n for n in range(8)]
+    for line in found.values():
+        assert list(line) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+        assert line["model_id"] == output.stem
+        (choice,) = line["choices"]
+        assert choice["index"] == 0
+        assert len(choice["turns"]) == 2
+        assert all(isinstance(turn, str) for turn in choice["turns"])
+        assert isinstance(line["tstamp"], float)
+    assert len({line["answer_id"] for line in found.values()}) == 8
+
+
+def test_temperatures_are_the_categories(tmp_path):
+    asked = list(module._questions("mt_bench", mt_bench(tmp_path / "q.jsonl"), None))
+    found = {question.row["category"]: question.temperature for question in asked}
+    greedy = dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+    assert found == {**greedy, "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+    assert {q.temperature for q in module._questions("mt_bench", tmp_path / "q.jsonl", 0.0)} == {0.0}
+
+
+def test_alpaca_eval_outputs_are_what_its_reader_takes(model, tmp_path):
+    questions = [{"instruction": f"say {n}", "dataset": "helpful_base", "output": "x"} for n in range(3)]
+    (tmp_path / "eval.json").write_text(json.dumps(questions))
+    options = {"benchmark": "alpaca_eval", "max_new_tokens": 4}
+    answer(model, tmp_path / "eval.json", tmp_path / "outputs.json", **options)
+    rows = json.loads((tmp_path / "outputs.json").read_text())
+    assert [list(row) for row in rows] == [["instruction", "output", "generator", "dataset"]] * 3
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
+    assert {(row["generator"], row["dataset"]) for row in rows} == {("my-model", "helpful_base")}
+
+
+def test_greedy_answers_are_the_models_own_alone_and_in_a_batch(model, tmp_path):
+    chats = [
+        {"id": f"c{n}", "conversations": [{"from": "human", "value": "say " * (n + 1)}, {"from": "gpt", "value": "?"}]}
+        for n in range(5)
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    options = {"benchmark": "chat", "max_new_tokens": 6}
+    answer(model, str(tmp_path / "chats.json"), tmp_path / "batched.jsonl", **options)
+    answer(model, str(tmp_path / "chats.json"), tmp_path / "alone.jsonl", batch_size=1, **options)
+    assert lines(tmp_path / "batched.jsonl") == lines(tmp_path / "alone.jsonl")
+    tokenizer, loaded = tiny_bpe(), module.load_model(model, dtype="float32")
+    for line in lines(tmp_path / "alone.jsonl"):
+        ids = tokenizer.apply_chat_template(line["messages"][:1], add_generation_prompt=True, return_dict=False)
+        ends, made = {tokenizer.eos_token_id}, []
+        with torch.no_grad():  # by hand, one token at a time
+            for _ in range(6):
+                token = int(loaded(torch.tensor([ids + made])).logits[0, -1].argmax())
+                if token in ends:
+                    break
+                made.append(token)
+        said = tokenizer.decode(made, skip_special_tokens=True).strip()
+        assert line["messages"][-1] == {"role": "assistant", "content": said}
+
+
+def test_a_killed_run_goes_on_with_the_same_answers(model, tmp_path, monkeypatch):
+    questions, options = mt_bench(tmp_path / "q.jsonl", 12), {"benchmark": "mt_bench", "max_new_tokens": 5}
+    options |= {"batch_size": 2, "seed": 7}
+
+    def turns(path) -> list:
+        return [(line["question_id"], line["choices"], line["answer_id"]) for line in lines(path)]
+
+    answer(model, questions, tmp_path / "a" / "m.jsonl", **options)
+    real, calls = module._Kept.add, []
+
+    def dies(self, entries):
+        calls.append(len(entries))
+        if len(calls) == 3:
+            with self.path.open("a") as file:
+                file.write('{"key": "8')  # cut in the middle of a line
+            raise KeyboardInterrupt
+        real(self, entries)
+
+    monkeypatch.setattr(module._Kept, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, questions, tmp_path / "b" / "m.jsonl", **options)
+    monkeypatch.setattr(module._Kept, "add", real)
+    assert not (tmp_path / "b" / "m.jsonl").exists()
+    told = answer(model, questions, tmp_path / "b" / "m.jsonl", **options)
+    assert told["answered_before"] == 4
+    assert turns(tmp_path / "b" / "m.jsonl") == turns(tmp_path / "a" / "m.jsonl")
+    before = (tmp_path / "b" / "m.jsonl").read_bytes()
+    assert answer(model, questions, tmp_path / "b" / "m.jsonl", **options)["answered_before"] == 12
+    assert (tmp_path / "b" / "m.jsonl").read_bytes() == before
+    with pytest.raises(
+        InputError, match=r"answers in .*\.m\.jsonl\.answers: expected this run's .*'?seed.*got another"
+    ):
+        answer(model, questions, tmp_path / "b" / "m.jsonl", **{**options, "seed": 8})
+
+
+def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_others(model, tmp_path, caplog):
+    rows = [{"question_id": 1, "category": "math", "turns": ["say " * 400]}, {"question_id": 2, "turns": ["say"]}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"benchmark": "mt_bench", "max_new_tokens": 4, "temperature": 0.0}
+    told = answer(model, tmp_path / "q.jsonl", tmp_path / "m.jsonl", **options)
+    long, short = (line["choices"][0]["turns"][0] for line in lines(tmp_path / "m.jsonl"))
+    assert long == ""
+    assert short
+    assert told["empty_answers"] == 1
+    assert "1 answers are empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "rows", "message"),
+    [
+        ("mt_bench", [{"question_id": 1, "turns": "say"}], "row 0 of .*: expected question_id, category and turns"),
+        (
+            "mt_bench",
+            [{"question_id": 1, "turns": ["a"]}] * 2,
+            "row 1 of .*: expected each question once, got '1' again",
+        ),
+        ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
+        ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, got 'arena'"),
+    ],
+)
+def test_bad_questions_are_named(model, tmp_path, benchmark, rows, message):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=message):
+        answer(model, tmp_path / "q.jsonl", tmp_path / "m.jsonl", benchmark=benchmark)
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_a_file_of_someone_else_is_not_written_over(model, tmp_path):
+    (tmp_path / "m.jsonl").write_text("mine")
+    with pytest.raises(InputError, match=r"output .*m\.jsonl: expected none or this run's, got a file"):
+        answer(model, mt_bench(tmp_path / "q.jsonl"), tmp_path / "m.jsonl", benchmark="mt_bench")
+    assert (tmp_path / "m.jsonl").read_text() == "mine"

@@ -1,0 +1,288 @@
+"""`run`: a recipe is checked, becomes commands, is carried out once, goes on when killed, and grows by a source."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.pipeline import run as module
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.report import _page
+from fusechat_fuse.pipeline.run import run
+from fusechat_fuse.pipeline.steps import launched, steps_of
+from fusechat_fuse.store.files import file_sha256
+from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
+from tests.helpers.tiny_models import tiny_model
+from tests.test_inspect import CHROMIUM
+
+CHATS = [
+    {"id": f"c{n}", "conversations": [{"from": "human", "value": f"say {n}"}, {"from": "gpt", "value": f"the {n} is"}]}
+    for n in range(24)
+]
+PLAIN = {"output_dir": "out", "pivot": "p", "sources": {"a": "one", "b": "two"}, "data": "d.json"}
+
+
+def written(folder: Path, **changes) -> Path:
+    file = folder / "recipe.yml"
+    file.write_text(yaml.safe_dump({**PLAIN, **changes}, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sorces": 1}, "key 'sorces' in .*recipe.yml: expected one of output_dir, "),
+        ({"data": None}, "key 'data' in .*: expected a value, got none"),
+        ({"preset": "best"}, "value for preset: expected fusechat or paper, got 'best'"),
+        ({"sources": {"plain": "x"}}, "source 'plain' in .*Rename it"),
+        ({"sources": {"a/b": "x"}}, "source 'a/b' in .*Rename it"),
+        ({"train": {"output_dir": "x"}}, "key train.output_dir in .*: expected to be left to the recipe"),
+        ({"plain": "yes"}, "key 'plain' in .*: expected true or false, got 'yes'"),
+        ({"launcher": {"trian": "srun"}}, "key launcher.trian in .*: expected a stage"),
+        ({"sources": {"a": {"modle": "x"}}}, "key sources.a in .*: expected a model or"),
+        ({"merge": {"sce": 3}}, "merge.sce in .*: expected name: value pairs, got 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_recipe_is_one_sentence(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_recipe(written(tmp_path, **changes))
+
+
+def test_a_recipe_becomes_commands_in_order(tmp_path):
+    sources = {
+        "a": "one",
+        "b": {"model": "two", "represent": {"device_map": "auto"}, "launcher": {"represent": "srun"}},
+    }
+    more = {"sources": sources, "represent": {"dtype": "bfloat16"}, "multi": True, "held_out": ["h.json"]}
+    steps = steps_of(read_recipe(written(tmp_path, **more, merge={"sce": {"select_topk": 0.1}, "linear": None})))
+    represented = ["represent pivot", "represent a", "represent b", "compare", "align a", "align b", "combine"]
+    trained = ["train plain", "train target-a", "train target-b", "train multi", "merge sce", "merge linear"]
+    made = ("pivot", "plain", "target-a", "target-b", "multi", "merged-sce", "merged-linear", "compare")
+    assert [step.key for step in steps] == [*represented, *trained, *(f"evaluate {name}" for name in made)]
+    of = {step.key: step for step in steps}
+    words = " ".join(of["represent b"].command)
+    assert words.startswith("srun ")
+    assert "--pivot_name_or_path p --output_dir out/representations/b --dtype bfloat16 --device_map auto" in words
+    assert "--device_map" not in " ".join(of["represent a"].command)
+    (config,) = of["merge sce"].files.values()
+    assert json.loads(config)["parameters"] == {"select_topk": 0.1}
+    assert json.loads(config)["base_model"] == "p"
+    assert "base_model" not in json.loads(*of["merge linear"].files.values())
+    less = steps_of(read_recipe(written(tmp_path, sources={"b": "two"})), plain_of="a")
+    assert "train target-a" not in [step.key for step in less]
+    assert "aligned/b" in next(step for step in less if step.key == "train plain").shell
+    (tmp_path / "out" / "aligned" / "gone").mkdir(parents=True)  # a source that was removed: its data are there yet
+    kept = steps_of(read_recipe(written(tmp_path, output_dir=str(tmp_path / "out"))), plain_of="gone")
+    assert "aligned/gone" in next(step for step in kept if step.key == "train plain").shell
+
+
+@pytest.mark.parametrize(
+    ("launcher", "begins"),
+    [
+        ("python", [sys.executable, "-m", "fusechat_fuse", "align"]),
+        ("accelerate launch --config_file f.yaml", ["accelerate", "launch", "--config_file", "f.yaml", "-m"]),
+        ("torchrun --nproc_per_node 8", ["torchrun", "--nproc_per_node", "8", "-m", "fusechat_fuse", "align"]),
+        ("srun -N 1", ["srun", "-N", "1", sys.executable, "-m", "fusechat_fuse", "align"]),
+    ],
+)
+def test_launchers(launcher, begins):
+    assert launched(launcher, ["align"])[: len(begins)] == begins
+
+
+def test_over_ssh_the_command_is_one_word_from_the_same_directory():
+    words = launched("ssh host", ["align", "--output_dir", "a b"])
+    assert words[:2] == ["ssh", "host"]
+    assert len(words) == 3
+    assert words[2].startswith(f"cd {Path.cwd()} && ")
+    assert words[2].endswith("align --output_dir 'a b'")
+
+
+def test_the_first_failure_stops_with_the_command_and_the_log(tmp_path):
+    recipe = written(tmp_path, output_dir=str(tmp_path / "out"), pivot=str(tmp_path / "none"), data="none.json")
+    with pytest.raises(RuntimeError, match="represent pivot ended with exit code 2: fusechat-fuse: error: ") as raised:
+        run(recipe)
+    told = str(raised.value)
+    log = tmp_path / "out" / "logs" / "represent-pivot.log"
+    assert f"all it said: {log}" in told
+    assert "by hand: " + log.read_text().splitlines()[0].removeprefix("$ ") in told
+
+
+def test_dry_run_does_nothing_and_an_unknown_stage_is_refused(tmp_path, caplog):
+    recipe = written(tmp_path, output_dir=str(tmp_path / "out"))
+    caplog.set_level("INFO")
+    run(recipe, dry_run=True, start="train")
+    assert not (tmp_path / "out").exists()
+    assert "train target-b: run" in caplog.text
+    assert "align a" not in caplog.text
+    with pytest.raises(InputError, match=r"stage for run: expected one of represent, .*, got 'trian'"):
+        run(recipe, only="trian")
+
+
+FOUND = {
+    "pivot": "p<q",
+    "sources": {"a": "one"},
+    "preset": "fusechat",
+    "certificates": {"a": {"mapping": "prefix", "coverage": 0.93, "mapped_mass": 0.5, "gap_bits_per_byte": 0.0}},
+    "losses": {"plain": [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}], "multi": [{"step": 1, "loss": 1.5}]},
+    "slices": {
+        "multi": {
+            "ce_unit": "byte",
+            "models": ["pivot", "one"],
+            "slices": {"code": {"best": 1, "conversations": 30, "medians": [0.5, 0.25]}},
+        }
+    },
+    "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}}},
+    "held_out": {
+        "models": ["pivot", "plain"],
+        "slices": {"all": {"conversations": 3, "models": {"pivot": {"mean": 1.25}, "plain": {"mean": 1.0}}}},
+    },
+    "commands": {"train plain": "run <this>", "evaluate pivot": "that"},
+}
+
+
+def test_the_page_holds_every_figure_and_asks_for_nothing():
+    page = _page("fused", FOUND)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Held-out bits per byte (lower is better)",
+        *("Alignment", "Training loss", "Who serves which slice", "Merge coefficients"),
+    ]
+    assert "<td>1.2500</td><td class=best>1.0000</td>" in page
+    assert "<td>0.5000</td><td class=best>0.2500</td><td>one</td>" in page
+    assert page.count("<polyline") == 2
+    assert "p&lt;q" in page
+    assert "run &lt;this&gt;" in page
+    assert not re.search(r"https?://|src=|href=", page)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; the structure is checked without it")
+def test_the_page_in_chromium(tmp_path):
+    file = tmp_path / "report.html"
+    look = "<script>document.title = [document.querySelectorAll('table').length, document.body.scrollWidth > "
+    look += "document.documentElement.clientWidth, document.querySelector('svg').getBoundingClientRect().width > 300]"
+    page = re.sub("<meta http-equiv.*?>", "", _page("fused", FOUND))  # the policy forbids the script that looks
+    file.write_text(page.replace("</body>", f"{look}.join(' ')</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    assert title[1] == "4 false true"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A pivot, two sources, chat data for training and held out."""
+    home = tmp_path_factory.mktemp("models")
+    for name, family, tokenizer, seed in (
+        ("pivot", "Llama", tiny_bpe(), 0),
+        ("one", "Mistral", tiny_unigram(), 1),
+        ("two", "Llama", tiny_bpe(), 2),
+    ):
+        tiny_model(family, seed=seed, vocab_size=len(tokenizer) + 8).save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    (home / "chats.json").write_text(json.dumps(CHATS))
+    (home / "held.json").write_text(json.dumps([{**chat, "id": f"h{n}"} for n, chat in enumerate(CHATS[:6])]))
+    return home
+
+
+def recipe_of(models: Path, folder: Path, sources: tuple, **changes) -> Path:
+    train = {"max_steps": 3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
+    entries = {
+        "output_dir": str(folder / "out"),
+        "pivot": str(models / "pivot"),
+        "sources": {name: str(models / name) for name in sources},
+        "data": str(models / "chats.json"),
+        "represent": {"template": "native", "dtype": "float32"},
+        "align": {"cache_dir": str(models / "cache")},
+        "train": train,
+        **changes,
+    }
+    return written(folder, **entries)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """What a run made, without what tells of times."""
+    kinds = {".arrow", ".safetensors"}
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in kinds]
+    return {str(file.relative_to(folder)): file_sha256(file) for file in files}
+
+
+@pytest.mark.slow
+def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(models, tmp_path, caplog):
+    caplog.set_level("INFO")
+    held = {"held_out": str(models / "held.json")}
+    recipe = recipe_of(models, tmp_path, ("one",), **held)
+    assert main(["run", str(recipe)]) == 0
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert report["compare"]["models"] == ["pivot", "one"]
+    assert len(report["held_out"]["models"]) == 4  # pivot, plain, target, the merge
+    assert report["certificates"]["one"]["gap_bits_per_byte"] == pytest.approx(0, abs=1e-2)
+    assert [len(log) for log in report["losses"].values()] == [3, 3]
+    assert report["slices"]["target-one"]["models"] == ["pivot", "one"]
+    kinds = report["merges"]["sce"]["coefficients_by_kind"]
+    assert all(sum(of.values()) == pytest.approx(1) for of in kinds.values())
+    assert "<polyline" in (out / "report.html").read_text()
+    assert (out / "logs" / "train-target-one.log").read_text().startswith("$ ")
+    before = content(out)
+    caplog.clear()
+    run(recipe)
+    assert caplog.text.count("finished before") == len(steps_of(read_recipe(recipe)))
+    assert content(out) == before
+
+    recipe = recipe_of(models, tmp_path, ("one", "two"))
+    caplog.clear()
+    run(recipe)
+    new = ["represent two", "compare", "align two", "train target-two", "merge sce"]
+    assert re.findall(r"\] (.*): starts", caplog.text) == new
+    after = content(out)
+    assert {name.split("/")[0] for name in before if before[name] != after[name]} <= {"merged"}
+    assert len(json.loads((out / "merged" / "sce.yml").read_text())["models"]) == 2
+
+    recipe = recipe_of(models, tmp_path, ("two",))
+    caplog.clear()
+    run(recipe)  # the first source, whose data `plain` was trained on, goes
+    assert re.findall(r"\] (.*): starts", caplog.text) == ["compare", "merge sce"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_files(models, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    run(recipe_of(models, whole, ("one",), plain=False))
+    command = [sys.executable, "-m", "fusechat_fuse", "run", str(recipe_of(models, killed, ("one",), plain=False))]
+    for seconds in (3, 9, 14):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(killed / "out") == content(whole / "out")
+
+
+def test_what_counts_is_content_not_dates(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 10)
+    first = module._digest(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert module._digest(tmp_path / "copy") == first
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "x").write_text("y")
+    assert module._digest(folder) == first
+    (folder / "config.json").write_text("{ }")
+    assert module._digest(folder) != first
+    assert module._digest(Path("some/hub-name")) == "name"
