@@ -12,7 +12,7 @@
     plain: true                             # the baseline: the same training without fusion
     multi: true                             # one training on all sources, combined
     merge: {sce: {select_topk: 0.1}}        # method: parameters; a name of its own with {method: sce, ...}
-    launcher: {train: accelerate launch --config_file fsdp.yaml}   # one for all stages, or by stage
+    launcher: {train: accelerate launch --config_file fsdp.yaml}   # by stage, or one for those that run models
     devices: [0, 1]                         # representations side by side, one GPU each
 
 Relative paths are relative to the directory the command runs in.
@@ -32,6 +32,7 @@ from fusechat_fuse.presets import or_preset
 
 FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a recipe gives
 LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")
+OF_MODELS = ("represent", "train", "evaluate")  # stages that may be several processes
 KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", *FLAGGED)
 KEYS += ("plain", "multi", "merge", "launcher", "devices")
 OWN = {  # flags that the recipe itself decides
@@ -152,7 +153,7 @@ class _Reader:
 
     def _launcher(self, key: str, value) -> dict[str, str]:
         if isinstance(value, str):
-            return dict.fromkeys(LAUNCHED, value)
+            return dict.fromkeys(OF_MODELS, value)
         value = _mapping(self.path, key, value)
         for stage, prefix in value.items():
             if stage not in LAUNCHED or not isinstance(prefix, str):

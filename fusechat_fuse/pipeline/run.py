@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -119,7 +120,10 @@ def _fingerprint(step: Step) -> str:
 
 
 def _digest(path: Path) -> str:
-    """The content of a file; of a directory its files' names and sizes, and the content of small JSON files."""
+    """The content of a file; of a directory its files' names and sizes, and the content of small JSON files.
+
+    A Hub name stands for itself, a pattern for the files that it fits.
+    """
     if path.is_file():
         about = path.stat()
         return _file_digest(path, about.st_size, about.st_mtime_ns)
@@ -130,7 +134,9 @@ def _digest(path: Path) -> str:
             found.update(f"{file.relative_to(path)} {size}\n".encode())
             if file.suffix == ".json" and size <= SMALL:
                 found.update(file.read_bytes())
-    return found.hexdigest()[:16] if path.is_dir() else "name"  # a Hub name stands for itself
+    if path.is_dir():
+        return found.hexdigest()[:16]
+    return " ".join(_digest(Path(match)) for match in sorted(glob.glob(str(path), recursive=True))) or "name"
 
 
 @functools.cache

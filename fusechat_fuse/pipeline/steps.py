@@ -87,8 +87,9 @@ class _Steps:
 
     def _step(self, stage: str, name: str, model: Model, arguments: list, output: Path, reads: list, **more) -> Step:
         """A step of `fusechat-fuse`, launched as the model or else the recipe says."""
-        launcher = model.launcher.get(stage) or self.recipe.launcher.get(stage, "python")
         words = [str(argument) for argument in arguments]
+        of = "compare" if words[0] == "compare" else stage
+        launcher = model.launcher.get(of) or self.recipe.launcher.get(of, "python")
         return Step(stage, name, words, launched(launcher, words), output, [str(r) for r in reads], **more)
 
     def _flags(self, stage: str, model: Model) -> list[str]:
