@@ -205,16 +205,19 @@ def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
 
 
 def collect(work: Path) -> dict[str, dict]:
-    """regime -> row -> slice -> figures."""
+    """regime -> row -> slice -> figures, of the rows that are finished."""
     found = {}
     for count, epochs in REGIMES:
         regime = f"{count}x{epochs}"
-        plain = bits(work / f"held-out plain {regime}")
         rows = {"pivot": "pivot", "source": "source", **{n: f"{n} {regime}" for n in rows_of(count, epochs)}}
-        found[regime] = {
-            name: {s: paired(own, plain[s]) for s, own in bits(work / f"held-out {folder}").items()}
+        measured = {
+            name: bits(work / f"held-out {folder}")
             for name, folder in rows.items()
+            if (work / f"held-out {folder}" / "manifest.json").exists()
         }
+        if "plain" in measured:
+            plain = measured["plain"]
+            found[regime] = {name: {s: paired(own[s], plain[s]) for s in plain} for name, own in measured.items()}
     return found
 
 
@@ -282,15 +285,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("real-models-output"), help="new, or an earlier start's")
     parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--tables_only", action="store_true", help="the tables of what is finished, without more")
     options = parser.parse_args()
     work, start = options.output.resolve(), time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     quiet()
-    models(work / "models")
-    for count in {count for count, _ in REGIMES}:
-        training_data(options.train, work, count)
-    held_out_data(options.held_out, options.other, work, options.each)
-    run(work, options.jobs)
+    if not options.tables_only:
+        models(work / "models")
+        for count in {count for count, _ in REGIMES}:
+            training_data(options.train, work, count)
+        held_out_data(options.held_out, options.other, work, options.each)
+        run(work, options.jobs)
     clock = work / "minutes.txt"  # of all starts together
     minutes = (float(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - start) / 60
     clock.write_text(f"{minutes:.1f}")

@@ -51,7 +51,7 @@ def test_of_a_combination_it_shows_the_combination_and_who_won(function, aligned
         row["ce"] = row["ce"] + np.float32(9) if n % 2 else row["ce"] * np.float32(0.01)
     write(tmp_path / "source2", tiny_unigram, rows)
     align(aligned / "pivot", tmp_path / "source2", tmp_path / "other", cache_dir=aligned / "cache")
-    manifest = combine([aligned / "prefix", tmp_path / "other"], tmp_path / "both", function=function)
+    manifest = combine([aligned / "prefix", tmp_path / "other"], tmp_path / "both", function=function, ce_unit="token")
     names, opened, won = ["made up #0", "made up #1"], load_representation(tmp_path / "both"), set()
     for n, row in enumerate(opened):
         text = inspect_path(tmp_path / "both", row=n, tokens=3)

@@ -26,17 +26,19 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_arguments_changed_late_are_those_of_the_run(tmp_path, name):
     rows = [row | {"source_bytes": 1} for row in aligned_rows(8)]  # no source is better per byte
-    settings = config(tmp_path, max_steps=1)
+    settings = config(tmp_path, preset="paper", max_steps=1)
     trainer = FusionTrainer(tiny_model(), settings, train_dataset=rows)
     trainer.data_collator.pad_to_multiple_of = 4  # the user's own, kept
     setattr(trainer.args, name, CHANGES[name])
     trainer.train()
     assert trainer.data_collator.pad_to_multiple_of == 4
     early = FusionTrainer(
-        tiny_model(), dataclasses.replace(config(tmp_path, max_steps=1), **{name: CHANGES[name]}), train_dataset=rows
+        tiny_model(),
+        dataclasses.replace(config(tmp_path, preset="paper", max_steps=1), **{name: CHANGES[name]}),
+        train_dataset=rows,
     )
     early.train()
-    plain = FusionTrainer(tiny_model(), config(tmp_path, max_steps=1), train_dataset=rows)
+    plain = FusionTrainer(tiny_model(), config(tmp_path, preset="paper", max_steps=1), train_dataset=rows)
     plain.train()
     figures = [
         {key: entry.get(key, 0) for key in ("loss", "lm_loss", "fusion_loss", "source_share", "cut_tokens")}

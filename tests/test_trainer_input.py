@@ -1,5 +1,6 @@
 """What a FusionTrainer may be given: rows in every form, any padding id; what is refused when it is made."""
 
+import itertools
 import logging
 
 import datasets
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.training import slice_choice
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
@@ -71,6 +73,21 @@ def test_rows_of_lists_and_iterables_give_the_same_run(tmp_path):
     folder = aligned_directory(tmp_path / "data", rows)
     stored = datasets.load_from_disk(str(folder)).to_iterable_dataset()
     assert run(tmp_path, stored, max_steps=2)[0] == pytest.approx(plain[0], rel=1e-3)
+
+
+def test_an_iterable_without_an_end_is_chosen_from_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(slice_choice, "LOOKED_AT", 6)
+    taken = []
+
+    def endless():
+        for n in itertools.count():
+            taken.append(n)
+            yield {k: v.tolist() if hasattr(v, "tolist") else v for k, v in aligned_rows(1, seed=n)[0].items()}
+
+    stream = datasets.IterableDataset.from_generator(endless)
+    trainer = FusionTrainer(tiny_model(), config(tmp_path, max_steps=1), train_dataset=stream)
+    assert trainer.slices["slices"][""]["conversations"] == 6
+    assert len(taken) < 10
 
 
 def test_adapters_that_add_tokens_are_refused(tmp_path):

@@ -92,7 +92,7 @@ class FusionCollator:
         }
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        items = [self._item(_as_documented(row)) for row in rows]
+        items = [self._item(as_documented(row)) for row in rows]
         lengths = [len(item["input_ids"]) for item in items]
         if self.packing:
             offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -193,7 +193,7 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
     return {**batch, **masked, "conversation_stats": stats.flatten(0, 1)[:count, None]}
 
 
-def _as_documented(row) -> dict:
+def as_documented(row) -> dict:
     """A row by its documented names and as numpy arrays: stored ones are decoded, lists become arrays."""
     if not isinstance(row, Mapping):
         raise InputError(

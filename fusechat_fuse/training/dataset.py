@@ -37,6 +37,16 @@ def check_length(dataset, max_steps: int) -> None:
         )
 
 
+def check_not_empty(dataset) -> None:
+    """Raise InputError where data, which say how long they are, have no rows; of a dict the first that has none."""
+    for one in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if hasattr(one, "__len__") and len(one) == 0:
+            raise InputError(
+                f"data for {getattr(one, 'path', type(one).__name__)}: expected conversations, got none. Check how it "
+                "was made."
+            )
+
+
 def check_rows(dataset, collate) -> None:
     """Raise InputError where data has no rows, or a first one that makes no batch.
 
@@ -48,11 +58,7 @@ def check_rows(dataset, collate) -> None:
         for one in dataset.values():
             check_rows(one, collate)
     elif hasattr(dataset, "__len__"):
-        if len(dataset) == 0:
-            raise InputError(
-                f"data for {getattr(dataset, 'path', type(dataset).__name__)}: expected conversations, got none. Check "
-                "how it was made."
-            )
+        check_not_empty(dataset)
         collate([dataset[0]])
 
 

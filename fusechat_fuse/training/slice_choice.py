@@ -7,16 +7,19 @@ process comes to the same ones. Data that were combined by slice bring theirs in
 import logging
 import re
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
-from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices
 from fusechat_fuse.training.choice import require_columns
+from fusechat_fuse.training.collator import as_documented
+from fusechat_fuse.training.dataset import check_not_empty
 
 logger = logging.getLogger(__name__)
+LOOKED_AT = 20_000  # conversations of an iterable, which may have no end
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,17 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     """Choose pivot or source for every slice of aligned data.
 
     Args:
-        data: a Representation of aligned or combined data, or rows in another form (then `column` must be slice).
+        data: a Representation of aligned or combined data, or rows in another form, or a dict of these (then `column`
+            must be slice); of an iterable without a length the first LOOKED_AT rows.
         ce_unit: token or byte. column, pattern: as `store.slices.name_slices` takes them.
     Raises: InputError for a column or pattern that names nothing, or a row without a column that the CE needs.
     """
     keys, own, ces = [], [], []
     needed = ("ce", "source_ce", *(("start", "end", "source_tokens", "source_bytes") if ce_unit == "byte" else ()))
-    for row in data:
-        row = decode_row(row) if "num_predicted" in row else row
+    check_not_empty(data)
+    rows = chain.from_iterable(data.values()) if isinstance(data, dict) else data
+    for row in rows if hasattr(data, "__len__") else islice(rows, LOOKED_AT):
+        row = as_documented(row)
         require_columns(row, *needed)
         keys.append((row["id"], row.get("content_hash")))
         own.append(row.get("slice") or "")
