@@ -288,6 +288,15 @@ def interval(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
+def rounded(value: float) -> float | None:
+    """For JSON: two digits, None for what one seed cannot tell."""
+    return None if np.isnan(value) else round(float(value), 2)
+
+
+def with_interval(mean: float, half: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
 def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
     """row -> mean, interval, and the paired difference to the plain of the same data with its interval (points)."""
     overall = {name: np.array([100 * seed["overall"] for seed in several]) for name, several in scores.items()}
@@ -295,10 +304,10 @@ def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
     for name, values in overall.items():
         plain = overall["plain" if "no wrong" not in name else no_wrong("plain")][: len(values)]
         found[name] = {
-            "mean": round(float(values.mean()), 2),
-            "interval": round(interval(values), 2),
-            "to_plain": round(float((values - plain).mean()), 2),
-            "to_plain_interval": round(interval(values - plain), 2),
+            "mean": rounded(values.mean()),
+            "interval": rounded(interval(values)),
+            "to_plain": rounded((values - plain).mean()),
+            "to_plain_interval": rounded(interval(values - plain)),
             "seeds": values.round(2).tolist(),
         }
     ours = overall["sce 1.0"]
@@ -307,7 +316,7 @@ def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
     compared = {name: ours - overall[name] for name in others if name in overall} | {"the best target": ours - best}
     compared["paper multi (multi less it)"] = overall["multi"] - overall["paper multi"]
     found["our sce less"] = {
-        name: {"mean": round(float(d.mean()), 2), "interval": round(interval(d), 2)} for name, d in compared.items()
+        name: {"mean": rounded(d.mean()), "interval": rounded(interval(d))} for name, d in compared.items()
     }
     return found
 
@@ -327,12 +336,16 @@ def markdown(found: dict[str, dict], facts: dict) -> str:
     ]
     for name, row in found.items():
         if name != "our sce less":
-            difference = "" if name.startswith("plain") else f"{row['to_plain']:+.1f} ± {row['to_plain_interval']:.1f}"
+            difference = (
+                "" if name.startswith("plain") else with_interval(row["to_plain"], row["to_plain_interval"], "+")
+            )
             of = len(row["seeds"])
             name += "" if of == facts["seeds"] else f" ({of})"
-            lines.append(f"| {name} | {row['mean']:.1f} ± {row['interval']:.1f} | {difference} |")
+            lines.append(f"| {name} | {with_interval(row['mean'], row['interval'])} | {difference} |")
     lines += ["", "| our SCE merge less | difference |", "|---|---|"]
-    lines += [f"| {name} | {d['mean']:+.1f} ± {d['interval']:.1f} |" for name, d in found["our sce less"].items()]
+    lines += [
+        f"| {name} | {with_interval(d['mean'], d['interval'], '+')} |" for name, d in found["our sce less"].items()
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -348,7 +361,7 @@ def draw(found: dict[str, dict], path: Path) -> None:
     axes.errorbar(
         [row["to_plain"] for _, row in rows],
         range(len(rows)),
-        xerr=np.nan_to_num([row["to_plain_interval"] for _, row in rows]),
+        xerr=[row["to_plain_interval"] or 0 for _, row in rows],
         fmt="o",
         markersize=4,
     )
