@@ -191,7 +191,13 @@ def _run_flags(parser: FlagParser) -> None:
 def _run_recipe(options: dict[str, Any]) -> None:
     from fusechat_fuse.pipeline.run import run
 
-    run(options.pop("recipe"), **options)
+    run(options.pop("recipe"), check=_check, **options)
+
+
+def _check(argv: list[str]) -> None:
+    """Raise InputError for arguments that a subcommand would refuse."""
+    description, add_flags, _ = COMMANDS[argv[0]]
+    FlagParser(argv[0], description, add_flags).parse(argv[1:])
 
 
 COMMANDS = {

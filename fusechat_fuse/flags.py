@@ -106,12 +106,17 @@ def _config_as_flags(path: str, known: list[str]) -> list[str]:
         ) from error
     if not isinstance(entries, dict):
         raise InputError(f"--config {path}: expected flag: value pairs, got {type(entries).__name__}.")
-    flags = []
-    for name, value in entries.items():
+    for name in entries:
         if name not in known:
             raise InputError(f"--config {path}: {unknown('key', str(name), known)}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
-    return flags
+    return as_flags(entries)
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Options as the flags they stand for; null leaves one out."""
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
+    return words

@@ -212,14 +212,19 @@ def file_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     for path in weights:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 16))
-            for offset in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64):
-                file.seek(int(offset))
-                digest.update(file.read(4096))
+        add_samples(digest, path)
     return digest.hexdigest()[:16]
+
+
+def add_samples(digest, path: Path) -> None:
+    """Put a file's name, its size, its first 64 KiB and 64 samples of 4 KiB into a digest of hashlib."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size} ".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(1 << 16))
+        for offset in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64):
+            file.seek(int(offset))
+            digest.update(file.read(4096))
 
 
 def weight_fingerprint(model) -> str:

@@ -44,9 +44,10 @@ SHARED = (
     "processes",
     "errors",
     "presets",
+    "flags",
     "logit_transform",
 )  # which any room may use; they use none
-COMMAND = ("cli", "flags")  # the top, which nothing below it uses
+COMMAND = ("cli",)  # the top, which nothing below it uses
 
 
 def loaded_after(code: str) -> set[str]:

@@ -50,6 +50,10 @@ def written(folder: Path, **changes) -> Path:
         ({"launcher": {"trian": "srun"}}, "key launcher.trian in .*: expected a stage"),
         ({"sources": {"a": {"modle": "x"}}}, "key sources.a in .*: expected a model or"),
         ({"merge": {"sce": 3}}, "merge.sce in .*: expected name: value pairs, got 3"),
+        ({"merge": {"../elsewhere": {"method": "sce"}}}, r"merge '\.\./elsewhere' in .*Rename it"),
+        ({"preset": ["paper"]}, r"key 'preset' in .*: expected text, got \['paper'\]"),
+        ({"devices": 1}, "key 'devices' in .*: expected a list of GPUs"),
+        ({"launcher": "srun 'x"}, 'key launcher.represent in .*: expected a stage .* got "srun \'x"'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -134,6 +138,42 @@ def test_dry_run_does_nothing_and_an_unknown_stage_is_refused(tmp_path, caplog):
     assert "align a" not in caplog.text
     with pytest.raises(InputError, match=r"stage for run: expected one of represent, .*, got 'trian'"):
         run(recipe, only="trian")
+    with pytest.raises(InputError, match="expected --only or --from, got both"):
+        run(recipe, only="represent", start="train")
+
+
+def test_a_flag_that_a_stage_does_not_have_is_told_before_any_begins(tmp_path, capsys):
+    recipe = written(tmp_path, output_dir=str(tmp_path / "out"), train={"lerning_rate": 1})
+    assert main(["run", str(recipe)]) == 2
+    told = capsys.readouterr().err
+    assert "train plain of " in told
+    assert "unknown flag '--lerning_rate': did you mean '--learning_rate'?" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_the_run_made_is_removed(tmp_path):
+    recipe = read_recipe(written(tmp_path, output_dir=str(tmp_path / "out")))
+    (merge,) = (step for step in steps_of(recipe) if step.stage == "merge")
+    train = next(step for step in steps_of(recipe) if step.key == "train plain")
+    merge.output.mkdir(parents=True)
+    (merge.output / "mine.txt").write_text("precious")
+    record = module._Record(tmp_path / "stages.json")
+    assert not record.begin(merge)  # someone else's: the command refuses it
+    assert record.begin(merge)  # ours, of a start that did not end
+    assert not record.begin(train)
+    record.end(train, 1.0)
+    assert record.is_done(train)
+    other = steps_of(read_recipe(written(tmp_path, output_dir=str(tmp_path / "out"), train={"seed": 3})))
+    changed = next(step for step in other if step.key == "train plain")
+    assert not record.is_done(changed)
+    assert not record.begin(changed)  # targets are never removed: train refuses another run's directory
+    assert module._Record(tmp_path / "stages.json").entries == record.entries
+
+
+def test_the_last_words_are_of_the_last_command(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("$ first\nfusechat-fuse: error: old\n$ second\nreading\nKilled\n")
+    assert module._last_line(log) == "Killed."
 
 
 FOUND = {
@@ -291,6 +331,9 @@ def test_what_counts_is_content_not_dates(tmp_path):
     (folder / "config.json").write_text("{ }")
     assert module._digest(folder) != first
     assert module._digest(Path("some/hub-name")) == "name"
+    before = module._digest(folder)
+    (folder / "model.safetensors").write_bytes(b"y" * 10)  # of the same size: another merge, say
+    assert module._digest(folder) != before
     pattern = tmp_path / "*" / "config.json"
     before = module._digest(pattern)
     (folder / "config.json").write_text("[]")

@@ -21,6 +21,7 @@ Relative paths are relative to the directory the command runs in.
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,10 @@ class _Reader:
         for key in ("output_dir", "pivot", "sources", "data"):
             if not self.entries.get(key):
                 raise InputError(f"key {key!r} in {self.path}: expected a value, got none. Add it.")
-        preset = self.entries.get("preset", "fusechat")
+        preset = self._text("preset") if "preset" in self.entries else "fusechat"
         or_preset(preset)
         sources = _mapping(self.path, "sources", self.entries["sources"])
-        for name in sources:
-            if name in ("pivot", "plain", "multi", "compare") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-                raise InputError(
-                    f"source {name!r} in {self.path}: expected letters, digits, '-', '_' and '.', and none of pivot, "
-                    "plain, multi, compare. Rename it."
-                )
+        self._check_names("source", sources, ("pivot", "plain", "multi", "compare"))
         return Recipe(
             output_dir=Path(self._text("output_dir")),
             pivot=self._model("pivot", self.entries["pivot"]),
@@ -123,8 +119,23 @@ class _Reader:
             multi=self._switch("multi", False),
             merges=self._merges(),
             launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
-            devices=[str(device) for device in self.entries.get("devices") or []],
+            devices=self._devices(),
         )
+
+    def _check_names(self, kind: str, names, taken: tuple[str, ...]) -> None:
+        """Names become directories of the run."""
+        for name in names:
+            if name in taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith(".yml"):
+                raise InputError(
+                    f"{kind} {name!r} in {self.path}: expected letters, digits, '-', '_' and '.', and none of "
+                    f"{', '.join(taken)}. Rename it."
+                )
+
+    def _devices(self) -> list[str]:
+        value = self.entries.get("devices", [])
+        if not isinstance(value, list) or not all(isinstance(device, int | str) for device in value):
+            raise InputError(f"key 'devices' in {self.path}: expected a list of GPUs such as [0, 1], got {value!r}.")
+        return [str(device) for device in value]
 
     def _text(self, key: str) -> str:
         if not isinstance(self.entries[key], str):
@@ -152,16 +163,14 @@ class _Reader:
         return flags
 
     def _launcher(self, key: str, value) -> dict[str, str]:
-        if isinstance(value, str):
-            return dict.fromkeys(OF_MODELS, value)
-        value = _mapping(self.path, key, value)
-        for stage, prefix in value.items():
-            if stage not in LAUNCHED or not isinstance(prefix, str):
+        by_stage: dict[str, str] = {stage: value for stage in OF_MODELS} if isinstance(value, str) else value
+        for stage, prefix in _mapping(self.path, key, by_stage).items():
+            if stage not in LAUNCHED or not isinstance(prefix, str) or not _words(prefix):
                 raise InputError(
                     f"key {key}.{stage} in {self.path}: expected a stage ({', '.join(LAUNCHED)}) and a command's "
                     f"beginning, got {prefix!r}."
                 )
-        return value
+        return by_stage
 
     def _model(self, key: str, value) -> Model:
         if isinstance(value, str):
@@ -178,4 +187,13 @@ class _Reader:
         for name, value in _mapping(self.path, "merge", self.entries.get("merge", {"sce": {}}) or {}).items():
             parameters = dict(_mapping(self.path, f"merge.{name}", value or {}))
             found[name] = (parameters.pop("method", name), parameters)
+        self._check_names("merge", found, ("reports",))
         return found
+
+
+def _words(command: str) -> list[str] | None:
+    """A command's words; None where a quotation is left open."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return None

@@ -53,7 +53,7 @@ def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any]) -> d
         "merges": _each({m.name: home / "merged" / "reports" / m.name for m in merges}, _coefficients),
         "held_out": read_json(home / "held_out" / "compare" / "compare.json", "comparison"),
         "commands": {step.key: record.get(step.key, {}).get("command", step.shell) for step in steps},
-        "seconds": {step.key: record[step.key]["seconds"] for step in steps if step.key in record},
+        "seconds": {step.key: record[step.key]["seconds"] for step in steps if "seconds" in record.get(step.key, {})},
     }
     found = {name: value for name, value in found.items() if value}
     write_atomic(home / "report.json", json_bytes(found))

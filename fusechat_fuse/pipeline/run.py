@@ -19,11 +19,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import add_samples
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of
@@ -31,38 +33,56 @@ from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_
 
 logger = logging.getLogger(__name__)
 RECORD = "stages.json"
-SMALL = 1 << 20  # bytes of a JSON file that is read; of larger files in a directory the size counts
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
+_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not load anything
 
 
-def run(recipe, *, only: str | None = None, start: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+def run(
+    recipe,
+    *,
+    only: str | None = None,
+    start: str | None = None,
+    dry_run: bool = False,
+    check: Callable[[list[str]], None] | None = None,
+) -> dict[str, Any]:
     """Carry out a recipe.
 
     Args:
         recipe: path of the YAML file, see `pipeline.recipe`.
         only: one stage of STAGES; start: the first stage; what comes before must be there.
         dry_run: say what would be done, and do nothing.
+        check: raises InputError for arguments of `fusechat-fuse` that it would refuse; asked before anything begins.
 
     Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, command.
 
     Raises:
-        InputError: a bad recipe, an unknown stage.
+        InputError: a bad recipe, an unknown stage or flag.
         RuntimeError: the first step that fails, with the command to repeat by hand and its log.
     """
     plan = read_recipe(recipe)
     for stage in (only, start):
         if stage is not None and stage not in STAGES:
             raise InputError(f"stage for run: expected one of {', '.join(STAGES)}, got {stage!r}. Use one.")
+    if only is not None and start is not None:
+        raise InputError(f"stages for run: expected --only or --from, got both ({only}, {start}). Leave one out.")
     record = _Record(plan.output_dir / RECORD)
     steps = steps_of(plan, record.plain_of())
     wanted = [s for s in STAGES if s == (only or s) and STAGES.index(s) >= STAGES.index(start or STAGES[0])]
     chosen = [step for step in steps if step.stage in wanted]
+    left = [step for step in chosen if not record.is_done(step)]
+    if check is not None:
+        for step in left:
+            try:
+                if step.stage != "merge":
+                    check(step.arguments)
+            except InputError as error:
+                raise InputError(f"{step.key} of {recipe}: {error}") from error
     if dry_run:
         for step in chosen:
-            logger.info("%s: %s\n    %s", step.key, "skip" if record.is_done(step) else "run", step.shell)
+            logger.info("%s: %s\n    %s", step.key, "run" if step in left else "skip", step.shell)
         return record.entries
     plan.output_dir.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(chosen, record)
+    progress = _Progress(left, record)
     for stage in wanted:
         of_stage = [step for step in chosen if step.stage == stage]
         together = [step for step in of_stage if step.parallel and plan.devices]
@@ -89,27 +109,30 @@ class _Record:
 
     def is_done(self, step: Step) -> bool:
         """Finished, from what is there now, and its output as it was left."""
-        entry = self.entries.get(step.key)
-        return bool(entry) and entry["fingerprint"] == _fingerprint(step) and entry["output"] == _digest(step.output)
+        entry = self.entries.get(step.key, {})
+        return "output" in entry and self._is_of(step) and entry["output"] == _digest(step.output)
 
-    def forget(self, step: Step) -> bool:
-        """Take a step out; whether it was there. What lies at its output was made from something else then."""
-        with self.lock:
-            known = self.entries.pop(step.key, None) is not None
-            if known:
-                write_atomic(self.path, json_bytes(self.entries))
-        return known
+    def begin(self, step: Step) -> bool:
+        """Write down that a step begins; whether its output is one that this run made and that cannot be gone on with.
 
-    def add(self, step: Step, seconds: float) -> None:
+        That is an output made from something else, where the step is `made_anew`, and any merge, which takes no
+        directory with files. What the run did not make is left to the command, which refuses it.
+        """
+        known, same = step.key in self.entries, self._is_of(step)
+        self._put(step, {})
+        return known and step.made_anew and (not same or step.stage == "merge")
+
+    def end(self, step: Step, seconds: float) -> None:
         """Write down a finished step."""
+        self._put(step, {"output": _digest(step.output), "seconds": round(seconds, 1)})
+
+    def _is_of(self, step: Step) -> bool:
+        return self.entries.get(step.key, {}).get("fingerprint") == _fingerprint(step)
+
+    def _put(self, step: Step, more: dict[str, Any]) -> None:
+        about = {"fingerprint": _fingerprint(step), "arguments": step.arguments, "command": step.shell}
         with self.lock:
-            self.entries[step.key] = {
-                "fingerprint": _fingerprint(step),
-                "output": _digest(step.output),
-                "seconds": round(seconds, 1),
-                "arguments": step.arguments,
-                "command": step.shell,
-            }
+            self.entries[step.key] = {**about, **more}
             write_atomic(self.path, json_bytes(self.entries))
 
 
@@ -120,7 +143,7 @@ def _fingerprint(step: Step) -> str:
 
 
 def _digest(path: Path) -> str:
-    """The content of a file; of a directory its files' names and sizes, and the content of small JSON files.
+    """The content of a file; of a directory names, sizes and samples of its files (all of those up to 64 KiB).
 
     A Hub name stands for itself, a pattern for the files that it fits.
     """
@@ -130,10 +153,8 @@ def _digest(path: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else ():
         if file.is_file() and not any(part.startswith((".", "checkpoint-")) for part in file.relative_to(path).parts):
-            size = file.stat().st_size
-            found.update(f"{file.relative_to(path)} {size}\n".encode())
-            if file.suffix == ".json" and size <= SMALL:
-                found.update(file.read_bytes())
+            found.update(f"{file.relative_to(path)}\n".encode())
+            add_samples(found, file)
     if path.is_dir():
         return found.hexdigest()[:16]
     return " ".join(_digest(Path(match)) for match in sorted(glob.glob(str(path), recursive=True))) or "name"
@@ -148,9 +169,8 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
 class _Progress:
     """One line a step, with the time that passed and what is left by the steps that were measured."""
 
-    def __init__(self, steps: list[Step], record: _Record):
-        self.left = {step.key: step for step in steps if not record.is_done(step)}
-        self.record, self.start = record, time.monotonic()
+    def __init__(self, left: list[Step], record: _Record):
+        self.left, self.record, self.start = {step.key: step for step in left}, record, time.monotonic()
 
     def say(self, step: Step, what: str) -> None:
         """Log one line."""
@@ -158,7 +178,8 @@ class _Progress:
             self.left.pop(step.key, None)
         measured: dict[str, list[float]] = {}
         for key, entry in list(self.record.entries.items()):
-            measured.setdefault(key.split()[0], []).append(entry["seconds"])
+            if "seconds" in entry:
+                measured.setdefault(key.split()[0], []).append(entry["seconds"])
         known = [s for s in self.left.values() if s.stage in measured]
         remaining = sum(sum(measured[s.stage]) / len(measured[s.stage]) for s in known)
         left = f"about {_clock(remaining)}" if len(known) == len(self.left) else f"more than {_clock(remaining)}"
@@ -200,7 +221,7 @@ def _perform(
     """Skip one step or run it."""
     if record.is_done(step):
         return progress.say(step, "finished before")
-    if step.made_anew and (record.forget(step) or step.stage == "merge"):  # a merge takes no directory with files
+    if record.begin(step):
         shutil.rmtree(step.output, ignore_errors=True)
     for path, text in step.files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +235,7 @@ def _perform(
         raise RuntimeError(
             f"{step.key} ended with exit code {code}: {_last_line(log)} | all it said: {log} | by hand: {step.shell}"
         )
-    record.add(step, time.monotonic() - begun)
+    record.end(step, time.monotonic() - begun)
     progress.say(step, f"done in {_clock(time.monotonic() - begun)}")
 
 
@@ -228,7 +249,7 @@ def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> 
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_end_with_parent if _LIBRARY else None,
         )
         assert child.stdout is not None
         try:
@@ -247,10 +268,13 @@ def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> 
 
 def _end_with_parent() -> None:
     """In the child: when the run is killed, so is the stage, which the next run then continues."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    assert _LIBRARY is not None
+    _LIBRARY.prctl(PR_SET_PDEATHSIG, SIGKILL)
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """What the last command in a log said of its end."""
+    said = log.read_text(errors="replace").rpartition("\n$ ")[2]
+    lines = [line.strip() for line in said.splitlines()[1:] if line.strip()]
     told = [line for line in lines if line.startswith(("fusechat-fuse:", "fusechat-merge:"))]
     return (told or lines or [""])[-1].rstrip(".") + "."

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusechat_fuse.flags import as_flags
 from fusechat_fuse.pipeline.recipe import Model, Recipe
 
 STAGES = ("represent", "compare", "align", "combine", "train", "merge", "evaluate", "report")
@@ -94,7 +95,7 @@ class _Steps:
 
     def _flags(self, stage: str, model: Model) -> list[str]:
         """The recipe's flags of a stage, the model's own over them."""
-        return flags({**self.recipe.flags[stage], **model.flags.get(stage, {})})
+        return as_flags({**self.recipe.flags[stage], **model.flags.get(stage, {})})
 
     def _represent(self, name: str, model: Model) -> Step:
         output = self.home / "representations" / name
@@ -130,7 +131,7 @@ class _Steps:
         output, aligned = self.home / "models" / name, self.home / "aligned" / data
         own = ["train", "--model_name_or_path", self.recipe.pivot.model, "--data_path", aligned]
         own += ["--output_dir", output, "--preset", self.recipe.preset]
-        own += flags({**self.recipe.flags["train"], **model.flags.get("train", {}), **more})
+        own += as_flags({**self.recipe.flags["train"], **model.flags.get("train", {}), **more})
         reads = [self.recipe.pivot.model, aligned]
         return self._step("train", name, model, own, output, reads, made_anew=made_anew)
 
@@ -183,16 +184,6 @@ def launched(launcher: str, arguments: list[str]) -> list[str]:
         return [*words, "-m", "fusechat_fuse", *arguments]
     here = shlex.join(["cd", os.getcwd()]) + " && " + shlex.join([sys.executable, "-m", "fusechat_fuse", *arguments])
     return [*words, here] if words[:1] == ["ssh"] else [*words, sys.executable, "-m", "fusechat_fuse", *arguments]
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """Options as the flags they stand for; null leaves one out."""
-    words = []
-    for name, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values)]
-    return words
 
 
 def absolute(model: str) -> str:
