@@ -19,13 +19,11 @@ import argparse
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import quickstart
 import torch
+from measurement import draw, facts, half_width, sentence, write
 from quickstart import NUMBER_SKILLS, SKILLS, WORD_SKILLS, Recipe, conversations, exact_match, test_questions
-from scipy import stats
 from transformers import LlamaConfig, MistralConfig, Phi3Config, StableLmConfig
 
 SOURCES = {"numbers": NUMBER_SKILLS, "words": WORD_SKILLS, "mixed": ("larger", "capitals")}
@@ -282,12 +280,6 @@ def collect(root: Path, seeds: range, ablations: int, fast: bool) -> dict[str, l
     return found
 
 
-def interval(values: np.ndarray) -> float:
-    """Half width of the 95 % interval of a mean, Student's t; nan for one value."""
-    n = len(values)
-    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-
-
 def rounded(value: float) -> float | None:
     """For JSON: two digits, None for what one seed cannot tell."""
     return None if np.isnan(value) else round(float(value), 2)
@@ -305,9 +297,9 @@ def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
         plain = overall["plain" if "no wrong" not in name else no_wrong("plain")][: len(values)]
         found[name] = {
             "mean": rounded(values.mean()),
-            "interval": rounded(interval(values)),
+            "interval": rounded(half_width(values)),
             "to_plain": rounded((values - plain).mean()),
-            "to_plain_interval": rounded(interval(values - plain)),
+            "to_plain_interval": rounded(half_width(values - plain)),
             "seeds": values.round(2).tolist(),
         }
     ours = overall["sce 1.0"]
@@ -316,20 +308,20 @@ def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
     compared = {name: ours - overall[name] for name in others if name in overall} | {"the best target": ours - best}
     compared["paper multi (multi less it)"] = overall["multi"] - overall["paper multi"]
     found["our sce less"] = {
-        name: {"mean": rounded(d.mean()), "interval": rounded(interval(d))} for name, d in compared.items()
+        name: {"mean": rounded(d.mean()), "interval": rounded(half_width(d))} for name, d in compared.items()
     }
     return found
 
 
-def markdown(found: dict[str, dict], facts: dict) -> str:
+def markdown(found: dict[str, dict], about: dict) -> str:
     """The tables, for people."""
     lines = [
         "# The paper in miniature",
         "",
-        f"Held-out exact match in %, mean of {facts['seeds']} seeds ± 95 % interval, and paired difference to plain;",
+        f"Held-out exact match in %, mean of {about['seeds']} seeds ± 95 % interval, and paired difference to plain;",
         "where another number of seeds is in brackets, of those.",
         "",
-        f"`{facts['command']}`, {facts['minutes']} minutes on {facts['machine']}; {facts['versions']}.",
+        sentence(about),
         "",
         "| row | exact match | less plain |",
         "|---|---|---|",
@@ -340,36 +332,13 @@ def markdown(found: dict[str, dict], facts: dict) -> str:
                 "" if name.startswith("plain") else with_interval(row["to_plain"], row["to_plain_interval"], "+")
             )
             of = len(row["seeds"])
-            name += "" if of == facts["seeds"] else f" ({of})"
+            name += "" if of == about["seeds"] else f" ({of})"
             lines.append(f"| {name} | {with_interval(row['mean'], row['interval'])} | {difference} |")
     lines += ["", "| our SCE merge less | difference |", "|---|---|"]
     lines += [
         f"| {name} | {with_interval(d['mean'], d['interval'], '+')} |" for name, d in found["our sce less"].items()
     ]
     return "\n".join([*lines, ""])
-
-
-def draw(found: dict[str, dict], path: Path) -> None:
-    """Differences to plain with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [(name, row) for name, row in found.items() if "to_plain" in row and not name.startswith("plain")][::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 0.19 * len(rows) + 1), layout="constrained")
-    axes.errorbar(
-        [row["to_plain"] for _, row in rows],
-        range(len(rows)),
-        xerr=[row["to_plain_interval"] or 0 for _, row in rows],
-        fmt="o",
-        markersize=4,
-    )
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("exact match less plain fine-tuning, points (95 % interval over seeds)")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -382,29 +351,24 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--fast", action="store_true", help="a test of the script: models that know nothing")
     options = parser.parse_args()
-    root, start = options.output.resolve(), time.monotonic()
+    root = options.output.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    quickstart.quiet()
     run(root, range(options.seeds), options.ablation_seeds, options.jobs, options.fast)
-    clock = root / "minutes.txt"  # of all starts together
-    minutes = (float(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - start) / 60
-    clock.write_text(f"{minutes:.1f}")
     scores = collect(root, range(options.seeds), options.ablation_seeds, options.fast)
     found = summary(scores)
-    facts = {
-        "command": "python examples/paper_in_miniature.py"
-        + f" --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}{' --fast' if options.fast else ''}",
-        "seeds": options.seeds,
-        "minutes": round(minutes, 1),
-        "machine": f"{options.jobs} processes, {platform.machine()}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "mergekit")),
-    }
+    fast = " --fast" if options.fast else ""
+    command = f"paper_in_miniature.py --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}{fast}"
+    about = {**facts(command, root, options.jobs, ("torch", "transformers", "mergekit")), "seeds": options.seeds}
     results = options.results or root
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "miniature.json").write_text(json.dumps({**facts, "summary": found, "scores": scores}, indent=1))
-    (results / "miniature.md").write_text(markdown(found, facts))
-    draw(found, results / "miniature.png")
-    print(markdown(found, facts))
+    write(results, "miniature", {**about, "summary": found, "scores": scores}, markdown(found, about))
+    differences = [
+        (name, row["to_plain"], row["to_plain_interval"] or 0)
+        for name, row in found.items()
+        if "to_plain" in row and not name.startswith("plain")
+    ]
+    label = "exact match less plain fine-tuning, points (95 % interval over seeds)"
+    draw(differences, label, results / "miniature.png")
 
 
 if __name__ == "__main__":

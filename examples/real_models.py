@@ -20,12 +20,10 @@ import argparse
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,9 +31,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import numpy as np
 import torch
-from scipy import stats
+from measurement import draw, facts, half_width, sentence, write
 
 REGIMES = ((128, 1), (48, 4), (128, 3))  # conversations, epochs
 PLAIN = {"lm_loss_weight": 1.0}
@@ -199,8 +199,7 @@ def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
     """Mean bits per byte, its paired difference to plain's and the 95 % interval (Student's t) of that."""
     shared = sorted(own.keys() & plain.keys())
     values, differences = [own[i] for i in shared], np.array([own[i] - plain[i] for i in shared])
-    half = stats.t.ppf(0.975, len(shared) - 1) * differences.std(ddof=1) / len(shared) ** 0.5
-    figures = {"bits_per_byte": np.mean(values), "to_plain": differences.mean(), "interval": half}
+    figures = {"bits_per_byte": np.mean(values), "to_plain": differences.mean(), "interval": half_width(differences)}
     return {**{key: round(float(value), 4) for key, value in figures.items()}, "conversations": len(shared)}
 
 
@@ -221,13 +220,13 @@ def collect(work: Path) -> dict[str, dict]:
     return found
 
 
-def markdown(found: dict, facts: dict) -> str:
+def markdown(found: dict, about: dict) -> str:
     """One table per regime."""
     lines = [
         "# A real pair: SmolLM2-135M-Instruct learns from Gemma-3-270M",
         "",
         "Held-out bits per byte, and in brackets the paired difference to plain fine-tuning ± its 95 % interval over",
-        f"conversations. `{facts['command']}`, {facts['minutes']} minutes on {facts['machine']}; {facts['versions']}.",
+        f"conversations. {sentence(about)}",
     ]
     for regime, rows in found.items():
         slices = list(rows["plain"])
@@ -235,7 +234,7 @@ def markdown(found: dict, facts: dict) -> str:
         sizes = ", ".join(f"{rows['plain'][s]['conversations']} {s}" for s in slices)
         lines += [
             "",
-            f"## {count} conversations, {epochs} epoch{'s'[: int(epochs) > 1]}",
+            f"## {count} conversations, epochs: {epochs}",
             "",
             f"Held out: {sizes}.",
             "",
@@ -252,29 +251,6 @@ def markdown(found: dict, facts: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def draw(found: dict, path: Path) -> None:
-    """Differences to plain on the larger slice, regime by regime."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = [
-        (f"{regime}: {name}", row[LARGER_SLICE])
-        for regime, rows in found.items()
-        for name, row in rows.items()
-        if name not in ("plain", "pivot", "source")
-    ][::-1]
-    figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(entries) + 1), layout="constrained")
-    middle, half = [entry["to_plain"] for _, entry in entries], [entry["interval"] for _, entry in entries]
-    axes.errorbar(middle, range(len(entries)), xerr=half, fmt="o", markersize=4)
-    axes.set_yticks(range(len(entries)), [label for label, _ in entries], fontsize=8)
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel(f"held-out bits per byte less plain fine-tuning, {LARGER_SLICE} (below 0 is better)")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main() -> None:
     """Models, data, trainings, tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -287,7 +263,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--tables_only", action="store_true", help="the tables of what is finished, without more")
     options = parser.parse_args()
-    work, start = options.output.resolve(), time.monotonic()
+    work = options.output.resolve()
     work.mkdir(parents=True, exist_ok=True)
     quiet()
     if not options.tables_only:
@@ -296,25 +272,21 @@ def main() -> None:
             training_data(options.train, work, count)
         held_out_data(options.held_out, options.other, work, options.each)
         run(work, options.jobs)
-    clock = work / "minutes.txt"  # of all starts together
-    minutes = (float(clock.read_text()) if clock.exists() else 0) + (time.monotonic() - start) / 60
-    clock.write_text(f"{minutes:.1f}")
     other = f" --other {options.other.name}" if options.other else ""
-    command = f"python examples/real_models.py --train {options.train.name} --held_out {options.held_out.name}{other}"
-    facts = {
-        "command": command + (f" --each {options.each}" if options.each != 60 else ""),
-        "minutes": round(minutes, 1),
-        "machine": f"{options.jobs} processes, {platform.machine()}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
-    }
-    found = collect(work)
-    results = options.results or work
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "real_models.json").write_text(json.dumps({**facts, "regimes": found}, indent=1))
-    (results / "real_models.md").write_text(markdown(found, facts))
-    draw(found, results / "real_models.png")
-    print(markdown(found, facts))
+    command = f"real_models.py --train {options.train.name} --held_out {options.held_out.name}{other}"
+    command += f" --each {options.each}" if options.each != 60 else ""
+    about = facts(command, work, options.jobs, ("torch", "transformers"), finished=not options.tables_only)
+    found, results = collect(work), options.results or work
+    write(results, "real_models", {**about, "regimes": found}, markdown(found, about))
+    differences = [
+        (f"{regime}: {name}", row[LARGER_SLICE]["to_plain"], row[LARGER_SLICE]["interval"])
+        for regime, rows in found.items()
+        for name, row in rows.items()
+        if name not in ("plain", "pivot", "source")
+    ]
+    label = f"held-out bits per byte less plain fine-tuning, {LARGER_SLICE} (below 0 is better)"
+    draw(differences, label, results / "real_models.png")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import measurement
 import paper_in_miniature
 import real_models
 
@@ -18,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_an_interval_is_students():
-    assert paper_in_miniature.interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(1.9632, abs=1e-4)
-    assert np.isnan(paper_in_miniature.interval(np.array([1.0])))
+    assert measurement.half_width(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == pytest.approx(1.9632, abs=1e-4)
+    assert np.isnan(measurement.half_width(np.array([1.0])))
 
 
 def test_the_summary_is_paired_and_rows_may_have_fewer_seeds(tmp_path):
@@ -39,8 +40,8 @@ def test_the_summary_is_paired_and_rows_may_have_fewer_seeds(tmp_path):
     assert len(found["tail drop"]["seeds"]) == 2
     more = names.index("tail drop") - names.index("plain")
     assert found["tail drop"]["to_plain"] == pytest.approx(0.1 * more, abs=0.01)  # of the same two seeds
-    facts = {"seeds": 3, "command": "c", "minutes": 1, "machine": "m", "versions": "v"}
-    table = paper_in_miniature.markdown(found, facts)
+    about = {"seeds": 3, "command": "c", "minutes": 1, "machine": "m", "versions": "v"}
+    table = paper_in_miniature.markdown(found, about)
     assert "| tail drop (2) |" in table
     assert "| multi |" in table
 
