@@ -40,12 +40,18 @@ from measurement import draw, facts, half_width, sentence, write
 REGIMES = ((128, 1), (48, 4), (128, 3))  # conversations, epochs
 PLAIN = {"lm_loss_weight": 1.0}
 ROWS = {"plain": PLAIN, "the paper's settings": {"preset": "paper"}, "ours": {}}
-MORE = {  # changes of one option of ours, in the regime where plain fine-tuning overfits
-    "ours, tail drop": {"fusion_tail": "drop"},
-    "ours, mapping exact": {"mapping": "exact"},
-    "ours, mapping statistics": {"mapping": "statistics"},
+MORE = {  # changes of one option of ours, by regime
+    (128, 1): {
+        "ours, lambda 0.7": {"lm_loss_weight": 0.7},
+        "ours, label noise 0": {"label_noise": 0.0},
+    },
+    (48, 4): {
+        "ours, lambda 0.7": {"lm_loss_weight": 0.7},
+        "ours, tail drop": {"fusion_tail": "drop"},
+        "ours, mapping statistics": {"mapping": "statistics"},
+        "ours, mapping exact": {"mapping": "exact"},
+    },
 }
-MORE_IN = (48, 4)
 LARGER_SLICE, EVERY = "chinese", 4  # of EVERY training conversations one is of another slice
 
 
@@ -124,12 +130,15 @@ def aligned(work: Path, count: int, mapping: str) -> None:
     align(*pair, work / f"aligned-{count}-{mapping}", mapping=mapping, cache_dir=work / "maps")
 
 
+def mapping_of(options: dict) -> str:
+    return options.get("mapping", "statistics" if options.get("preset") == "paper" else "prefix")
+
+
 def row_of(work: Path, name: str, count: int, epochs: int, options: dict) -> None:
     """One row: fine-tune the pivot, represent the held-out conversations by the result."""
     from fusechat_fuse import FusionConfig
     from fusechat_fuse.training.run import train
 
-    mapping = options.get("mapping", "statistics" if options.get("preset") == "paper" else "prefix")
     output = work / "models" / f"{name} {count}x{epochs}"
     if not (output / "config.json").exists():
         config = FusionConfig(
@@ -144,12 +153,12 @@ def row_of(work: Path, name: str, count: int, epochs: int, options: dict) -> Non
             report_to=[],
             **{key: value for key, value in options.items() if key != "mapping"},
         )
-        train(work / "models" / "pivot", work / f"aligned-{count}-{mapping}", config)
+        train(work / "models" / "pivot", work / f"aligned-{count}-{mapping_of(options)}", config)
     representation(output, work / "held-out.json", work / f"held-out {output.name}", work / "models" / "pivot")
 
 
 def rows_of(count: int, epochs: int) -> dict[str, dict]:
-    return ROWS | (MORE if (count, epochs) == MORE_IN else {})
+    return ROWS | MORE.get((count, epochs), {})
 
 
 def quiet() -> None:
@@ -170,11 +179,12 @@ def run(work: Path, jobs: int) -> None:
             first.append((representation, model, data, output, pivot))
         first.append((representation, model, work / "held-out.json", work / f"held-out {name}", pivot))
     for count in counts:
-        wanted = {"prefix", "statistics"} | ({"exact"} if count == MORE_IN[0] else set())
+        of_count = [rows_of(*regime).values() for regime in REGIMES if regime[0] == count]
+        wanted = {mapping_of(row) for rows in of_count for row in rows}
         second += [(aligned, work, count, mapping) for mapping in sorted(wanted)]
     for count, epochs in REGIMES:
         third += [(row_of, work, name, count, epochs, options) for name, options in rows_of(count, epochs).items()]
-    third.sort(key=lambda task: task[2] in MORE)  # the table's own rows first
+    third.sort(key=lambda task: task[2] not in ROWS)  # the table's own rows first
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
         for tasks in (first, second, third):
             futures = {pool.submit(*task): task for task in tasks}
