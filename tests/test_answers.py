@@ -133,6 +133,12 @@ def test_a_killed_run_goes_on_with_the_same_answers(model, tmp_path, monkeypatch
         answer(model, questions, tmp_path / "b" / "m.jsonl", **{**options, "seed": 8})
 
 
+def test_kept_answers_may_hold_any_end_of_line(tmp_path):
+    entry = {"key": "1", "turns": ["one\u2028two\x85three\x0bfour"], "tstamp": 1.0}
+    module._Kept(tmp_path / "m.jsonl", {"seed": 0}).add([entry])
+    assert module._Kept(tmp_path / "m.jsonl", {"seed": 0}).answers == {"1": entry}
+
+
 def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_others(model, tmp_path, caplog):
     rows = [{"question_id": 1, "category": "math", "turns": ["say " * 400]}, {"question_id": 2, "turns": ["say"]}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,6 +160,7 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
             [{"question_id": 1, "turns": ["a"]}] * 2,
             "row 1 of .*: expected each question once, got '1' again",
         ),
+        ("mt_bench", [{"question_id": 1, "turns": ["a"], "category": ["math"]}], "row 0 of .*: expected question_id"),
         ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
         ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, got 'arena'"),
     ],

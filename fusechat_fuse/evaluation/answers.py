@@ -136,6 +136,7 @@ def _question(benchmark: str, where: str, row: Any, temperature: float | None) -
         or not turns
         or not all(isinstance(t, str) for t in turns)
         or "question_id" not in row
+        or not isinstance(row.get("category", ""), str)
     ):
         raise InputError(f"{where}: expected question_id, category and turns, got {str(row)[:80]!r}. Correct the file.")
     by_category = TEMPERATURES.get(row.get("category", ""), OTHER_CATEGORY)
@@ -165,16 +166,16 @@ class _Kept:
                 )
             write_atomic(self.path, f"{head}\n".encode())
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines[0].strip() != head:
+        text = self.path.read_text(encoding="utf-8")
+        lines = text.split("\n")  # not splitlines: an answer may hold the other ends of line that Unicode knows
+        if lines[0] != head:
             raise InputError(
-                f"answers in {self.path}: expected this run's ({head}), got another's ({lines[0].strip()}). Name "
+                f"answers in {self.path}: expected this run's ({head}), got another's ({lines[0]}). Name "
                 "another output, or remove that file."
             )
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        if len(whole) < len(lines):
-            write_atomic(self.path, "".join(whole).encode())
-        for line in whole[1:]:
+        if lines[-1]:  # a kill cut it
+            write_atomic(self.path, text[: -len(lines[-1])].encode())
+        for line in lines[1:-1]:
             entry = json.loads(line)
             self.answers[entry["key"]] = entry
 
