@@ -21,7 +21,7 @@ def half_width(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
-def facts(command: str, root: Path, jobs: int, packages: tuple[str, ...], finished: bool = True) -> dict:
+def facts(command: str, root: Path, packages: tuple[str, ...], finished: bool = True) -> dict:
     """How figures came about: command, minutes of all starts that ended (None: some rows are missing), machine."""
     minutes = None
     if finished:
@@ -31,14 +31,14 @@ def facts(command: str, root: Path, jobs: int, packages: tuple[str, ...], finish
     return {
         "command": f"python examples/{command}",
         "minutes": None if minutes is None else round(minutes, 1),
-        "machine": f"{jobs} processes, {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }
 
 
 def sentence(about: dict) -> str:
     """The facts in Markdown."""
-    took = "unfinished" if about["minutes"] is None else f"{about['minutes']} minutes"
+    took = "some rows missing" if about["minutes"] is None else f"{about['minutes']} minutes in all starts"
     return f"`{about['command']}`, {took}, {about['machine']}; {about['versions']}."
 
 

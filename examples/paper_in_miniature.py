@@ -359,7 +359,7 @@ def main() -> None:
     found = summary(scores)
     fast = " --fast" if options.fast else ""
     command = f"paper_in_miniature.py --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}{fast}"
-    about = {**facts(command, root, options.jobs, ("torch", "transformers", "mergekit")), "seeds": options.seeds}
+    about = {**facts(command, root, ("torch", "transformers", "mergekit")), "seeds": options.seeds}
     results = options.results or root
     write(results, "miniature", {**about, "summary": found, "scores": scores}, markdown(found, about))
     differences = [

@@ -285,7 +285,7 @@ def main() -> None:
     other = f" --other {options.other.name}" if options.other else ""
     command = f"real_models.py --train {options.train.name} --held_out {options.held_out.name}{other}"
     command += f" --each {options.each}" if options.each != 60 else ""
-    about = facts(command, work, options.jobs, ("torch", "transformers"), finished=not options.tables_only)
+    about = facts(command, work, ("torch", "transformers"), finished=not options.tables_only)
     found, results = collect(work), options.results or work
     write(results, "real_models", {**about, "regimes": found}, markdown(found, about))
     differences = [
