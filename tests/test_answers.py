@@ -161,6 +161,7 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
             "row 1 of .*: expected each question once, got '1' again",
         ),
         ("mt_bench", [{"question_id": 1, "turns": ["a"], "category": ["math"]}], "row 0 of .*: expected question_id"),
+        ("mt_bench", [], "questions .*: expected at least one, got none"),
         ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
         ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, got 'arena'"),
     ],

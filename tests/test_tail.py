@@ -96,6 +96,14 @@ def test_label_noise_weighs_the_label_by_the_tail():
     np.testing.assert_allclose(fused(row, 0, label_noise=0.05)[1:], fused(row, 0)[1:])
 
 
+def test_label_noise_leaves_a_label_that_stands_alone_as_it_is():
+    """Inside a source token whose actual tokens were not all kept, nothing else is known."""
+    row = row_of_label(5, "prefix")  # " aqy" is not kept
+    assert row["label_tail"][1] < 0
+    alone = np.eye(7)[5]
+    np.testing.assert_array_equal(fused(row, 1, label_noise=0.05), alone)
+
+
 def test_align_marks_where_the_actual_token_was_not_kept(tmp_path, tiny_bpe, tiny_unigram):
     pivot = write(tmp_path / "pivot", tiny_bpe, rows_for(tiny_bpe))
     same = write(tmp_path / "same", tiny_bpe, rows_for(tiny_bpe, seed=1))

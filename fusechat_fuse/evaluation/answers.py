@@ -86,6 +86,8 @@ def answer(
             f"{max_new_tokens}, {batch_size}, {temperature}. Change them."
         )
     output, asked = Path(output), list(_questions(benchmark, questions, temperature))
+    if not asked:
+        raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or NEW_TOKENS[benchmark], "seed": seed}
     identity = identify(model)
     told = hashlib.sha256(json.dumps([asdict(question) for question in asked]).encode()).hexdigest()[:16]
