@@ -86,11 +86,12 @@ def test_data_of_the_real_pair_are_three_to_one_and_of_other_text(tmp_path):
     assert rows[-1]["conversations"][0]["value"] == "这是一本很好的书，"
 
 
-def test_rows_of_the_real_pair_change_one_option_of_ours():
+def test_rows_of_the_real_pair_change_one_option_or_the_paper_s_choice_whole():
     tried = {regime: real_models.rows_of(*regime) for regime in real_models.REGIMES}
     assert all(list(rows)[:3] == list(real_models.ROWS) for rows in tried.values())
-    assert {regime: len(rows) for regime, rows in tried.items()} == {(128, 1): 5, (48, 4): 7, (128, 3): 3}
-    assert all(len(options) == 1 for rows in tried.values() for name, options in rows.items() if name != "ours")
+    assert {regime: len(rows) for regime, rows in tried.items()} == {(128, 1): 5, (48, 4): 13, (128, 3): 3}
+    changed = {n: o for rows in tried.values() for n, o in rows.items() if n.startswith("ours, ")}
+    assert {name for name, options in changed.items() if len(options) > 1} == {"ours, min_ce per token, pivot"}
     mappings = {name: real_models.mapping_of(options) for name, options in tried[48, 4].items()}
     assert mappings["ours"] == mappings["ours, tail drop"] == "prefix"
     assert mappings["the paper's settings"] == mappings["ours, mapping statistics"] == "statistics"
