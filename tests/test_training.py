@@ -16,12 +16,21 @@ import yaml
 from safetensors.torch import load_file
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.training.card import _metadata
 from fusechat_fuse.training.run import TrainArguments, train
 from tests.helpers import real_tokenizers
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer
 
 pytestmark = pytest.mark.slow
+
+
+def test_the_hub_lists_a_target_below_its_pivot(tmp_path):
+    metadata = _metadata("openchat/openchat_3.5", plain=False)
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("openchat/openchat_3.5", "finetune")
+    assert "plain-fine-tuning" not in metadata["tags"]
+    assert "plain-fine-tuning" in _metadata("openchat/openchat_3.5", plain=True)["tags"]
+    assert not {"base_model", "base_model_relation"} & set(_metadata(str(tmp_path), plain=False))
 
 
 @pytest.fixture(scope="module")

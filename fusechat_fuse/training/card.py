@@ -42,13 +42,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
     """
     config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
     pivot_name, sources = _name(pivot.name), tell_apart([_name(name) for name in trainer.sources])
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["fusechat", "model-fusion", *(["plain-fine-tuning"] if config.lm_loss_weight == 1 else [])],
-    }
-    if _is_hub_name(pivot.name):
-        metadata["base_model"] = pivot.name
+    metadata = _metadata(pivot.name, plain=config.lm_loss_weight == 1)
     source_list = ", ".join(sources)
     how = "Plain fine-tuning of" if config.lm_loss_weight == 1 else "Pairwise knowledge fusion into"
     lines = [
@@ -97,6 +91,18 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _metadata(pivot: str, *, plain: bool) -> dict:
+    """The Hub's front matter; the Hub lists a target below a pivot that is there."""
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fusechat", "model-fusion", *(["plain-fine-tuning"] if plain else [])],
+    }
+    if _is_hub_name(pivot):
+        metadata |= {"base_model": pivot, "base_model_relation": "finetune"}
+    return metadata
 
 
 def _slices(chosen: dict | None) -> list[str]:
