@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.alignment.combination import combine
-from fusechat_fuse.alignment.conversation_view import conversation_view, readable
+from fusechat_fuse.alignment.conversation_view import _row, conversation_view, readable
 from fusechat_fuse.alignment.inspection import inspect_path
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
@@ -70,6 +70,12 @@ def test_of_a_combination_it_shows_the_combination_and_who_won(function, aligned
             assert f"mass {mass:.3f} " in line
             assert f" {probs.max():.3f}" in line
     assert won == ({0, 1} if function == "min_ce" else {-1})
+
+
+def test_a_probability_is_rounded_once():
+    probs = np.array([0.7875, -1], np.float32) + np.float32(3e-8)  # just above the middle of 0.787 and 0.788
+    ((_, shown),) = _row(np.array([1, -1]), probs, str)
+    assert f"{shown:.3f}" == f"{probs[0]:.3f}" == "0.788"
 
 
 def test_terminal_without_the_source(aligned, tmp_path):

@@ -97,7 +97,7 @@ def conversation_view(opened: Representation, number: int, source_representation
                 "candidates": [
                     {
                         "token": source_name(c.id),
-                        "p": round(c.probability, 6),
+                        "p": c.probability,
                         "became": pivot_name(c.pivot_id) if c.pivot_id >= 0 else "",
                         "why": c.why,
                         "actual": c.actual,
@@ -113,7 +113,7 @@ def conversation_view(opened: Representation, number: int, source_representation
 
 def _row(ids: np.ndarray, probs: np.ndarray, name: Names) -> list[tuple[str, float]]:
     """(name, P) of the entries, most likely first."""
-    kept = [(name(int(i)), round(float(v), 6)) for i, v in zip(ids, probs) if i >= 0]
+    kept = [(name(int(i)), float(v)) for i, v in zip(ids, probs) if i >= 0]
     return sorted(kept, key=lambda entry: -entry[1])
 
 
