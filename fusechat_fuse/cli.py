@@ -191,17 +191,36 @@ def _run_flags(parser: FlagParser) -> None:
 def _run_recipe(options: dict[str, Any]) -> None:
     from fusechat_fuse.pipeline.run import run
 
-    run(options.pop("recipe"), check=_check, **options)
+    run(options.pop("recipe"), check=_options_of, **options)
 
 
-def _check(argv: list[str]) -> None:
-    """Raise InputError for arguments that a subcommand would refuse."""
+def _plan_flags(parser: FlagParser) -> None:
+    from fusechat_fuse.pipeline.costs import GPUS
+
+    parser.add_argument("recipe", metavar="RECIPE.yml", help="as `run` takes it")
+    add_flag(parser, "gpu", help=f"memory and times on {', '.join(GPUS)} (default: memory without a GPU)")
+    add_flag(parser, "sample", 10_000, help="conversations encoded of each data set; exact where it has no more")
+    add_flag(parser, "json", False, help="all figures as JSON")
+
+
+def _plan(options: dict[str, Any]) -> None:
+    from fusechat_fuse.pipeline.plan import plan
+    from fusechat_fuse.pipeline.plan_table import plan_lines
+
+    as_json = options.pop("json")
+    found = plan(options.pop("recipe"), options_of=_options_of, **options)
+    _say(found if as_json else "\n".join(plan_lines(found)))
+
+
+def _options_of(argv: list[str]) -> dict[str, Any]:
+    """All options of a subcommand by its arguments; raises InputError for those that it would refuse."""
     description, add_flags, _ = COMMANDS[argv[0]]
-    FlagParser(argv[0], description, add_flags).parse(argv[1:])
+    return FlagParser(argv[0], description, add_flags).parse(argv[1:])
 
 
 COMMANDS = {
     "run": ("Carry out a recipe: every stage below, the merge and a report.", _run_flags, _run_recipe),
+    "plan": ("Say what a recipe costs, and what of it will fail, before anything runs.", _plan_flags, _plan),
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
     "compare": ("Show which model knows which slice of the data better.", _compare_flags, _compare),
     "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),

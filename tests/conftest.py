@@ -58,3 +58,11 @@ def tiny_bpe():
 def tiny_unigram():
     """A trained Unigram tokenizer of a few hundred entries, with byte fallback."""
     return real_tokenizers.tiny_unigram()
+
+
+@pytest.fixture(scope="session")
+def recipe_models(tmp_path_factory):
+    """Tiny models and chat data on disk, for recipes."""
+    from tests.helpers.recipes import save_models
+
+    return save_models(tmp_path_factory.mktemp("recipe-models"))

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fusechat_fuse.capture.batches import plan_batches
+from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.capture.distributions import PredictionHead
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError

@@ -40,6 +40,7 @@ ROOMS = ("capture", "alignment", "training", "evaluation", "pipeline")  # strang
 SHARED = (
     "store",
     "text",
+    "batches",
     "models",
     "processes",
     "errors",

@@ -8,33 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import yaml
 
-from fusechat_fuse.cli import main
+from fusechat_fuse.cli import _options_of, main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import run as module
+from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import _page
 from fusechat_fuse.pipeline.run import run
 from fusechat_fuse.pipeline.steps import launched, steps_of
 from fusechat_fuse.store.files import file_sha256
-from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.recipes import recipe_of, written
 from tests.test_inspect import CHROMIUM
-
-CHATS = [
-    {"id": f"c{n}", "conversations": [{"from": "human", "value": f"say {n}"}, {"from": "gpt", "value": f"the {n} is"}]}
-    for n in range(24)
-]
-PLAIN = {"output_dir": "out", "pivot": "p", "sources": {"a": "one", "b": "two"}, "data": "d.json"}
-
-
-def written(folder: Path, **changes) -> Path:
-    file = folder / "recipe.yml"
-    file.write_text(yaml.safe_dump({**PLAIN, **changes}, sort_keys=False))
-    return file
 
 
 @pytest.mark.parametrize(
@@ -161,7 +150,7 @@ def test_only_what_the_run_made_is_removed(tmp_path):
     assert not record.begin(merge)  # someone else's: the command refuses it
     assert record.begin(merge)  # ours, of a start that did not end
     assert not record.begin(train)
-    record.end(train, 1.0)
+    record.end(train, 1.0, 0)
     assert record.is_done(train)
     other = steps_of(read_recipe(written(tmp_path, output_dir=str(tmp_path / "out"), train={"seed": 3})))
     changed = next(step for step in other if step.key == "train plain")
@@ -227,37 +216,6 @@ def test_the_page_in_chromium(tmp_path):
     assert title[1] == "4 false true"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A pivot, two sources, chat data for training and held out."""
-    home = tmp_path_factory.mktemp("models")
-    for name, family, tokenizer, seed in (
-        ("pivot", "Llama", tiny_bpe(), 0),
-        ("one", "Mistral", tiny_unigram(), 1),
-        ("two", "Llama", tiny_bpe(), 2),
-    ):
-        tiny_model(family, seed=seed, vocab_size=len(tokenizer) + 8).save_pretrained(home / name)
-        tokenizer.save_pretrained(home / name)
-    (home / "chats.json").write_text(json.dumps(CHATS))
-    (home / "held.json").write_text(json.dumps([{**chat, "id": f"h{n}"} for n, chat in enumerate(CHATS[:6])]))
-    return home
-
-
-def recipe_of(models: Path, folder: Path, sources: tuple, **changes) -> Path:
-    train = {"max_steps": 3, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
-    entries = {
-        "output_dir": str(folder / "out"),
-        "pivot": str(models / "pivot"),
-        "sources": {name: str(models / name) for name in sources},
-        "data": str(models / "chats.json"),
-        "represent": {"template": "native", "dtype": "float32"},
-        "align": {"cache_dir": str(models / "cache")},
-        "train": train,
-        **changes,
-    }
-    return written(folder, **entries)
-
-
 def content(folder: Path) -> dict[str, str]:
     """What a run made, without what tells of times."""
     kinds = {".arrow", ".safetensors"}
@@ -265,12 +223,46 @@ def content(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): file_sha256(file) for file in files}
 
 
+@pytest.fixture(scope="module")
+def finished(recipe_models, tmp_path_factory):
+    """A recipe of one source, planned, then run."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = recipe_of(recipe_models, folder, ("one",), plain=False, held_out=str(recipe_models / "held.json"))
+    planned = plan(recipe, options_of=_options_of)
+    record = run(recipe, check=_options_of)
+    return SimpleNamespace(
+        recipe=recipe, folder=folder, planned=planned, record=record, content=content(folder / "out")
+    )
+
+
 @pytest.mark.slow
-def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(models, tmp_path, caplog):
+def test_what_was_planned_is_what_was_measured(finished):
+    out, place = finished.folder / "out", {"represent": "representations", "align": "aligned", "train": "models"}
+    place |= {"merge": "merged", "evaluate": "held_out"}
+    assert finished.planned["exact"]
+    assert not finished.planned["warnings"]
+    expected = measured = 0
+    for row in finished.planned["steps"]:
+        stage, _, name = row["step"].partition(" ")
+        assert row["memory_bytes"] == pytest.approx(finished.record[row["step"]]["peak_bytes"], rel=0.25), row["step"]
+        if stage not in place or name == "compare":
+            continue
+        folder = out / place[stage] / name
+        expected += row["disk_bytes"]
+        measured += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if (folder / "manifest.json").exists():
+            counts = json.loads((folder / "manifest.json").read_text())["counts"]
+            assert [row[key] for key in ("conversations", "predicted_tokens", "tokens")] == [
+                counts[key] for key in ("conversations", "predicted_tokens", "tokens")
+            ]
+            assert stage == "align" or row["padding_share"] == pytest.approx(counts["padding_share"], abs=1e-4)
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(finished, recipe_models, caplog):
     caplog.set_level("INFO")
-    recipe = recipe_of(models, tmp_path, ("one",), plain=False, held_out=str(models / "held.json"))
-    assert main(["run", str(recipe)]) == 0
-    out = tmp_path / "out"
+    out, before = finished.folder / "out", finished.content
     report = json.loads((out / "report.json").read_text())
     assert report["compare"]["models"] == ["pivot", "one"]
     assert len(report["held_out"]["models"]) == 3  # pivot, target, the merge
@@ -281,13 +273,12 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(models, 
     assert all(sum(of.values()) == pytest.approx(1) for of in kinds.values())
     assert "<polyline" in (out / "report.html").read_text()
     assert (out / "logs" / "train-target-one.log").read_text().startswith("$ ")
-    before = content(out)
     caplog.clear()
-    run(recipe)
-    assert caplog.text.count("finished before") == len(steps_of(read_recipe(recipe)))
+    run(finished.recipe)
+    assert caplog.text.count("finished before") == len(steps_of(read_recipe(finished.recipe)))
     assert content(out) == before
 
-    recipe = recipe_of(models, tmp_path, ("one", "two"), plain=False)
+    recipe = recipe_of(recipe_models, finished.folder, ("one", "two"), plain=False)
     caplog.clear()
     run(recipe)
     new = ["represent two", "compare", "align two", "train target-two", "merge sce"]
@@ -298,23 +289,20 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(models, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_files(models, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    run(recipe_of(models, whole, ("one",)), only="represent")
-    command = [sys.executable, "-m", "fusechat_fuse", "run", str(recipe_of(models, killed, ("one",)))]
-    command += ["--only", "represent"]
-    for seconds in (4, 11):
+def test_a_run_killed_ten_times_ends_with_the_same_files(finished, recipe_models, tmp_path):
+    recipe = recipe_of(recipe_models, tmp_path, ("one",), plain=False)
+    command = [sys.executable, "-m", "fusechat_fuse", "run", str(recipe)]
+    moments = np.random.default_rng(13).uniform(3, 16, 10)
+    for seconds in moments:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    made = content(killed / "out")
-    assert made == content(whole / "out")
-    assert len({Path(name).parent for name in made}) == 2  # the pivot's and the source's
+    assert content(tmp_path / "out") == {
+        name: digest for name, digest in finished.content.items() if not name.startswith("held_out")
+    }
 
 
 def test_what_counts_is_content_not_dates(tmp_path):

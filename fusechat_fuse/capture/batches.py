@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.chat import Encoded
 
@@ -15,28 +16,6 @@ if TYPE_CHECKING:
     from fusechat_fuse.capture.distributions import TopK
 
 logger = logging.getLogger(__name__)
-
-
-def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Indices in batches of rows x longest row <= tokens_per_batch, longest first; a longer row stands alone.
-
-    A batch of an eighth of the budget or more is also closed where one more row would make padding over 4 % of it.
-
-    Args:
-        lengths: tokens per conversation [n]. tokens_per_batch: the budget, padding included.
-    Returns: arrays of indices, each a batch.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches, begin, tokens = [], 0, 0
-    for place, index in enumerate(order):
-        rows, longest = place - begin + 1, int(lengths[order[begin]])
-        full = rows * longest > tokens_per_batch
-        sparse = tokens * 8 >= tokens_per_batch and tokens + lengths[index] < 0.96 * rows * longest
-        if rows > 1 and (full or sparse):
-            batches.append(order[begin:place])
-            begin, tokens = place, 0
-        tokens += int(lengths[index])
-    return [*batches, order[begin:]] if len(order) else []
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusechat_fuse.capture.batches import BatchRunner
-from fusechat_fuse.capture.manifest import check_finite, check_template
+from fusechat_fuse.capture.manifest import check_finite
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, Unusable
+from fusechat_fuse.text.templates import check_template
 
 if TYPE_CHECKING:
     from fusechat_fuse.capture.distributions import TopK

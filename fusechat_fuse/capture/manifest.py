@@ -13,11 +13,10 @@ from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import ReadReport, count_reasons
+from fusechat_fuse.text.templates import OTHER_TEMPLATE, check_template
 
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
-MAX_TEMPLATE_SHARE = 0.1
-_OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps them"
 
 
 def check_finite(non_finite: int, total: int) -> None:
@@ -26,16 +25,6 @@ def check_finite(non_finite: int, total: int) -> None:
         raise RuntimeError(
             f"{non_finite} of {total} conversations have logits that are not finite ({non_finite / total:.1%}; at most "
             f"{MAX_NON_FINITE_SHARE:.0%} are left out). Run the model in bfloat16 or float32, or check its weights."
-        )
-
-
-def check_template(skipped: list[dict], total: int) -> None:
-    """Raise InputError where the chat template refuses too many of the conversations."""
-    refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == "template")
-    if (count := refused.total()) > MAX_TEMPLATE_SHARE * total:
-        raise InputError(
-            f"chat template for the data: expected to leave out at most {MAX_TEMPLATE_SHARE:.0%}, got {count} of "
-            f"{total} conversations that it does not keep ({refused.most_common(1)[0][0]}). {_OTHER_TEMPLATE}."
         )
 
 
@@ -88,10 +77,10 @@ def finish(
         logger.warning(
             "%d answers are context only: the chat template renders them otherwise once the conversation goes on. %s.",
             context_answers,
-            _OTHER_TEMPLATE,
+            OTHER_TEMPLATE,
         )
     for detail, count in Counter(e["detail"] for e in skipped if e["reason"] == "template").most_common(1):
-        logger.warning("%d conversations skipped, as %s. %s.", count, detail, _OTHER_TEMPLATE)
+        logger.warning("%d conversations skipped, as %s. %s.", count, detail, OTHER_TEMPLATE)
     if skipped:
         logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)

@@ -16,7 +16,7 @@ import logging
 from pathlib import Path
 
 from fusechat_fuse.capture.computation import compute
-from fusechat_fuse.capture.manifest import check_template, finish
+from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import (
     Identity,
@@ -31,7 +31,7 @@ from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, Unusable, read_conversations
-from fusechat_fuse.text.templates import resolve_template
+from fusechat_fuse.text.templates import check_template, resolve_template
 from fusechat_fuse.text.tokens import tokenizer_hash
 
 logger = logging.getLogger(__name__)

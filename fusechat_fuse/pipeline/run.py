@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def run(
     only: str | None = None,
     start: str | None = None,
     dry_run: bool = False,
-    check: Callable[[list[str]], None] | None = None,
+    check: Callable[[list[str]], Any] | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
@@ -53,7 +54,7 @@ def run(
         dry_run: say what would be done, and do nothing.
         check: raises InputError for arguments of `fusechat-fuse` that it would refuse; asked before anything begins.
 
-    Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, command.
+    Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, peak_bytes, command.
 
     Raises:
         InputError: a bad recipe, an unknown stage or flag.
@@ -122,9 +123,9 @@ class _Record:
         self._put(step, {})
         return known and step.made_anew and (not same or step.stage == "merge")
 
-    def end(self, step: Step, seconds: float) -> None:
-        """Write down a finished step."""
-        self._put(step, {"output": _digest(step.output), "seconds": round(seconds, 1)})
+    def end(self, step: Step, seconds: float, peak_bytes: int) -> None:
+        """Write down a finished step: how long it took, the memory of its largest process (0: not known)."""
+        self._put(step, {"output": _digest(step.output), "seconds": round(seconds, 1), "peak_bytes": peak_bytes})
 
     def _is_of(self, step: Step) -> bool:
         return self.entries.get(step.key, {}).get("fingerprint") == _fingerprint(step)
@@ -230,17 +231,21 @@ def _perform(
     log.parent.mkdir(parents=True, exist_ok=True)
     progress.say(step, "starts")
     begun = time.monotonic()
-    code = _follow(step, log, {**step.environment, **(more or {})}, quiet)
+    code, peak_bytes = _follow(step, log, {**step.environment, **(more or {})}, quiet)
     if code:
         raise RuntimeError(
             f"{step.key} ended with exit code {code}: {_last_line(log)} | all it said: {log} | by hand: {step.shell}"
         )
-    record.end(step, time.monotonic() - begun)
+    record.end(step, time.monotonic() - begun, peak_bytes)
     progress.say(step, f"done in {_clock(time.monotonic() - begun)}")
 
 
-def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> int:
-    """Run a command; what it says goes to its log and, unless quiet, on to standard error."""
+def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> tuple[int, int]:
+    """Run a command; what it says goes to its log and, unless quiet, on to standard error.
+
+    Returns its exit code and the most bytes that one process of it held when it last said something (0: not known).
+    """
+    peak_bytes = 0
     with log.open("ab") as kept:
         kept.write(f"$ {step.shell}\n".encode())
         kept.flush()
@@ -254,16 +259,31 @@ def _follow(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> 
         assert child.stdout is not None
         try:
             while said := os.read(child.stdout.fileno(), 1 << 16):
+                peak_bytes = max(peak_bytes, _high_water(child.pid))
                 kept.write(said)
                 kept.flush()
                 if not quiet:
                     sys.stderr.buffer.write(said)
                     sys.stderr.flush()
-            return child.wait()
+            return child.wait(), peak_bytes
         except BaseException:
             child.terminate()
             child.wait()
             raise
+
+
+def _high_water(pid: int | str) -> int:
+    """The most bytes that a process, or the largest of those it started, has held so far; 0 where Linux does not say.
+
+    What wait4 tells of an ended process is at least what its parent held when it forked.
+    """
+    try:
+        said = Path(f"/proc/{pid}/status").read_text()
+        started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    own = re.search(r"VmHWM:\s*(\d+) kB", said)
+    return max([1024 * int(own[1]) if own else 0, *map(_high_water, started)])
 
 
 def _end_with_parent() -> None:

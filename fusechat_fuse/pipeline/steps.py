@@ -12,8 +12,11 @@ import shlex
 import sys
 import sysconfig
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fusechat_fuse.flags import as_flags
 from fusechat_fuse.pipeline.recipe import Model, Recipe
@@ -184,6 +187,20 @@ def launched(launcher: str, arguments: list[str]) -> list[str]:
         return [*words, "-m", "fusechat_fuse", *arguments]
     here = shlex.join(["cd", os.getcwd()]) + " && " + shlex.join([sys.executable, "-m", "fusechat_fuse", *arguments])
     return [*words, here] if words[:1] == ["ssh"] else [*words, sys.executable, "-m", "fusechat_fuse", *arguments]
+
+
+def ranks_of(command: list[str]) -> tuple[int, bool]:
+    """How many processes a launcher starts, and whether they share the training state (FSDP, DeepSpeed)."""
+    words = [part for word in command for part in word.split("=", 1)]
+    after = {word.lstrip("-").replace("-", "_"): value for word, value in pairwise(words)}
+    said: dict[str, Any] = {}
+    if "config_file" in after and Path(after["config_file"]).is_file():
+        said = yaml.safe_load(Path(after["config_file"]).read_text(encoding="utf-8")) or {}
+    nodes = int(after.get("nnodes", 1)) if after.get("nnodes", "1").isdigit() else 1
+    per_node = after.get("nproc_per_node", "")
+    several = after.get("num_processes") or after.get("ntasks") or said.get("num_processes") or 1
+    ranks = int(per_node) * nodes if per_node.isdigit() else int(several)
+    return ranks, said.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after
 
 
 def absolute(model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,8 @@ from fusechat_fuse.models import first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.conversations import Unusable
 
+MAX_TEMPLATE_SHARE = 0.1
+OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps them"
 _TODAY = datetime(2024, 7, 26)  # what Llama-3.1's template prints by default; templates must not depend on the day
 
 
@@ -169,6 +172,16 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
         return _own(path.name, path.read_text(encoding="utf-8"), tokenizer)
     except (UnicodeDecodeError, Unusable) as error:
         raise InputError(f"chat template for {path}: expected a Jinja chat template, got {error}. Mend it.") from error
+
+
+def check_template(skipped: list[dict], total: int) -> None:
+    """Raise InputError where the chat template refuses too many of the conversations."""
+    refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == "template")
+    if (count := refused.total()) > MAX_TEMPLATE_SHARE * total:
+        raise InputError(
+            f"chat template for the data: expected to leave out at most {MAX_TEMPLATE_SHARE:.0%}, got {count} of "
+            f"{total} conversations that it does not keep ({refused.most_common(1)[0][0]}). {OTHER_TEMPLATE}."
+        )
 
 
 def _name(tokenizer, otherwise: str) -> str:

@@ -1,0 +1,183 @@
+"""`plan`: counts, sizes and warnings from configurations, tokenizers and data, with no weights there."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import transformers
+
+from fusechat_fuse.cli import _options_of, main
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.pipeline import costs
+from fusechat_fuse.pipeline.plan import plan
+from fusechat_fuse.pipeline.steps import ranks_of
+from tests.helpers.recipes import CHATS, recipe_of
+from tests.helpers.tiny_models import SIZES, tiny_model
+
+
+@pytest.fixture
+def planned(recipe_models, tmp_path):
+    """Plans a recipe of tiny models with some keys changed."""
+
+    def of(gpu=None, sample=10_000, sources=("one",), **changes):
+        recipe = recipe_of(recipe_models, tmp_path, sources, **changes)
+        return plan(recipe, options_of=_options_of, gpu=gpu, sample=sample)
+
+    return of
+
+
+def without_weights(recipe_models, folder, config):
+    """A directory with a configuration and the pivot's tokenizer."""
+    shutil.copytree(recipe_models / "pivot", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def row(found: dict, step: str) -> dict:
+    (one,) = (row for row in found["steps"] if row["step"] == step)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        ("python -m fusechat_fuse train", (1, False)),
+        ("accelerate launch --num_processes 8 -m fusechat_fuse", (8, False)),
+        ("accelerate launch --num_processes=4 --use_fsdp -m fusechat_fuse", (4, True)),
+        ("accelerate launch --config_file examples/accelerate/fsdp.yaml -m fusechat_fuse", (8, True)),
+        ("accelerate launch --config_file examples/accelerate/ddp.yaml -m fusechat_fuse", (8, False)),
+        ("accelerate launch --config_file examples/accelerate/zero3.yaml -m fusechat_fuse", (8, True)),
+        ("torchrun --nnodes 2 --nproc-per-node=8 -m fusechat_fuse", (16, False)),
+        ("srun --ntasks 6 python -m fusechat_fuse", (6, False)),
+    ],
+)
+def test_ranks_are_what_the_launcher_starts(command, ranks):
+    assert ranks_of(command.split()) == ranks
+
+
+@pytest.mark.parametrize("family", ["Llama", "Llama-tied", "Mixtral", "Gemma2", "Phi3", "Qwen3"])
+def test_weights_are_counted_without_weights(family, tmp_path):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    size = costs.size_of(tmp_path)
+    assert size.parameters == model.num_parameters()
+    assert size.head == SIZES["vocab_size"] * SIZES["hidden_size"]
+    layers = sum(
+        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name
+    )
+    idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) / 2  # two of four experts
+    assert size.met == layers - idle
+
+
+def test_a_model_of_real_size_on_a_named_gpu(recipe_models, planned, tmp_path):
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=4096)  # Llama-2-7B's
+    pivot = without_weights(recipe_models, tmp_path / "7b", config)
+    more = {"train": {"bf16": True}, "represent": {"template": "native"}}
+    found = planned("h100", pivot=pivot, **more)
+    represent, train = row(found, "represent pivot"), row(found, "train target-one")
+    assert represent["memory_bytes"] == pytest.approx(6.74e9 * 4, rel=0.1)  # the configuration's float32
+    assert train["memory_bytes"] > 16 * 6.74e9
+    assert any(
+        "train target-one needs about 1" in warning and "h100 has 80" in warning for warning in found["warnings"]
+    )
+    assert train["disk_bytes"] == pytest.approx(4 * 6.74e9 * 7, rel=0.01)  # the target, two checkpoints with moments
+    tokens = train["tokens"] / (1 - train["padding_share"])
+    assert train["flops"] == pytest.approx(6 * 3 * (6.476e9 * tokens + 0.131e9 * train["predicted_tokens"]), rel=0.01)
+    assert train["seconds"] == pytest.approx(train["flops"] / (989e12 * 0.4))
+    assert not train["measured"]
+    sharded = f"accelerate launch --config_file {tmp_path / 'fsdp.yaml'}"
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\nnum_processes: 8\n")
+    found = planned("h100", pivot=pivot, **more, launcher={"train": sharded})
+    eighth = row(found, "train target-one")
+    assert eighth["ranks"] == eighth["gpus"] == 8
+    assert eighth["memory_bytes"] < train["memory_bytes"] / 6
+    assert eighth["seconds"] == pytest.approx(train["seconds"] / 8)
+    assert not any("target-one needs" in warning for warning in found["warnings"])
+
+
+def test_a_model_over_several_gpus_needs_its_part_of_each(planned):
+    one = row(planned("h100"), "represent one")
+    spread = row(
+        planned("h100", represent={"template": "native", "device_map": "auto"}, devices=[0, 1]), "represent one"
+    )
+    assert spread["memory_bytes"] == pytest.approx(one["memory_bytes"] / 2, abs=1)
+    assert (spread["ranks"], spread["gpus"]) == (1, 2)
+
+
+def test_a_sample_is_near_and_says_so(planned, recipe_models, tmp_path):
+    (tmp_path / "many.json").write_text(json.dumps([{**chat, "id": f"{n}"} for n, chat in enumerate(CHATS * 10)]))
+    whole = planned(data=str(tmp_path / "many.json"))
+    part = planned(data=str(tmp_path / "many.json"), sample=40)
+    assert (whole["exact"], part["exact"]) == (True, False)
+    for key in ("conversations", "predicted_tokens", "tokens", "disk_bytes"):
+        assert row(part, "represent one")[key] == pytest.approx(row(whole, "represent one")[key], rel=0.05)
+
+
+def test_what_will_fail_is_said_once_and_the_rest_is_planned(recipe_models, planned, tmp_path):
+    plain = tmp_path / "no-template"
+    shutil.copytree(recipe_models / "one", plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = planned(sources=("two",), represent={"template": "native"}, pivot=str(plain))
+    assert next(w for w in found["warnings"] if "will fail" in w).startswith("represent pivot will fail: chat template")
+    assert sum("will fail" in warning for warning in found["warnings"]) == 1
+    assert row(found, "represent two")["predicted_tokens"] > 0
+    assert "tokens" not in row(found, "train target-two")
+    found = planned(train={"lerning_rate": 1})
+    assert any("train plain will fail: unknown flag '--lerning_rate'" in warning for warning in found["warnings"])
+
+
+def test_cut_and_refused_conversations_are_counted(planned, tmp_path):
+    rows = [*CHATS, {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "<|im_end|>\u0000"}]}]
+    rows += [{"conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "the end " * 40}]}]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    found = planned(data=str(tmp_path / "d.json"), represent={"template": "native", "max_length": 30})
+    assert any("represent pivot: 1 of 2" in w and "cut at 30 tokens" in w for w in found["warnings"])
+    assert any(w.startswith("represent pivot: 1 of 26 conversations are left out, ") for w in found["warnings"])
+    assert row(found, "represent pivot")["conversations"] == 25
+
+
+def test_a_disk_too_small_and_an_unknown_architecture_are_told(recipe_models, planned, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    sizes = {"vocab_size": 600, "hidden_size": 16, "n_layer": 2, "n_head": 2}
+    config = transformers.BloomConfig(**sizes, architectures=["BloomForCausalLM"])
+    found = planned(pivot=without_weights(recipe_models, tmp_path / "bloom", config))
+    assert any(warning.startswith("disk: 0.0 GB are still to be written below ") for warning in found["warnings"])
+    assert any("mergekit does not know BloomForCausalLM" in warning for warning in found["warnings"])
+
+
+def test_measured_times_are_taken_and_carried_over(planned, tmp_path):
+    (tmp_path / "out").mkdir()
+    record = {"represent pivot": {"seconds": 8.0}, "align one": {"seconds": 3.0}}
+    (tmp_path / "out" / "stages.json").write_text(json.dumps(record))
+    found = planned(sources=("one", "two"))
+    pivot, two = row(found, "represent pivot"), row(found, "represent two")
+    assert (pivot["seconds"], pivot["measured"], two["measured"]) == (8.0, True, False)
+    assert two["seconds"] == pytest.approx(8.0 * two["flops"] / pivot["flops"])
+    assert row(found, "align two")["seconds"] == pytest.approx(3.0)
+    assert "seconds" not in row(found, "train target-one")
+
+
+def test_the_command_prints_a_table_or_json(recipe_models, tmp_path, capsys):
+    recipe = recipe_of(recipe_models, tmp_path, ("one",))
+    assert main(["plan", str(recipe), "--gpu", "A100"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        told.splitlines()[0].split()
+        == "step conversations predicted padding disk memory/rank FLOPs time GPU hours".split()
+    )
+    assert "every conversation was encoded" in told
+    assert main(["plan", str(recipe), "--json"]) == 0
+    assert row(json.loads(capsys.readouterr().out), "merge sce")["disk_bytes"] > 0
+    assert main(["plan", str(recipe), "--gpu", "abacus"]) == 2
+    assert "gpu for plan: expected one of v100, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_samples(planned):
+    with pytest.raises(InputError, match="sample for plan: expected an integer from 1, got 0"):
+        planned(sample=0)
