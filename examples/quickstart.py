@@ -48,11 +48,14 @@ from transformers import (
     set_seed,
 )
 
+from fusechat_fuse.flags import as_flags
+
 WORDS = "sun tree red cat moon fish blue stone river bird green door lamp wind gold milk rain leaf star boat".split()
 START = time.monotonic()
 MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data that have another question's answer
-SLICES = ("--slice_pattern", "^([a-z]+)-")  # the skill, by which ids begin; --slice_column auto finds them alone
+SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, by which ids begin; --slice_column auto finds them alone
+REPRESENT = {"template": "native", "dtype": "float32"}
 NUMBER_SKILLS, WORD_SKILLS = ("add", "successor", "larger"), ("reverse", "last", "capitals")
 SKILLS = NUMBER_SKILLS + WORD_SKILLS
 
@@ -275,11 +278,54 @@ def quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def pipeline(output: Path, seed: int, epochs: float, pool: ProcessPoolExecutor) -> None:
+def train_options(seed: int, epochs: float) -> dict:
+    """Of every training here."""
+    return {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 16,
+        "total_batch_size": 16,
+        "learning_rate": 1e-3,
+        "seed": seed,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 25,
+    }
+
+
+def write_recipe(output: Path, train: dict) -> None:
+    """Our part of this script as one recipe for `fusechat-fuse plan` and `run`."""
+    models = output / "models"
+    recipe = {
+        "output_dir": output / "run",
+        "pivot": models / "pivot",
+        "sources": {name: models / f"source-{name}" for name in ("numbers", "words")},
+        "data": output / "conversations.json",
+        "held_out": output / "questions.jsonl",
+        "represent": REPRESENT,
+        "combine": SLICES,
+        "train": {**train, **SLICES},
+        "multi": True,
+        "merge": {"sce": {"select_topk": 1.0}},
+    }
+    (output / "recipe.yml").write_text(json.dumps(recipe, indent=1, default=str))  # JSON is YAML
+
+
+def write_questions(output: Path, questions: dict[str, list[tuple[str, str]]]) -> None:
+    """The held-out questions: chat data for a recipe, and for `lm_eval` by `examples/lm_eval/quickstart.yaml`."""
+    rows = []
+    for skill, pairs in questions.items():
+        for question, answer in pairs:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            rows.append({"slice": skill, "question": question, "answer": answer, "messages": messages})
+    (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pipeline(output: Path, train: dict, pool: ProcessPoolExecutor) -> None:
     """The method's stages through the public commands: represent, align, combine, train, merge."""
     models, data, representations = output / "models", output / "conversations.json", output / "representations"
     for name in ("pivot", "source-numbers", "source-words"):
-        represented = ("--output_dir", representations / name, "--template", "native", "--dtype", "float32")
+        represented = ("--output_dir", representations / name, *as_flags(REPRESENT))
         fuse("represent", "--model_name_or_path", models / name, "--data_path", data, *represented)
     fuse("compare", *(representations / name for name in ("pivot", "source-numbers", "source-words")))
     for preset in ("paper", "fusechat"):
@@ -288,20 +334,17 @@ def pipeline(output: Path, seed: int, epochs: float, pool: ProcessPoolExecutor) 
             pair += ("--source_representation", representations / f"source-{name}")
             fuse("align", *pair, "--output_dir", output / "aligned" / f"{preset}-{name}", "--preset", preset)
     both = [output / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
-    fuse("combine", "--aligned", *both, "--output_dir", output / "aligned" / "multi", *SLICES)
+    fuse("combine", "--aligned", *both, "--output_dir", output / "aligned" / "multi", *as_flags(SLICES))
     runs = {
         "plain": ("fusechat-numbers", ("--lm_loss_weight", 1.0)),
         **{f"paper-{name}": (f"paper-{name}", ("--preset", "paper")) for name in ("numbers", "words")},
-        **{f"target-{name}": (f"fusechat-{name}", SLICES) for name in ("numbers", "words")},
-        "multi": ("multi", SLICES),
+        **{f"target-{name}": (f"fusechat-{name}", as_flags(SLICES)) for name in ("numbers", "words")},
+        "multi": ("multi", as_flags(SLICES)),
     }
-    options = ("--num_train_epochs", epochs, "--per_device_train_batch_size", 16, "--total_batch_size", 16)
-    options += ("--learning_rate", 1e-3, "--seed", seed, "--save_strategy", "no")
-    options += ("--use_cpu", "--disable_tqdm", "true", "--logging_steps", 25)
     trainings = []
     for name, (aligned, more) in runs.items():
         paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
-        arguments = ("train", *paths, "--output_dir", models / name, *more, *options)
+        arguments = ("train", *paths, "--output_dir", models / name, *more, *as_flags(train))
         trainings.append(pool.submit(fuse_aside, arguments, START))
     for training in trainings:
         training.result()
@@ -372,8 +415,11 @@ def main() -> None:
     (output / "conversations.json").write_text(json.dumps(rows, indent=1))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=quiet) as pool:
         sizes = teach(output, options.seed, 0.3 if options.fast else 1.0, pool)
-        pipeline(output, options.seed, 6.0 if options.fast else 13.0, pool)
+        train = train_options(options.seed, 6.0 if options.fast else 13.0)
+        write_recipe(output, train)
+        pipeline(output, train, pool)
         questions = test_questions(60 if options.fast else 100, options.seed + 11)
+        write_questions(output, questions)
         names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
         names += ("target-numbers", "target-words", "merged", "multi")
         asked = {name: pool.submit(exact_match, output / "models" / name, questions) for name in names}

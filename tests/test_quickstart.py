@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from examples import quickstart
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_merge.kernel import sce_merge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +43,46 @@ def test_prints_the_table_and_writes_it(run):
         line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:] == [f"{100 * value:.1f}" for value in row.values()]
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lm_eval_finds_the_same_share_of_right_answers(run, tmp_path):
+    output, _ = run
+    (tmp_path / "quickstart-output").symlink_to(output)
+    task = (ROOT / "examples" / "lm_eval" / "quickstart.yaml").read_text()
+    command = shlex.split(" ".join(re.findall(r"^#   (.*?)\\?$", task, re.MULTILINE)))
+    command[command.index("examples/lm_eval")] = str(ROOT / "examples" / "lm_eval")
+    command = [str(Path(sys.executable).parent / command[0]), *command[1:], "--output_path", "scores"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "scores").rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]["fusechat_quickstart"]["exact_match,none"]
+    results = json.loads((output / "results.json").read_text())
+    asked, shares = results["test_questions"], results["exact_match"]["merged"]
+    assert found == pytest.approx(sum(asked[skill] * shares[skill] for skill in asked) / sum(asked.values()))
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    """Flags that decide what is trained, with their values."""
+    values = {
+        word: "true" if after.startswith("--") else after for word, after in pairwise([*words, "--"]) if "--" in word
+    }
+    places = ("--model_name_or_path", "--data_path", "--output_dir", "--preset")  # the preset: the default
+    return {flag: value.lower() for flag, value in values.items() if flag not in places}
+
+
+def test_its_recipe_trains_what_it_trained(run):
+    output, printed = run
+    lines = [
+        shlex.split(line.split("$ fusechat-fuse ")[1])
+        for line in printed.splitlines()
+        if "$ fusechat-fuse train" in line
+    ]
+    trained = {Path(words[words.index("--output_dir") + 1]).name: flags(words) for words in lines}
+    trained["plain"]["--slice_pattern"] = "^([a-z]+)-"  # without effect: nothing is fused
+    steps = [step for step in steps_of(read_recipe(output / "recipe.yml")) if step.stage == "train"]
+    assert len(steps) == 4
+    for step in steps:
+        assert flags(step.arguments) == trained[step.name]
 
 
 def test_models_learned_and_sources_have_their_own_skills(run):
