@@ -80,7 +80,16 @@ def _metadata(metadata: dict, summary: dict) -> dict:
         result |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
     else:
         result.pop("base_model", None)  # an empty list, where all models are local directories
+    data = [*(metadata.get("datasets") or []), *(name for model in models for name in _datasets_of(model))]
+    if data:
+        result["datasets"] = list(dict.fromkeys(data))
     return result
+
+
+def _datasets_of(model: str) -> list[str]:
+    """The data sets that a target's own card names, where the target is a directory with one."""
+    readme = Path(model) / "README.md"
+    return _split(readme.read_text(encoding="utf-8"))[0].get("datasets") or [] if readme.is_file() else []
 
 
 def _section(summary: dict, recipe: str, picture: bool) -> str:

@@ -634,6 +634,8 @@ def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
 
 def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsys):
     out = tmp_path / "merged"
+    target = Path(yaml.safe_load(config.read_text())["models"][0]["model"])
+    (target / "README.md").write_text("---\ndatasets:\n- FuseAI/FuseChat-Mixture\n---\n# A target\n")
     assert cli.main(["yaml", str(config), str(out), "--quiet", "--no-copy-tokenizer"]) == 0
     for _ in range(2):
         assert cli.main(["card", str(out)]) == 0
@@ -646,6 +648,7 @@ def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsy
     front = yaml.safe_load(text.split("---\n")[1])
     assert {"mergekit", "merge", "fusechat", "sce"} <= set(front["tags"])
     assert front["library_name"] == "transformers"
+    assert front["datasets"] == ["FuseAI/FuseChat-Mixture"]  # of the targets' cards
     assert "base_model" not in front  # local directories have no name on the Hub
     assert "expected a directory with mergekit_config.yml" in fails(capsys, ["card", tmp_path])
     assert "expected a directory with summary.json" in fails(capsys, ["card", out, "--report", tmp_path])

@@ -49,6 +49,8 @@ def row(found: dict, step: str) -> dict:
         ("accelerate launch --config_file examples/accelerate/ddp.yaml -m fusechat_fuse", (8, False)),
         ("accelerate launch --config_file examples/accelerate/zero3.yaml -m fusechat_fuse", (8, True)),
         ("torchrun --nnodes 2 --nproc-per-node=8 -m fusechat_fuse", (16, False)),
+        ("accelerate launch --num_processes auto -m fusechat_fuse", (1, False)),
+        ("srun -n 6 python -m fusechat_fuse", (6, False)),
         ("srun --ntasks 6 python -m fusechat_fuse", (6, False)),
     ],
 )
@@ -128,6 +130,23 @@ def test_what_will_fail_is_said_once_and_the_rest_is_planned(recipe_models, plan
     assert "tokens" not in row(found, "train target-two")
     found = planned(train={"lerning_rate": 1})
     assert any("train plain will fail: unknown flag '--lerning_rate'" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"), [("represent", "shard_size"), ("represent", "top_k"), ("train", "per_device_train_batch_size")]
+)
+def test_a_value_that_a_stage_refuses_is_said(stage, option, planned):
+    found = planned(**{stage: {option: 0}})
+    assert any(f"will fail: value for {option}: expected an integer from 1, got 0" in w for w in found["warnings"])
+
+
+def test_adapters_leave_a_whole_target_and_small_checkpoints(planned):
+    kept = {"save_strategy": "epoch", "max_steps": 3}
+    whole = row(planned(train={**kept}), "train target-one")
+    adapters = row(planned(train={**kept, "lora_r": 4}), "train target-one")
+    alone = row(planned(train={**kept, "save_strategy": "no"}), "train target-one")
+    assert adapters["disk_bytes"] == alone["disk_bytes"] < whole["disk_bytes"] / 2
+    assert adapters["flops"] == pytest.approx(whole["flops"] * 2 / 3)
 
 
 def test_cut_and_refused_conversations_are_counted(planned, tmp_path):

@@ -26,11 +26,14 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_hub_lists_a_target_below_its_pivot(tmp_path):
-    metadata = _metadata("openchat/openchat_3.5", plain=False)
+    metadata = _metadata("openchat/openchat_3.5", ["FuseAI/FuseChat-Mixture", "mine.json"], plain=False)
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("openchat/openchat_3.5", "finetune")
+    assert metadata["datasets"] == ["FuseAI/FuseChat-Mixture"]
     assert "plain-fine-tuning" not in metadata["tags"]
-    assert "plain-fine-tuning" in _metadata("openchat/openchat_3.5", plain=True)["tags"]
-    assert not {"base_model", "base_model_relation"} & set(_metadata(str(tmp_path), plain=False))
+    assert "plain-fine-tuning" in _metadata("openchat/openchat_3.5", [], plain=True)["tags"]
+    assert not {"base_model", "base_model_relation", "datasets"} & set(
+        _metadata(str(tmp_path), ["d.json"], plain=False)
+    )
 
 
 @pytest.fixture(scope="module")

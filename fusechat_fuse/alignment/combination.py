@@ -117,7 +117,7 @@ def combine(
         own = (source_names(several)[0] if len(several) == 1 else None for several in lists)
         labels = [name or part.path.name for name, part in zip(own, parts)]
         manifest |= {"slices": choice.table, "slice_models": ["pivot", *labels]}
-    manifest |= {key: first.get(key) for key in ("model", "tokenizer", "template", "versions")}
+    manifest |= {key: first.get(key) for key in ("model", "datasets", "tokenizer", "template", "versions")}
     writer.finish(len(shards), manifest)
     return load_representation(writer.path).manifest
 

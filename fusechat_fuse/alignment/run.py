@@ -189,6 +189,7 @@ def _manifest(pivot, source, identity: dict, join: dict, figures: dict, same: bo
         "certificate": figures,
         "join": join,
         "model": pivot.manifest.get("model"),
+        "datasets": pivot.manifest.get("datasets"),
         "tokenizer": pivot.manifest["tokenizer"],
         "template": pivot.manifest.get("template"),
         "source_model": source.manifest.get("model"),

@@ -66,6 +66,7 @@ def finish(
     }
     save_tokenizer(encoder.tokenizer, writer.path)
     made = _made(writer.identity, encoder, made_from, template_of, infos[0]["vocab_size"])
+    made["datasets"] = report.data
     writer.finish(num_shards, {**made, "versions": library_versions(), "counts": counts})
     if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
         logger.warning(

@@ -31,6 +31,7 @@ _SHARD, _ROW, _SOURCE_ROW = 3000, 80, 70  # bytes of a shard's headers, of a row
 _COMPACT = 0.57  # of plain's bytes, measured on chat data
 _STORE, _TARGET = 8000, 12000  # of a store's other files, of a target's beside weights and tokenizer
 _KEPT = 0.7  # of top_k entries, those of an aligned position that an alignment keeps
+_COUNTS = ("top_k", "max_length", "shard_size", "tokens_per_batch", "per_device_train_batch_size", "total_batch_size")
 _OF_TOKENIZER = 13  # times its file, in memory with the vocabulary map that is made of it
 
 
@@ -86,7 +87,7 @@ class _Planner:
             return row
 
     def _figures(self, step: Step) -> dict[str, Any]:
-        options = {} if step.stage == "merge" else self.options_of(step.arguments)
+        options = {} if step.stage == "merge" else self._options(step)
         ranks, sharded = ranks_of(step.command)
         spread = self.gpus if options.get("device_map") else 1  # GPUs under one rank
         device = "cpu" if self.gpu is None else "gpu"
@@ -125,8 +126,15 @@ class _Planner:
     def of_pivot(self) -> tuple[Encodings, Options]:
         """The training conversations as the pivot sees them, which what is aligned and trained on is made of."""
         step = next(step for step in self.steps if step.key == "represent pivot")
-        options = self.options_of(step.arguments)
+        options = self._options(step)
         return self._encodings(step, options), options
+
+    def _options(self, step: Step) -> Options:
+        options = self.options_of(step.arguments)
+        for name in _COUNTS:
+            if options.get(name, 1) < 1:
+                raise InputError(f"value for {name}: expected an integer from 1, got {options[name]}.")
+        return options
 
     def _represent(self, step: Step, options: Options, device: str) -> dict[str, Any]:
         encoded, size = self._encodings(step, options), self._size(options)
@@ -195,11 +203,9 @@ class _Planner:
 
     def _trained_bytes(self, size: costs.ModelSize, options: Options) -> int:
         """The target, and the checkpoints that stay beside it: weights and Adam's two moments."""
-        if options["lora_r"]:
-            return 0
         saved = size.parameters * costs.BYTES[options["save_dtype"] or options["dtype"]]
         kept = options["save_total_limit"] or int(options["num_train_epochs"])
-        kept = 0 if options["save_strategy"] == "no" else kept
+        kept = 0 if options["save_strategy"] == "no" or options["lora_r"] else kept  # an adapter is small
         moments = 1 if options["save_only_model"] else 3
         state = size.parameters * moments * costs.BYTES[options["dtype"]]
         return saved + kept * state + _TARGET + self._tokenizer_bytes(self.pivot)

@@ -190,17 +190,20 @@ def launched(launcher: str, arguments: list[str]) -> list[str]:
 
 
 def ranks_of(command: list[str]) -> tuple[int, bool]:
-    """How many processes a launcher starts, and whether they share the training state (FSDP, DeepSpeed)."""
+    """How many processes a launcher starts (1 where it does not say), and whether they share the training state."""
     words = [part for word in command for part in word.split("=", 1)]
-    after = {word.lstrip("-").replace("-", "_"): value for word, value in pairwise(words)}
+    after = {word.lstrip("-").replace("-", "_"): value for word, value in pairwise(words) if word.startswith("-")}
     said: dict[str, Any] = {}
     if "config_file" in after and Path(after["config_file"]).is_file():
         said = yaml.safe_load(Path(after["config_file"]).read_text(encoding="utf-8")) or {}
-    nodes = int(after.get("nnodes", 1)) if after.get("nnodes", "1").isdigit() else 1
-    per_node = after.get("nproc_per_node", "")
-    several = after.get("num_processes") or after.get("ntasks") or said.get("num_processes") or 1
-    ranks = int(per_node) * nodes if per_node.isdigit() else int(several)
-    return ranks, said.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after
+
+    def number(*names: str) -> int:
+        texts = [str(after[name]) for name in names if name in after]
+        return next((int(text) for text in texts if text.isdigit()), 0)
+
+    ranks = number("nproc_per_node") * max(number("nnodes"), 1) or number("num_processes", "ntasks", "n")
+    sharded = said.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after or "use_deepspeed" in after
+    return ranks or int(said.get("num_processes") or 1), sharded
 
 
 def absolute(model: str) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.errors import InputError, describe_os_error
+from fusechat_fuse.store.card import dataset_card
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
 from fusechat_fuse.store.rows import ENCODINGS, decode_row, encode_row
@@ -162,7 +163,7 @@ class ShardWriter:
         write_atomic(self._file(shard, "json"), json_bytes(record))
 
     def finish(self, num_shards: int, manifest: dict) -> None:
-        """Make the directory readable: counts, `state.json`, `dataset_info.json`, and `manifest.json` as the last file.
+        """Make the directory readable: counts, what `datasets` reads, a card, and `manifest.json` as the last file.
 
         Raises: InputError where not one row is left; RuntimeError where a shard is missing.
         """
@@ -178,8 +179,10 @@ class ShardWriter:
         shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
         manifest |= {"counts": {**_totals(infos), **manifest.get("counts", {})}, "shards": shards}
-        for name, content in _for_datasets(shards, _schema(self.path / files[0][0])).items():
+        schema = _schema(self.path / files[0][0])
+        for name, content in _for_datasets(shards, schema).items():
             write_atomic(self.path / name, json_bytes(content))
+        write_atomic(self.path / "README.md", dataset_card(manifest, schema.names).encode())
         for leftover in self.path.glob(".*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         write_atomic(self.path / "manifest.json", json_bytes(manifest))

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.card import shown_name
 from fusechat_fuse.text.data_files import Source, data_sources
 
 ROLES = {
@@ -76,7 +77,8 @@ class Conversation:
 @dataclass
 class ReadReport:
     """What happened to the rows of one data set: `skipped` and `repaired` hold {row, id, reason, detail} each; with
-    `strict` nothing may happen to them. `begins` are the files and which row is the first of each."""
+    `strict` nothing may happen to them. `begins` are the files and which row is the first of each; `data` the names of
+    what was read, Hub names as they are and files by their last part."""
 
     name: str
     strict: bool = False
@@ -84,6 +86,7 @@ class ReadReport:
     skipped: list[dict] = field(default_factory=list)
     repaired: list[dict] = field(default_factory=list)
     begins: list[tuple[str, int]] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
 
     def note(self, action: str, row: int, name: str | None, reason: str, detail: str) -> None:
         """Count a row as one to `skip` or `repair`.
@@ -276,7 +279,8 @@ def read_conversations(
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
     sources = _sources(data, split)
-    report = ReadReport(_name_of(data), strict)
+    named = [entry for entry in (data if isinstance(data, list | tuple) else [data]) if isinstance(entry, str | Path)]
+    report = ReadReport(_name_of(data), strict, data=[shown_name(str(entry)) for entry in named])
     found, seen = [], Counter()
     for number, of_file, row in _numbered(sources, report):
         report.rows += 1

@@ -1,11 +1,9 @@
 """The target's model card: what it was made from, how, and how to use it; with the Hub's metadata."""
 
-import os
 from pathlib import Path
 
-import yaml
-
 from fusechat_fuse.models import library_versions
+from fusechat_fuse.store.card import card_table, card_text, is_hub_name, shown_name
 from fusechat_fuse.training.dataset import tell_apart
 
 PAPER = "https://arxiv.org/abs/2408.07990"
@@ -41,15 +39,12 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         metrics: what the run returned.
     """
     config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
-    pivot_name, sources = _name(pivot.name), tell_apart([_name(name) for name in trainer.sources])
-    metadata = _metadata(pivot.name, plain=config.lm_loss_weight == 1)
+    pivot_name, sources = shown_name(pivot.name), tell_apart([shown_name(name) for name in trainer.sources])
+    data = manifest.get("datasets") or []
+    metadata = _metadata(pivot.name, data, plain=config.lm_loss_weight == 1)
     source_list = ", ".join(sources)
     how = "Plain fine-tuning of" if config.lm_loss_weight == 1 else "Pairwise knowledge fusion into"
     lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
-        "---",
-        "",
         f"# {title}",
         "",
         f"{how} **{pivot_name}** (the pivot){'' if config.lm_loss_weight == 1 else f' of **{source_list}**'}, after "
@@ -58,7 +53,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "",
         "## Loss",
         "",
-        _table(
+        card_table(
             {
                 "language-model weight lambda": config.lm_loss_weight,
                 "fusion loss": config.fusion_loss_type,
@@ -72,36 +67,39 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "",
         "## Data and alignment",
         "",
-        _table({"pivot": pivot_name, "source": source_list, **_alignment(manifest)}),
+        card_table(
+            {"pivot": pivot_name, "source": source_list, "data": ", ".join(data) or "?", **_alignment(manifest)}
+        ),
         "",
         *_slices(trainer.slices),
         "## Training",
         "",
-        _table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
+        card_table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
         "",
         "## Versions",
         "",
-        _table(library_versions()),
+        card_table(library_versions()),
         "",
         "## Citation",
         "",
         "```bibtex",
         CITATION,
         "```",
-        "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(metadata, lines), encoding="utf-8")
 
 
-def _metadata(pivot: str, *, plain: bool) -> dict:
-    """The Hub's front matter; the Hub lists a target below a pivot that is there."""
+def _metadata(pivot: str, data: list[str], *, plain: bool) -> dict:
+    """The Hub's front matter; the Hub lists a target below a pivot and data sets that are there."""
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["fusechat", "model-fusion", *(["plain-fine-tuning"] if plain else [])],
     }
-    if _is_hub_name(pivot):
+    if is_hub_name(pivot):
         metadata |= {"base_model": pivot, "base_model_relation": "finetune"}
+    if named := [name for name in data if is_hub_name(name)]:
+        metadata["datasets"] = named
     return metadata
 
 
@@ -109,7 +107,7 @@ def _slices(chosen: dict | None) -> list[str]:
     """Who served which slice, and the medians that decided."""
     if chosen is None:
         return []
-    names, figures = [_name(model) for model in chosen["models"]], chosen["slices"]
+    names, figures = [shown_name(model) for model in chosen["models"]], chosen["slices"]
     head = ["slice", "conversations", *(f"{name}, nats per {chosen['ce_unit']}" for name in names), "taken"]
     rows = [
         [slice_name or "all", entry["conversations"], *(f"{m:.4f}" for m in entry["medians"]), names[entry["best"]]]
@@ -128,7 +126,7 @@ def _alignment(manifest: dict) -> dict:
         models = [str(source.get("model")) for source in manifest["sources"]]
         for n, (model, source) in enumerate(zip(models, manifest["sources"])):
             same = models.count(model) > 1  # the manifest tells them apart by their number
-            name = tell_apart([_name(one) for one in models])[n]
+            name = tell_apart([shown_name(one) for one in models])[n]
             rows |= _certificate(source.get("certificate"), str((source.get("mapping") or ["?"])[0]), f"{name}: ")
             key = f"{model} #{n}" if same else model
             if (taken := (manifest.get("taken") or {}).get(key)) is not None:
@@ -155,20 +153,3 @@ def _training(config, state, arguments) -> dict:
     if arguments.lora_r:
         rows["LoRA"] = f"r {arguments.lora_r}, alpha {arguments.lora_alpha}, on {arguments.lora_target_modules}"
     return rows
-
-
-def _table(rows: dict) -> str:
-    cells = [
-        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in rows.items()
-    ]
-    return "\n".join(["| | |", "|---|---|", *cells])
-
-
-def _is_hub_name(name: str) -> bool:
-    return not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/"))
-
-
-def _name(name: str) -> str:
-    """A Hub name as it is, a directory by its last part: no path of one machine in a card."""
-    return name if _is_hub_name(name) else os.path.basename(os.path.abspath(name))

@@ -139,6 +139,7 @@ class FusionConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not numbers."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: end, the finished target."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the loss needs all columns."}
     )

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
+from transformers.trainer_utils import HubStrategy
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
@@ -17,7 +18,7 @@ from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
-from fusechat_fuse.training.target import save_target
+from fusechat_fuse.training.target import push_target, save_target
 from fusechat_fuse.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     """
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
     _check_arguments(arguments)
+    _check_push(config)
     data = load_aligned(arguments.data_path)
     eval_data = load_aligned(arguments.eval_data_path) if arguments.eval_data_path else None
     pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
@@ -89,6 +91,8 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     finished = run.check()
     if finished is not None:
         logger.info("%s holds this very run, finished; nothing to do (--overwrite trains anew).", config.output_dir)
+        if config.push_to_hub and config.should_save:
+            push_target(config)
         return finished
     with leaves_no_empty_directory(run.path):
         trainer = FusionTrainer(
@@ -107,6 +111,8 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     save_target(trainer, pivot, arguments, metrics)
     if trainer.args.should_save:
         run.finish(metrics)
+        if config.push_to_hub:
+            push_target(config)
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -123,6 +129,14 @@ def _check_arguments(arguments: TrainArguments) -> None:
         )
     if arguments.lora_r < 0:
         raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
+
+
+def _check_push(config: FusionConfig) -> None:
+    if config.push_to_hub and (strategy := HubStrategy(config.hub_strategy).value) != "end":
+        raise InputError(
+            f"value for hub_strategy: expected end, got {strategy}, which lays half-trained weights into the target's "
+            "directory. Leave it out, or push the checkpoint-* directories with hf upload."
+        )
 
 
 def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fusechat_fuse.errors import writing
+from fusechat_fuse.models import first_line
 from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
 from fusechat_fuse.training.card import write_model_card
 
@@ -54,5 +55,31 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
         if first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def push_target(config) -> None:
+    """Upload a finished target, whole and once, to the Hub repository that `hub_model_id` names (made if missing).
+
+    Args:
+        config: FusionConfig of the run.
+    Raises: RuntimeError with the command to repeat by hand; the target is not touched.
+    """
+    from huggingface_hub import HfApi
+
+    api, folder = HfApi(token=config.hub_token), Path(config.output_dir)
+    name = config.hub_model_id or folder.resolve().name
+    try:
+        name = api.create_repo(name, private=config.hub_private_repo, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message=f"Add {folder.resolve().name}",
+            ignore_patterns=[".*", "_*", "checkpoint-*"],
+            revision=config.hub_revision,
+        )
+    except Exception as error:  # of the network, of the Hub, of a token
+        raise RuntimeError(
+            f"{folder} is finished, and could not be pushed to {name}: {first_line(error).rstrip('.')}. Push it by: "
+            f"hf upload {name} {folder} . --exclude 'checkpoint-*'"
+        ) from error
+    logger.info("%s is at %s/%s", folder, api.endpoint, name)

@@ -1,0 +1,73 @@
+"""A Hub on this machine that takes uploads: the routes huggingface_hub calls, every file inside the commit."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class HubServer(ThreadingHTTPServer):
+    """`endpoint` for HF_ENDPOINT; `files` is path -> content as the last commit left them, `repos` what was made.
+
+    Args:
+        refuses: answer uploads with 403.
+    """
+
+    def __init__(self, refuses: bool = False):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.files: dict[str, bytes] = {}
+        self.repos: list[dict] = []
+        self.refuses = refuses
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
+
+    def do_GET(self):
+        if self.path == "/api/whoami-v2":
+            return self._say({"name": "user", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        return self._say({"error": "not here"}, 404)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            self.server.repos.append(asked)
+            name = f"{asked.get('organization') or 'user'}/{asked['name']}"
+            return self._say({"url": f"{self.server.endpoint}/{name}", "name": name})
+        if self.server.refuses:
+            return self._say({"error": "Forbidden: the token may not write."}, 403)
+        if self.path == "/api/validate-yaml":
+            return self._say({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self._say({"files": files})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            name = self.path.removeprefix("/api/models/").split("/commit/")[0]
+            return self._say({"commitUrl": f"{self.server.endpoint}/{name}/commit/0", "commitOid": "0" * 40})
+        return self._say({"error": "not here"}, 404)
+
+    def _say(self, what: dict, status: int = 200):
+        body = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass

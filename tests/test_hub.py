@@ -1,0 +1,107 @@
+"""What goes to the Hub: nothing unless asked, then the finished target as it lies there; cards with their links."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import datasets
+import huggingface_hub
+import pytest
+
+from fusechat_fuse import load_representation
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.card import dataset_card
+from fusechat_fuse.store.rows import decode_row
+from fusechat_fuse.training.run import train
+from tests.helpers.hub_server import HubServer
+from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
+
+
+def trained(tmp_path, endpoint: str, *more: str):
+    """`fusechat-fuse train` in a process of its own, with the Hub at `endpoint`."""
+    if not (tmp_path / "pivot").exists():
+        pivot_directory(tmp_path / "pivot")
+        aligned_directory(tmp_path / "aligned")
+    command = [sys.executable, "-m", "fusechat_fuse", "train", "--model_name_or_path", str(tmp_path / "pivot")]
+    command += ["--data_path", str(tmp_path / "aligned"), "--output_dir", str(tmp_path / "target"), "--max_steps", "2"]
+    command += ["--use_cpu", "--save_strategy", "steps", "--save_steps", "1", *more]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x"}
+    environment["HF_HUB_DISABLE_XET"] = "1"
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_target_is_pushed_whole_where_asked_and_only_then(tmp_path):
+    with HubServer() as hub:
+        done = trained(tmp_path, hub.endpoint)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert not hub.files
+        assert not hub.repos
+        done = trained(
+            tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused", "--hub_private_repo", "true"
+        )
+        assert done.returncode == 0, done.stderr[-2000:]  # finished before: it is only pushed
+        assert hub.repos == [{"name": "fused", "organization": "user", "visibility": "private"}]
+        there = {
+            str(file.relative_to(tmp_path / "target")): file.read_bytes()
+            for file in (tmp_path / "target").rglob("*")
+            if file.is_file() and "checkpoint-" not in str(file)
+        }
+        assert hub.files == there
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(there)
+        assert not any(name.endswith((".bin", ".pt", ".pth")) for name in there)
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_leaves_a_finished_target_and_the_command(tmp_path):
+    with HubServer(refuses=True) as hub:
+        done = trained(tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "is finished, and could not be pushed to user/fused: " in last
+    assert f"hf upload user/fused {tmp_path / 'target'} . --exclude 'checkpoint-*'" in last
+    assert (tmp_path / "target" / "config.json").exists()
+
+
+def test_pushing_half_trained_weights_is_refused(tmp_path):
+    changed = config(tmp_path / "target", push_to_hub=True, hub_strategy="every_save")
+    with pytest.raises(InputError, match="value for hub_strategy: expected end, got every_save"):
+        train(tmp_path / "pivot", tmp_path / "aligned", changed)
+
+
+@pytest.mark.parametrize("kind", ["aligned", "combined"])
+def test_the_card_of_a_store_lets_the_hub_read_it(kind, tmp_path):
+    names = ["FuseAI/FuseChat-Mixture", "mine.json"]
+    store = aligned_directory(
+        tmp_path / "store", kind=kind, datasets=names, model={"name": "/x/pivot", "vocab_size": 640}
+    )
+    card = huggingface_hub.DatasetCard.load(store / "README.md")
+    assert card.data.tags == ["fusechat", kind]
+    assert card.data.source_datasets == ["FuseAI/FuseChat-Mixture"]
+    assert "FuseAI/FuseChat-Mixture, mine.json" in card.text
+    assert "/x/" not in card.text
+    assert "of strong-source at" in card.text or kind == "combined"
+    there = load_representation(store)
+    on_the_hub = shutil.copytree(
+        store, tmp_path / "hub", ignore=shutil.ignore_patterns("state.json")
+    )  # else refused here
+    loaded = datasets.load_dataset(str(on_the_hub), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == len(there)
+    assert decode_row(loaded[3])["topk_ids"].tolist() == there[3]["topk_ids"].tolist()
+
+
+def test_the_card_of_a_representation_names_model_data_and_columns():
+    manifest = {
+        **{"kind": "representation", "encoding": "plain", "datasets": [], "options": {"top_k": 10, "dtype": "float32"}},
+        **{"model": {"name": "org/model"}, "template": {"name": "native"}, "counts": {"conversations": 3}},
+    }
+    text = dataset_card(json.loads(json.dumps(manifest)), ["id", "ce"])
+    for words in (
+        "# Top-10 next-token distributions of org/model",
+        "| conversations | 3 |",
+        "rows given in Python",
+        "id, ce.",
+    ):
+        assert words in text
