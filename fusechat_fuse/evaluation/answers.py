@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import identify, is_named, load_fast_tokenizer, load_model, positions_of
+from fusechat_fuse.identity import identify
+from fusechat_fuse.models import is_named, load_fast_tokenizer, load_model, positions_of
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.text.conversations import load_conversations
 from fusechat_fuse.text.data_files import data_sources

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import add_samples
+from fusechat_fuse.identity import add_samples
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of

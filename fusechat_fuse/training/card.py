@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fusechat_fuse.models import library_versions
+from fusechat_fuse.identity import library_versions
 from fusechat_fuse.store.card import card_table, card_text, is_hub_name, shown_name
 from fusechat_fuse.training.dataset import tell_apart
 
@@ -152,4 +152,5 @@ def _training(config, state, arguments) -> dict:
     rows["conversations per step"] = config.conversations_per_step
     if arguments.lora_r:
         rows["LoRA"] = f"r {arguments.lora_r}, alpha {arguments.lora_alpha}, on {arguments.lora_target_modules}"
+        rows["LoRA"] += ", above 4-bit weights, merged into whole ones" if arguments.load_in_4bit else ""
     return rows

@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import identify, load_config, load_fast_tokenizer, load_model, model_file
+from fusechat_fuse.identity import identify
+from fusechat_fuse.models import load_config, load_fast_tokenizer, load_model, model_file
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import load_tokenizer
 from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash
@@ -86,14 +87,9 @@ class PivotFiles:
             f"here {tokenizer_hash(self.tokenizer)[:8]}). Align to this pivot, or train the pivot of the data."
         )
 
-    def load_model(self, *, dtype, attn_implementation: str | None = None):
-        """The causal language model with weights in `dtype`."""
-        return load_model(
-            self.name,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-        )
+    def load_model(self, **loading):
+        """The causal language model with its weights, as `models.load_model` takes `loading`."""
+        return load_model(self.name, trust_remote_code=self.trust_remote_code, **loading)
 
     def copy_files(self, output: Path) -> None:
         """Put the pivot's own tokenizer files, chat template and generation config into the target directory."""

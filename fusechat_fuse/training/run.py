@@ -51,6 +51,10 @@ class TrainArguments:
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "Modules with adapters: all-linear or names with commas."}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: the pivot's weights in 4 bits (bitsandbytes) below the adapters."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Start anew in a directory that holds another run."})
 
 
@@ -64,7 +68,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
         data_path: directory that `align` or `combine` wrote for this pivot.
         config: FusionConfig; `config.output_dir` receives the target.
         **options: the other fields of `TrainArguments` (eval_data_path, dtype, save_dtype, attn_implementation,
-            trust_remote_code, lora_r, lora_alpha, lora_dropout, lora_target_modules, overwrite).
+            trust_remote_code, lora_r, lora_alpha, lora_dropout, lora_target_modules, load_in_4bit, overwrite).
 
     Returns:
         Metrics of the run (train_loss, train_runtime, eval_* where there is evaluation data), also in fusion_run.json.
@@ -127,6 +131,10 @@ def _check_arguments(arguments: TrainArguments) -> None:
             "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
             "go wrong. Train in float32 with --fp16 for float16 arithmetic."
         )
+    if arguments.load_in_4bit and not arguments.lora_r:
+        raise InputError(
+            "value for load_in_4bit: expected adapters above the 4-bit weights, got none. Give lora_r too."
+        )
     if arguments.lora_r < 0:
         raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
 
@@ -140,7 +148,10 @@ def _check_push(config: FusionConfig) -> None:
 
 
 def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
-    model = pivot.load_model(dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attn_implementation)
+    loading = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attn_implementation}
+    if arguments.load_in_4bit:  # laid where it stays: it cannot be moved
+        loading |= {"load_in": "4bit", "device_map": {"": config.device}}
+    model = pivot.load_model(**loading)
     if not arguments.lora_r:
         return model
     if config.activation_checkpointing:

@@ -84,8 +84,18 @@ class RunDirectory:
         names = DECISIVE + (DECISIVE_WITH_EVALUATION if eval_data is not None else ())
         options = {name: _plain(getattr(config, name)) for name in names}
         options["conversations_per_step"] = config.conversations_per_step
-        for name in ("dtype", "save_dtype", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        for name in (
+            "dtype",
+            "save_dtype",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "load_in_4bit",
+        ):
             options[name] = getattr(arguments, name)
+        if arguments.load_in_4bit:
+            options["load_in_4bit"] = True
         self.identity = {"model": pivot.fingerprint, "data": _content(data), "options": options}
         if eval_data is not None:
             self.identity["eval_data"] = _content(eval_data)

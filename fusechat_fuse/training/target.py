@@ -41,7 +41,8 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
             elif arguments.lora_r:
                 if first:
                     trainer.model.save_pretrained(aside / "adapter")
-                trainer.merge_adapter()
+                whole = pivot.load_model(dtype=getattr(torch, arguments.dtype)) if arguments.load_in_4bit else None
+                trainer.merge_adapter(whole)
             trainer.save_model(str(aside), _internal_call=True)
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()

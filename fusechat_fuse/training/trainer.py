@@ -357,9 +357,19 @@ class FusionTrainer(Trainer):
             return LengthGroupedSampler(size, lengths=lengths.tolist())
         return super()._get_train_sampler(train_dataset)
 
-    def merge_adapter(self) -> None:
-        """Replace a PEFT model by the model with its adapters merged into the weights (not for sharded models)."""
+    def merge_adapter(self, base=None) -> None:
+        """Replace a PEFT model by the model with its adapters merged into the weights (not for sharded models).
+
+        Args:
+            base: the same model with the weights to merge into, where those trained above are quantised; used up.
+        """
         adapted: Any = self.accelerator.unwrap_model(self.model)
+        if base is not None:
+            import peft
+
+            adapters = peft.get_peft_model_state_dict(adapted)
+            adapted = peft.get_peft_model(base, adapted.peft_config["default"])
+            peft.set_peft_model_state_dict(adapted, adapters)
         self.model = self.model_wrapped = adapted.merge_and_unload()
 
     def _save(self, output_dir=None, state_dict=None):

@@ -1,0 +1,203 @@
+"""Models in other forms: GGUF files, PEFT adapters, weights quantised on loading."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fusechat_fuse import models, represent
+from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.identity import identify
+from fusechat_fuse.training.run import train
+from tests.helpers.gguf_files import gguf_file
+from tests.helpers.real_tokenizers import tiny_bpe
+from tests.helpers.recipes import CHATS
+from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
+
+CE = 1e-4
+
+
+def nats(path) -> list[np.ndarray]:
+    return [row["ce"] for row in path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A GGUF file, and beside it the directory of the same weights and tokenizer."""
+    home = tmp_path_factory.mktemp("gguf")
+    model = gguf_file(home / "tiny-F32.gguf")
+    plain = home / "plain"
+    model.save_pretrained(plain)
+    models.load_fast_tokenizer(home / "tiny-F32.gguf").save_pretrained(plain)
+    return home
+
+
+def test_a_gguf_file_is_a_model_like_any_other(made, tmp_path):
+    file = made / "tiny-F32.gguf"
+    plain = represent(made / "plain", CHATS, tmp_path / "plain", template="native")
+    for name, arguments in (("alone", (file,)), ("in-its-directory", (made,))):
+        more = {} if name == "alone" else {"gguf_file": file.name}
+        found = represent(*arguments, CHATS, tmp_path / name, template="native", **more)
+        assert found.manifest["model"]["name"] == "tiny-F32.gguf"
+        assert found.manifest["model"]["quantization"] == "gguf"
+        for own, expected in zip(found, plain, strict=True):
+            assert own["input_ids"].tolist() == expected["input_ids"].tolist()
+            assert own["topk_ids"].tolist() == expected["topk_ids"].tolist()
+            assert own["ce"] == pytest.approx(expected["ce"], abs=CE)
+    text = "the end of 3 words"
+    assert models.load_fast_tokenizer(file)(text)["input_ids"] == tiny_bpe()(text)["input_ids"]
+
+
+def test_a_gguf_pivot_is_trained_into_a_plain_target(made, tmp_path):
+    file, data = made / "tiny-F32.gguf", [*CHATS]
+    for name in ("pivot", "source"):
+        represent(file, data, tmp_path / name, template="native")
+    pair = ["--pivot_representation", str(tmp_path / "pivot"), "--source_representation", str(tmp_path / "source")]
+    assert main(["align", *pair, "--output_dir", str(tmp_path / "aligned")]) == 0
+    train(file, tmp_path / "aligned", config(tmp_path / "target", max_steps=3, learning_rate=1e-3))
+    before, after = (
+        gguf_file(tmp_path / "again.gguf").state_dict(),
+        load_file(tmp_path / "target" / "model.safetensors"),
+    )
+    assert set(after) == set(before)
+    assert 0 < max(float((after[name] - before[name]).abs().max()) for name in after) < 0.01
+    assert "quantization_config" not in json.loads((tmp_path / "target" / "config.json").read_text())
+    assert (
+        represent(tmp_path / "target", data, tmp_path / "own", template="native").manifest["counts"]["conversations"]
+        == 24
+    )
+
+
+def test_what_a_gguf_file_is_known_by(made, tmp_path):
+    copy = shutil.copy(made / "tiny-F32.gguf", tmp_path / "other-name.gguf")
+    assert identify(copy)["fingerprint"] != identify(made / "tiny-F32.gguf")["fingerprint"]  # the name belongs to it
+    other = tmp_path / "folder" / "tiny-F32.gguf"
+    other.parent.mkdir()
+    shutil.copy(made / "tiny-F32.gguf", other)
+    assert identify(other) == identify(made / "tiny-F32.gguf")
+
+
+def test_adapters_count_with_their_base(tmp_path):
+    base = pivot_directory(tmp_path / "base")
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path / "adapters")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copy(base / "tokenizer.json", tmp_path / "merged")
+    shutil.copy(base / "tokenizer_config.json", tmp_path / "merged")
+    for file in base.glob("chat_template*"):
+        shutil.copy(file, tmp_path / "merged")
+    found = represent(tmp_path / "adapters", CHATS, tmp_path / "a", template="native")
+    merged = represent(tmp_path / "merged", CHATS, tmp_path / "m", template="native")
+    alone = represent(base, CHATS, tmp_path / "b", template="native")
+    for own, expected, without in zip(nats(found), nats(merged), nats(alone), strict=True):
+        assert own == pytest.approx(expected, abs=CE)
+        assert np.abs(own - without).max() > 0.01
+    before = identify(tmp_path / "adapters")["fingerprint"]
+    assert before != identify(base)["fingerprint"]
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = None
+    (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"expected base_model_name_or_path in adapter_config\.json, got none"):
+        represent(tmp_path / "adapters", CHATS, tmp_path / "c", template="native")
+
+
+@pytest.mark.parametrize(("bits", "bound"), [("load_in_8bit", 0.3), ("load_in_4bit", 1.5)])
+def test_weights_quantised_on_loading(bits, bound, tmp_path):
+    wide = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
+    pivot = pivot_directory(tmp_path / "pivot", **wide)
+    whole = represent(pivot, CHATS, tmp_path / "whole", template="native")
+    found = represent(pivot, CHATS, tmp_path / "found", template="native", **{bits: True})
+    assert found.manifest["model"]["quantization"] == f"bitsandbytes {bits[-4:]}"
+    difference = np.mean(np.abs(np.concatenate(nats(found)) - np.concatenate(nats(whole))))
+    assert 0 < difference < bound
+    with pytest.raises(InputError, match=r"expected .*load_in"):  # half a run of each is none
+        represent(pivot, CHATS, tmp_path / "found", template="native")
+
+
+def test_adapters_over_4_bit_weights_are_merged_into_whole_ones(tmp_path):
+    wide = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
+    pivot, data = pivot_directory(tmp_path / "pivot", **wide), aligned_directory(tmp_path / "aligned")
+    more = {"lora_r": 4, "lora_target_modules": "q_proj,down_proj", "load_in_4bit": True}
+    train(pivot, data, config(tmp_path / "target", max_steps=4, learning_rate=2e-2), **more)
+    before, after = load_file(pivot / "model.safetensors"), load_file(tmp_path / "target" / "model.safetensors")
+    adapters = load_file(tmp_path / "target" / "adapter" / "adapter_model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("q_proj" in name or "down_proj" in name for name in moved)
+    for name in moved:
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        update = adapters[f"{stem}.lora_B.weight"] @ adapters[f"{stem}.lora_A.weight"] * (16 / 4)
+        assert torch.allclose(after[name], before[name] + update, atol=1e-6)
+    assert "4-bit" in (tmp_path / "target" / "README.md").read_text()
+    with pytest.raises(InputError, match="value for load_in_4bit: expected adapters above the 4-bit weights"):
+        train(pivot, data, config(tmp_path / "none"), load_in_4bit=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gguf_file": "none.gguf"}, "gguf_file for represent: expected a .gguf file in .*, got none.gguf"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit or load_in_8bit .* expected one.* got both"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, tmp_path):
+    pivot_directory(tmp_path / "pivot")
+    with pytest.raises(InputError, match=message):
+        represent(tmp_path / "pivot", CHATS, tmp_path / "r", template="native", **options)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_quantised_file_is_not_quantised_again(made, tmp_path):
+    with pytest.raises(InputError, match=r"load_in_8bit for .*: expected weights that are not quantised, got such"):
+        represent(made / "tiny-F32.gguf", CHATS, tmp_path / "r", template="native", load_in_8bit=True)
+    with pytest.raises(InputError, match="expected a model directory or a Hub name, got neither"):
+        represent(tmp_path / "none.gguf", CHATS, tmp_path / "r", template="native")
+
+
+@pytest.mark.parametrize("package", ["gguf", "bitsandbytes", "peft"])
+def test_a_package_that_is_not_there_is_named(package, made, tmp_path, monkeypatch):
+    pivot_directory(tmp_path / "pivot")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "pivot")})
+    )
+    model = {"gguf": made / "tiny-F32.gguf", "bitsandbytes": tmp_path / "pivot", "peft": tmp_path / "adapters"}[package]
+    find = models.find_spec
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == package else find(name))
+    more = {"load_in_8bit": True} if package == "bitsandbytes" else {}
+    with pytest.raises(InputError, match=f"expected the package {package}, got none. Run: pip install {package}"):
+        represent(model, CHATS, tmp_path / "r", template="native", **more)
+
+
+def test_a_model_worse_than_drawn_bytes_is_told(tmp_path, caplog):
+    pivot = pivot_directory(tmp_path / "pivot", initializer_range=1.0)
+    caplog.set_level(logging.WARNING)
+    represent(pivot, CHATS, tmp_path / "r", template="native")
+    assert "more than bytes drawn at random would take" in caplog.text
+
+
+def test_the_command_wants_a_model(tmp_path, capsys):
+    assert main(["represent", "--data_path", "x.json", "--output_dir", str(tmp_path / "r")]) == 2
+    assert "are required: --model_name_or_path or --gguf_file" in capsys.readouterr().err
