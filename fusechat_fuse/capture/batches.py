@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,10 +11,17 @@ from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.chat import Encoded
 
-if TYPE_CHECKING:
-    from fusechat_fuse.capture.distributions import TopK
-
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P], finite bool [P]."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    ce: np.ndarray
+    finite: np.ndarray
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -32,11 +38,13 @@ class BatchRunner:
     Args:
         head: `PredictionHead`: (sequences, predicted positions, top_k) -> a TopK for each sequence.
         top_k: entries per predicted token. tokens_per_batch: rows x longest row of a forward pass.
+        vocab_size: ids are below it.
     """
 
-    def __init__(self, head: Callable[..., list[TopK]], top_k: int, tokens_per_batch: int):
+    def __init__(self, head, top_k: int, tokens_per_batch: int, vocab_size: int):
         self.head, self.top_k, self.budget = head, top_k, tokens_per_batch
         self.padded = 0  # tokens run, padding included
+        self.vocab_size = vocab_size
 
     def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
         """A TopK for each conversation, in order; `progress` is told of each batch (tqdm's `update`)."""

@@ -6,20 +6,17 @@ import logging
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from fusechat_fuse.capture.batches import BatchRunner
+from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.manifest import check_finite
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, Unusable
 from fusechat_fuse.text.templates import check_template
-
-if TYPE_CHECKING:
-    from fusechat_fuse.capture.distributions import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +34,33 @@ class _Shard:
         self.skipped.append(entry)
 
 
+class Runner(Protocol):
+    """What a representation's distributions come from: a `BatchRunner` or a `ServerRunner`.
+
+    vocab_size: ids are below it. padded: tokens run so far, padding included.
+    """
+
+    vocab_size: int
+    padded: int
+
+    def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
+        """A TopK for each conversation, in order; `progress` is told of what is done (tqdm's `update`)."""
+        ...
+
+
 def compute(
-    model,
+    runner: Runner,
     encoder: ConversationEncoder,
     shards: list[list[Conversation]],
     mine: list[int],
     writer: ShardWriter,
     *,
-    top_k: int,
-    tokens_per_batch: int,
     show: bool,
 ) -> None:
     """Compute and write shards; a second thread tokenizes the next one and writes the last one meanwhile.
 
     Args:
-        model: causal language model in evaluation mode; borrowed.
+        runner: gives the distributions.
         shards: the conversations of the whole run. mine: numbers of the shards to be computed, at least one.
         show: whether to show progress.
     Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
@@ -59,10 +68,7 @@ def compute(
     """
     from tqdm.auto import tqdm
 
-    from fusechat_fuse.capture.distributions import PredictionHead
-
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
-    runner = BatchRunner(PredictionHead(model, np.arange(16) % vocab_size), top_k, tokens_per_batch)
+    vocab_size = runner.vocab_size
     total, non_finite, skipped = sum(map(len, shards)), 0, []
     progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
     with progress, ThreadPoolExecutor(1) as background:

@@ -11,25 +11,15 @@ restricted to the predicted positions.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.logit_transform import LogitTransform, possible_transforms, transform_of
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P], finite bool [P]."""
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    ce: np.ndarray
-    finite: np.ndarray
 
 
 def _log_softmax_top_k(logits: torch.Tensor, actual: torch.Tensor, top_k: int) -> tuple[torch.Tensor, ...]:

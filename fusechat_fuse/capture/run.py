@@ -15,8 +15,12 @@ import json
 import logging
 from pathlib import Path
 
-from fusechat_fuse.capture.computation import compute
+import numpy as np
+
+from fusechat_fuse.capture.batches import BatchRunner
+from fusechat_fuse.capture.computation import Runner, compute
 from fusechat_fuse.capture.manifest import finish
+from fusechat_fuse.capture.server import connect
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.identity import Identity, identify
 from fusechat_fuse.models import (
@@ -62,6 +66,9 @@ def represent(
     gguf_file: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    server: str | list[str] | None = None,
+    server_kind: str = "vllm",
+    server_requests: int = 32,
 ) -> Representation:
     """Write a model's top-k next-token distributions on the answers of a data set.
 
@@ -92,6 +99,9 @@ def represent(
         gguf_file: the GGUF file of the model's directory or repository that is meant; a path where `model` is None.
         load_in_4bit, load_in_8bit: quantise the weights on loading (bitsandbytes; 4-bit NF4). Checkpoints that are
             quantised are run as they are.
+        server: URLs (a list, or with commas) of inference servers that run the model; `model` then gives tokenizer,
+            template and configuration.
+        server_kind: vllm or sglang. server_requests: in flight at each server.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -112,9 +122,18 @@ def represent(
     if strict:
         _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
-    made_from = identify(model)
-    if is_named(model) and (quantization := quantization_of(model, load_in)):
-        made_from["quantization"] = quantization
+    served = None
+    if server:
+        if load_in or device_map or gguf_file:
+            raise InputError(
+                "load_in, device_map or gguf_file with a server: expected none. It is the server's business."
+            )
+        served = connect(
+            server, server_kind, model, encoder.tokenizer, top_k, server_requests, trust_remote_code=trust_remote_code
+        )
+        encoder.max_length = min(encoder.max_length, served.max_length or encoder.max_length)
+        options = {**options, "dtype": "the server's", "server": server_kind}
+    made_from = served.identity if served else _made_from(model, load_in)
     template_of = _template_of(template, encoder, made_from["name"], pivot)
     identity = _identity(made_from, options, encoder, found)
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
@@ -130,9 +149,8 @@ def represent(
         if mine:
             loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
             loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-            loaded = _loaded(model, process.device, **loading)
-            running = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "show": process.first}
-            compute(loaded, encoder, shards, mine, writer, **running)
+            runner = served or _batch_runner(_loaded(model, process.device, **loading), top_k, tokens_per_batch)
+            compute(runner, encoder, shards, mine, writer, show=process.first)
         process.wait()
         if process.first:
             finish(writer, len(shards), report, encoder, made_from, template_of)
@@ -167,6 +185,20 @@ def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
     max_length = min(options["max_length"], positions_of(config) or options["max_length"])
     return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), max_length)
+
+
+def _made_from(model, load_in: str | None) -> Identity:
+    found = identify(model)
+    if is_named(model) and (quantization := quantization_of(model, load_in)):
+        found["quantization"] = quantization
+    return found
+
+
+def _batch_runner(model, top_k: int, tokens_per_batch: int) -> Runner:
+    from fusechat_fuse.capture.distributions import PredictionHead
+
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    return BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch, rows)
 
 
 def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, found: list[Conversation]) -> dict:

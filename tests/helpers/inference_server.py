@@ -1,0 +1,113 @@
+"""A server on this machine that answers as vLLM or SGLang do, from a loaded model; it can be made to fail."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+
+class InferenceServer(ThreadingHTTPServer):
+    """`url`, `asked` (requests so far), and what can be changed: `fails` (answers left that are errors of `status`),
+    `lives` (requests after which it is dead), `bends` (temperature counts), `silent` (no log-probabilities), `most`
+    (largest k), `text_of` (what it says that a token is).
+
+    Args:
+        model: causal language model. tokenizer: its own. kind: vllm or sglang.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, model, tokenizer, kind: str = "vllm", name: str = "served", port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
+        self.asked, self.fails, self.status, self.most = 0, 0, 503, 20
+        self.bends = self.silent = False
+        self.lives = 10**9
+        self.text_of = lambda token: tokenizer.decode([token])
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    @torch.inference_mode()
+    def logprobs(self, ids: list[int], temperature: float) -> torch.Tensor:
+        """[T - 1, V]: of every token but the first."""
+        with self.lock:
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+        return torch.log_softmax(logits / (temperature if self.bends and temperature else 1.0), -1)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: InferenceServer
+
+    def do_GET(self):
+        name = self.server.name
+        found = {
+            "vllm": {"/v1/models": {"data": [{"id": name, "max_model_len": 257}]}, "/version": {"version": "0.32.0"}},
+            "sglang": {
+                "/get_model_info": {"model_path": name},
+                "/get_server_info": {"version": "0.5", "max_req_input_len": 256},
+            },
+        }[self.server.kind].get(self.path)
+        self._say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked += 1
+        if self.server.asked > self.server.lives:
+            return self.connection.close()
+        if self.server.fails > 0:
+            self.server.fails -= 1
+            return self._say({"message": "not now"}, self.server.status)
+        return self._vllm(body) if self.server.kind == "vllm" else self._sglang(body)
+
+    def _vllm(self, body):
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        if k > self.server.most:
+            return self._say(
+                {"error": {"message": f"Requested prompt logprobs of {k}, which is greater than max"}}, 400
+            )
+        if self.server.silent:
+            return self._say({"choices": [{"text": "x", "prompt_logprobs": None}]})
+        entries = [None]
+        for token, row in zip(ids[1:], self.server.logprobs(ids, body["temperature"])):
+            top = row.topk(k).indices.tolist()
+            rank = int((row > row[token]).sum()) + 1
+            ranks = {token: rank, **{other: n for n, other in enumerate(top, 1)}}
+            entries.append(
+                {
+                    str(t): {"logprob": float(row[t]), "rank": r, "decoded_token": self.server.text_of(t)}
+                    for t, r in ranks.items()
+                }
+            )
+        return self._say({"choices": [{"text": "x", "prompt_logprobs": entries}]})
+
+    def _sglang(self, body):
+        ids, start, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
+        rows = self.server.logprobs(ids, body["sampling_params"]["temperature"])
+        text = self.server.text_of if body["return_text_in_logprobs"] else lambda token: None
+        own, best = [[None, ids[start], text(ids[start])]], [None]
+        for position in range(start + 1, len(ids)):
+            row, token = rows[position - 1], ids[position]
+            own.append([float(row[token]), token, text(token)])
+            best.append([[float(row[t]), t, text(t)] for t in row.topk(k).indices.tolist()])
+        meta = {} if self.server.silent else {"input_token_logprobs": own, "input_top_logprobs": best}
+        return self._say({"text": "", "meta_info": meta})
+
+    def _say(self, what, status: int = 200):
+        body = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass

@@ -1,0 +1,227 @@
+"""`represent --server`: the representation that the model itself would give, whatever happens to the servers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from fusechat_fuse import represent
+from fusechat_fuse.capture import server as module
+from fusechat_fuse.capture.server_protocols import PROTOCOLS
+from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import load_fast_tokenizer
+from tests.helpers.inference_server import InferenceServer
+from tests.helpers.recipes import CHATS
+from tests.helpers.tiny_runs import pivot_directory
+
+
+@pytest.fixture(scope="module")
+def pivot(tmp_path_factory):
+    return pivot_directory(tmp_path_factory.mktemp("served") / "pivot")
+
+
+@pytest.fixture(scope="module")
+def expected(pivot, tmp_path_factory):
+    return represent(pivot, CHATS, tmp_path_factory.mktemp("own") / "r", template="native", dtype="float32")
+
+
+@pytest.fixture
+def serving(pivot):
+    """Starts servers of the pivot."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pivot), load_fast_tokenizer(pivot)
+    started = []
+
+    def start(kind="vllm", **more) -> InferenceServer:
+        started.append(InferenceServer(model, tokenizer, kind, **more).__enter__())
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.__exit__()
+
+
+def same(found, expected):
+    for own, other in zip(found, expected, strict=True):
+        assert own["input_ids"].tolist() == other["input_ids"].tolist()
+        assert own["topk_ids"].tolist() == other["topk_ids"].tolist()
+        assert own["ce"] == pytest.approx(other["ce"], abs=1e-3)
+        assert own["topk_logprobs"] == pytest.approx(other["topk_logprobs"], abs=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_gives_what_the_model_gives(kind, pivot, expected, serving, tmp_path):
+    served = serving(kind)
+    found = represent(pivot, CHATS, tmp_path / "r", template="native", server=served.url, server_kind=kind)
+    same(found, expected)
+    assert found.manifest["model"] == {**found.manifest["model"], "name": "served", "vocab_size": 640}
+    assert found.manifest["options"]["server"] == kind
+    before = served.asked
+    represent(pivot, CHATS, tmp_path / "r", template="native", server=served.url, server_kind=kind)
+    assert served.asked == before + 2  # the probe alone: all shards are there
+    with pytest.raises(InputError, match="expected"):  # what the model itself gave is another run's
+        represent(pivot, CHATS, tmp_path / "r", template="native")
+
+
+def test_servers_share_the_work_and_one_may_die(pivot, expected, serving, tmp_path, caplog):
+    first, second = serving(), serving()
+    urls = f"{first.url},{second.url}/"
+    found = represent(pivot, CHATS, tmp_path / "r", template="native", server=urls, server_requests=2)
+    same(found, expected)
+    assert min(first.asked, second.asked) > 2
+    caplog.set_level("WARNING")
+    second.lives = second.asked + 4  # it dies after its probe and two conversations
+    found = represent(pivot, CHATS, tmp_path / "s", template="native", server=urls, server_requests=2)
+    same(found, expected)
+    assert f"server {second.url}: " in caplog.text
+
+
+def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
+    served = serving()
+    runner = module.connect(served.url, "vllm", pivot, served.tokenizer, 10, 4)
+    served.fails, served.status = 3, 500
+    answer = runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
+    assert len(answer["choices"][0]["prompt_logprobs"]) == 3
+    assert served.fails == 0
+
+
+def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypatch):
+    served = serving()
+    runner = module.connect(served.url, "vllm", pivot, served.tokenizer, 10, 1)
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    served.fails = 10**9
+    with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and give the same"):
+        runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
+
+
+@pytest.mark.slow
+def test_a_killed_client_goes_on_where_it_was(pivot, expected, serving, tmp_path):
+    served = serving()
+    (tmp_path / "chats.json").write_text(json.dumps(CHATS))
+    command = [
+        sys.executable,
+        "-m",
+        "fusechat_fuse",
+        "represent",
+        "--model_name_or_path",
+        str(pivot),
+        "--server",
+        served.url,
+    ]
+    command += [
+        "--data_path",
+        str(tmp_path / "chats.json"),
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--template",
+        "native",
+    ]
+    command += ["--shard_size", "4", "--server_requests", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    while not (tmp_path / "r" / "shard-00001.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = served.asked
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert served.asked - before <= 2 + len(CHATS) - 8
+    from fusechat_fuse import load_representation
+
+    same(load_representation(tmp_path / "r"), expected)
+
+
+def test_an_answer_of_a_real_vllm_is_read():
+    told = json.loads((Path(__file__).parent / "recorded" / "vllm-0.32.0.json").read_text())  # SmolLM2-135M-Instruct
+    ids, found = told["ids"], PROTOCOLS["vllm"].answer(told["answer"], told["ids"], [1, 2, 8], told["top_k"])
+    entries = told["answer"]["choices"][0]["prompt_logprobs"]
+    assert found.actual == [entries[n][str(ids[n])]["logprob"] for n in (1, 2, 8)]
+    for position, own, logprobs in zip((1, 2, 8), found.ids, found.logprobs, strict=True):
+        ranks = [entries[position][str(token)]["rank"] for token in own]
+        assert ranks == [1, 2, 3]
+        assert logprobs == sorted(logprobs, reverse=True)
+    stand_in = {"logprob", "rank", "decoded_token"}
+    assert all(set(about) == stand_in for entry in entries[1:] for about in entry.values())
+
+
+def changed(name, value):
+    return lambda served: setattr(served, name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "options", "message"),
+    [
+        (changed("silent", True), "vllm", {}, r"expected log-probabilities of the prompt, got .*llama\.cpp"),
+        (changed("silent", True), "sglang", {}, r"expected log-probabilities of the prompt, got .*--gguf_file"),
+        (changed("bends", True), "vllm", {}, "got some that temperature or a processor bends"),
+        (changed("bends", True), "sglang", {}, "got some that temperature or a processor bends"),
+        (
+            changed("text_of", lambda token: "?"),
+            "vllm",
+            {},
+            r"expected the given model's tokenizer, got one where token \d+ is '\?'",
+        ),
+        (
+            changed("most", 5),
+            "vllm",
+            {},
+            r"status 400: .*greater than max.* vLLM must be started with --max-logprobs 10",
+        ),
+        (changed("kind", "sglang"), "vllm", {}, "expected one of kind vllm, got: Client error '404 Not Found'"),
+        (None, "vllm", {"server_kind": "tgi"}, "server_kind for represent: expected one of vllm, sglang, got 'tgi'"),
+        (
+            None,
+            "vllm",
+            {"server": "localhost:8000"},
+            r"server for represent: expected URLs such as .* got 'localhost:8000'",
+        ),
+        (
+            None,
+            "vllm",
+            {"server": "http://127.0.0.1:1"},
+            "server http://127.0.0.1:1: expected one of kind vllm, got: .*refused",
+        ),
+        (None, "vllm", {"server_requests": 0}, "server_requests for represent: expected an integer from 1, got 0"),
+        (None, "vllm", {"load_in_8bit": True}, "with a server: expected none"),
+    ],
+)
+def test_what_cannot_be_relied_on_is_refused_in_a_sentence(change, kind, options, message, pivot, serving, tmp_path):
+    served = serving(kind)
+    if change is not None:
+        change(served)
+    with pytest.raises(InputError, match=message):
+        represent(
+            pivot, CHATS, tmp_path / "r", template="native", **{"server": served.url, "server_kind": kind, **options}
+        )
+    assert not (tmp_path / "r").exists()
+
+
+def test_two_servers_must_serve_one_model(pivot, serving, tmp_path):
+    urls = [serving().url, serving(name="another").url]
+    with pytest.raises(InputError, match=r"expected the model of http.* \(served\), got another answer \(another\)"):
+        represent(pivot, CHATS, tmp_path / "r", template="native", server=urls)
+
+
+def test_conversations_are_cut_to_what_the_server_takes(pivot, serving, tmp_path):
+    long = [{"id": "x", "conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "the " * 600}]}]
+    found = represent(pivot, long, tmp_path / "r", template="native", server=serving().url)
+    assert found[0]["input_ids"].shape == (256,)
+
+
+def test_the_command(pivot, serving, tmp_path, capsys):
+    (tmp_path / "chats.json").write_text(json.dumps(CHATS))
+    command = ["represent", "--model_name_or_path", str(pivot), "--data_path", str(tmp_path / "chats.json")]
+    command += ["--output_dir", str(tmp_path / "r"), "--server", serving("sglang").url, "--server_kind", "sglang"]
+    assert main([*command, "--template", "native", "--top_k", "7"]) == 0
+    assert json.loads(capsys.readouterr().out)["conversations"] == len(CHATS)
+    from fusechat_fuse import load_representation
+
+    assert np.shape(load_representation(tmp_path / "r")[0]["topk_ids"])[1] == 7
