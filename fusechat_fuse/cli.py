@@ -55,6 +55,7 @@ def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
     add_flag(parser, "split", "train", help="of a data set with several")
     add_flag(parser, "limit", type=int, help="read so many usable conversations")
+    add_flag(parser, "shuffle_seed", type=int, help="shuffle the conversations by it, before the limit counts")
     add_flag(parser, "messages_column", help="holds the messages, where it is not messages or conversations")
     add_flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
     add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")

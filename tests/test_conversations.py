@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.card import hub_data
 from fusechat_fuse.text.conversations import content_hash, load_conversations, read_conversations
 
 USER, ANSWER = {"role": "user", "content": "Hello 你好"}, {"role": "assistant", "content": "Hi"}
@@ -513,3 +514,46 @@ def test_directory_of_no_data_is_said(tmp_path):
 def test_unknown_hub_name_is_said():
     with pytest.raises(InputError, match=r"data for nobody/no-such-data: expected a file, directory or Hub dataset"):
         load_conversations("nobody/no-such-data")
+
+
+def test_alpaca_rows_and_zstd_files_are_read(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Go.", "output": "gone"},
+        {"instruction": 3, "input": "x", "output": "y"},
+    ]
+    with pa.output_stream(str(tmp_path / "d.jsonl.zst"), compression="zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    found, report = read_conversations(str(tmp_path / "d.jsonl.zst"))
+    assert [one.messages[0]["content"] for one in found] == ["Add.\n\n1 2", "Say hi.", "Go."]
+    assert [one.messages[1]["content"] for one in found] == ["3", "hi", "gone"]
+    assert [entry["reason"] for entry in report.skipped] == ["not_text"]
+    (tmp_path / "bad.jsonl.zst").write_bytes(b"no zstd")
+    with pytest.raises(InputError, match=r"bad.jsonl.zst: expected a zstd file, got "):
+        read_conversations(str(tmp_path / "bad.jsonl.zst"))
+
+
+def test_a_shuffled_part_is_drawn_from_all(tmp_path):
+    rows = [{"id": f"c{n}", "prompt": f"say {n}", "completion": f"{n}"} for n in range(50)]
+    names = [one.id for one in read_conversations(rows, limit=10, shuffle_seed=3)[0]]
+    assert names == [one.id for one in read_conversations(rows, limit=10, shuffle_seed=3)[0]]
+    assert names != [one.id for one in read_conversations(rows, limit=10, shuffle_seed=4)[0]]
+    assert len(set(names)) == 10
+    assert max(int(name[1:]) for name in names) > 10
+
+
+def test_a_configuration_of_a_hub_data_set_is_named_behind_it(monkeypatch):
+    asked = []
+
+    def load(name, configuration=None, split=None):
+        asked.append((name, configuration, split))
+        return [{"prompt": "a", "completion": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in ("org/data", "org/data:main"):
+        found, report = read_conversations(name)
+        assert len(found) == 1
+        assert report.data == [name]
+    assert asked == [("org/data", None, "train"), ("org/data", "main", "train")]
+    assert hub_data(["org/data:main", "org/data", "mine.json"]) == ["org/data"]

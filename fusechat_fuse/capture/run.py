@@ -59,6 +59,7 @@ def represent(
     trust_remote_code: bool = False,
     split: str = "train",
     limit: int | None = None,
+    shuffle_seed: int | None = None,
     messages_column: str | None = None,
     strict: bool = False,
     encoding: str = "plain",
@@ -91,7 +92,7 @@ def represent(
         device_map: e.g. auto, one model over several devices; not together with several processes.
         attn_implementation: as transformers takes it.
         trust_remote_code: run code from the model's repository.
-        split, limit, messages_column: as `load_conversations` takes them.
+        split, limit, shuffle_seed, messages_column: as `load_conversations` takes them.
         strict: rows that would be skipped or repaired, and conversations the tokenizer or template refuses, are errors.
         encoding: plain (about 61 bytes per predicted token at k = 10 and prompts half the tokens) or compact (below 40,
             log-probabilities rounded within 1e-3 max(1, |lp|), ce within 1e-4).
@@ -117,7 +118,7 @@ def represent(
     process = Process.current()
     _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
-    reading = {"split": split, "limit": limit, "messages_column": messages_column}
+    reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
     if strict:
         _refuse_unusable(encoder, found, report)

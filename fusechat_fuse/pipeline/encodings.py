@@ -58,13 +58,16 @@ class DataReader:
             name: of the step, for what is said. options: all of `represent`.
         Raises: InputError where the data, the tokenizer or the template will be refused.
         """
-        key = (model, *(str(options[k]) for k in ("data_path", "limit", "template", "max_length", "top_k")))
+        key = (
+            model,
+            *(str(options[k]) for k in ("data_path", "limit", "shuffle_seed", "template", "max_length", "top_k")),
+        )
         if key not in self._encoded:
             self._encoded[key] = self._encode(name, model, options)
         return self._encoded[key]
 
     def _conversations(self, options: dict[str, Any]) -> list[Conversation]:
-        reading = {key: options[key] for key in ("split", "limit", "messages_column", "strict")}
+        reading = {key: options[key] for key in ("split", "limit", "shuffle_seed", "messages_column", "strict")}
         key = (*options["data_path"], *reading.values())
         if key not in self._read:
             self._read[key] = read_conversations(options["data_path"], **reading)[0]

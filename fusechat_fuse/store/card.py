@@ -25,6 +25,11 @@ def shown_name(name: str) -> str:
     return name if is_hub_name(name) else os.path.basename(os.path.abspath(name))
 
 
+def hub_data(names: list[str]) -> list[str]:
+    """The Hub's data sets among the names of data, without their configurations."""
+    return list(dict.fromkeys(name.partition(":")[0] for name in names if is_hub_name(name)))
+
+
 def card_text(metadata: dict[str, Any], lines: list[str]) -> str:
     """Front matter and text of a card."""
     return "\n".join(["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", *lines, ""])
@@ -56,7 +61,7 @@ def dataset_card(manifest: dict[str, Any], columns: list[str]) -> str:
     source = shown_name(_entry(manifest, "source", "model") or "the source")
     options = manifest.get("options") or {}
     metadata: dict[str, Any] = {"tags": ["fusechat", kind], "task_categories": ["text-generation"]}
-    if hub := [name for name in data if is_hub_name(name)]:
+    if hub := hub_data(data):
         metadata["source_datasets"] = hub
     files = [{"split": "train", "path": "shard-*.arrow"}]
     metadata["configs"] = [{"config_name": "default", "data_files": files}]

@@ -135,8 +135,14 @@ def _raw_messages(row: Any, column: str | None) -> list:
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return asked + said
+    if "instruction" in row and "output" in row and not column:
+        asked, more = row["instruction"], row.get("input")
+        if more and isinstance(asked, str):
+            asked = f"{asked}\n\n{more}"
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
     columns = ", ".join(map(str, row)) or "none"
-    expected = f"a list in column {column}" if column else "a column messages, conversations, or prompt and completion"
+    known = "a column messages, conversations, prompt and completion, or instruction and output"
+    expected = f"a list in column {column}" if column else known
     raise Unusable("not_chat", f"expected {expected}, got {columns}")
 
 
@@ -269,7 +275,13 @@ def _slice_of(row: dict) -> str | None:
 
 
 def read_conversations(
-    data, *, split: str = "train", strict: bool = False, limit: int | None = None, messages_column: str | None = None
+    data,
+    *,
+    split: str = "train",
+    strict: bool = False,
+    limit: int | None = None,
+    messages_column: str | None = None,
+    shuffle_seed: int | None = None,
 ) -> tuple[list[Conversation], ReadReport]:
     """Like `load_conversations`, as a list, with the report of what was skipped and repaired and why.
 
@@ -303,8 +315,10 @@ def read_conversations(
         for rule, detail in repairs:
             report.note("repair", number, name, rule, detail)
         found.append(Conversation(name, messages, digest, _slice_of(row) or of_file, number))
-        if len(found) == limit:
+        if len(found) == limit and shuffle_seed is None:
             break
+    if shuffle_seed is not None:
+        found = [found[n] for n in np.random.default_rng(shuffle_seed).permutation(len(found))[:limit]]
     if not found:
         first = report.skipped[0] if report.skipped else None
         got = f"none (row {first['row']}: {first['detail']})" if first else "no rows"
@@ -354,15 +368,18 @@ def load_conversations(
     strict: bool = False,
     limit: int | None = None,
     messages_column: str | None = None,
+    shuffle_seed: int | None = None,
 ):
     """Read chat data of any usual shape into one.
 
     Args:
-        path_or_name: .json, .jsonl, .ndjson (also .gz) or .parquet file, glob of such, directory (saved by `datasets`,
-            of such files, or a clone of a Hub data set), or Hub name; several of them in a list; a `DatasetDict`.
+        path_or_name: .json, .jsonl, .ndjson (also .gz, .zst) or .parquet file, glob of such, directory (saved by
+            `datasets`, of such files, or a clone of a Hub data set), Hub name (NAME:CONFIGURATION of one that has
+            several); several of them in a list; a `DatasetDict`.
         split: of a data set with several; in a directory of files their names tell it.
         strict: make every row that would be skipped or repaired an error that names file and row.
         limit: read no further once so many usable conversations are found.
+        shuffle_seed: shuffle by it before the limit counts; None: the first ones, in their order.
         messages_column: the column that holds the messages, where it is neither `messages` nor `conversations`.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
         of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight`, 0 or none,
@@ -373,7 +390,12 @@ def load_conversations(
     import datasets
 
     found, _ = read_conversations(
-        path_or_name, split=split, strict=strict, limit=limit, messages_column=messages_column
+        path_or_name,
+        split=split,
+        strict=strict,
+        limit=limit,
+        messages_column=messages_column,
+        shuffle_seed=shuffle_seed,
     )
     text = datasets.Value("string")
     message = {"role": text, "content": text}

@@ -23,9 +23,9 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import first_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-_KINDS = f"{', '.join(SUFFIXES)} or .gz of these texts"
+_KINDS = f"{', '.join(SUFFIXES)} or .gz or .zst of these texts"
 _WHERE = "a file, glob, directory or Hub name"
-_CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion"}
+_CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction", "output"}
 _UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 _ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
@@ -82,9 +82,9 @@ def _named(name: str, split: str) -> list[Source]:
 
 def _kind(path: Path) -> str | None:
     """The suffix by which a file is read, None where it is not."""
-    name = path.name.lower().removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     kind = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-    return None if kind == ".parquet" and path.suffix.lower() == ".gz" else kind
+    return None if kind == ".parquet" and path.suffix.lower() in (".gz", ".zst") else kind
 
 
 def _file(path: Path, root: Path, split: str) -> Source:
@@ -123,12 +123,24 @@ def _text(path: Path) -> str:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"data for {path}: expected a gzip file, got {error}. Replace it.") from error
+    if path.suffix.lower() == ".zst":
+        raw = _zstd(path)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"data for {path}: expected UTF-8 text, got byte {error.start} that is none. Convert it."
         ) from error
+
+
+def _zstd(path: Path) -> bytes:
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(str(path), compression="zstd") as stream:
+            return stream.read()
+    except OSError as error:
+        raise InputError(f"data for {path}: expected a zstd file, got {error}. Replace it.") from error
 
 
 def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
@@ -180,11 +192,12 @@ def _of_split(name, splits: Mapping, split: str) -> Any:
 
 
 def _loaded(name: str, split: str) -> Any:
-    """What `datasets` makes of a Hub name, or of a directory laid out like one."""
+    """What `datasets` makes of a Hub name (NAME:CONFIGURATION of one that has several), or of a directory like one."""
     import datasets
 
+    place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(place, configuration or None, split=split)
     except Exception as error:  # the hub's client raises many kinds; all mean the name cannot be loaded
         first = str(error).strip().split("\n")[0]
         raise InputError(f"data for {name}: expected a file, directory or Hub dataset, got {first}") from error

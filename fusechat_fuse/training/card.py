@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fusechat_fuse.identity import library_versions
-from fusechat_fuse.store.card import card_table, card_text, is_hub_name, shown_name
+from fusechat_fuse.store.card import card_table, card_text, hub_data, is_hub_name, shown_name
 from fusechat_fuse.training.dataset import tell_apart
 
 PAPER = "https://arxiv.org/abs/2408.07990"
@@ -98,7 +98,7 @@ def _metadata(pivot: str, data: list[str], *, plain: bool) -> dict:
     }
     if is_hub_name(pivot):
         metadata |= {"base_model": pivot, "base_model_relation": "finetune"}
-    if named := [name for name in data if is_hub_name(name)]:
+    if named := hub_data(data):
         metadata["datasets"] = named
     return metadata
 
