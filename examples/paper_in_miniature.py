@@ -59,6 +59,7 @@ CHANGES = {  # one change at a time from "multi"
     "choice min_ce": ("min_ce", {**OURS, "fusion_function": "min_ce"}),
     "choice min_ce_token": ("min_ce", {**OURS, "fusion_function": "min_ce_token"}),
     "choice avg_ce": ("avg_ce", {**OURS, "fusion_function": "avg_ce", "fusion_tail": "drop"}),
+    "choice avg_ce_slice": ("ours", {**OURS, "fusion_function": "avg_ce_slice"}),
     "fallback pivot": ("ours", {**OURS, "fusion_fallback": "pivot"}),
     "unit token": ("token", {**OURS, "ce_unit": "token"}),
     "tail drop": ("ours", {**OURS, "fusion_tail": "drop"}),

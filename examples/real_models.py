@@ -45,6 +45,7 @@ MORE = {  # changes of one option of ours, and the paper's choice whole; by regi
         "ours, lambda 0.7": {"lm_loss_weight": 0.7},
         "ours, label noise 0": {"label_noise": 0.0},
         "ours, avg_ce": {"fusion_function": "avg_ce"},
+        "ours, avg_ce_slice": {"fusion_function": "avg_ce_slice"},
         "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
     },
     (48, 4): {
@@ -57,6 +58,7 @@ MORE = {  # changes of one option of ours, and the paper's choice whole; by regi
         "ours, mapping exact": {"mapping": "exact"},
         "ours, min_ce": {"fusion_function": "min_ce"},
         "ours, avg_ce": {"fusion_function": "avg_ce"},
+        "ours, avg_ce_slice": {"fusion_function": "avg_ce_slice"},
         "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
     },
 }

@@ -24,19 +24,19 @@ def test_every_choice_equals_the_reference(choice, unit, temperature):
             assert mine == pytest.approx({u: x for u, x in expected.items() if x > 0}, rel=2e-5)
 
 
-@pytest.mark.parametrize("choice", ["min_ce", "min_ce_token", "min_ce_slice"])
+@pytest.mark.parametrize("choice", ["min_ce", "min_ce_token", "min_ce_slice", "avg_ce_slice"])
 @pytest.mark.parametrize("fallback", ["pivot", "label"])
-@pytest.mark.parametrize("slice_takes_source", [True, False])
-def test_where_no_source_is_taken_the_fallback_stands(choice, fallback, slice_takes_source):
+@pytest.mark.parametrize("slice_weight", [0.0, 0.7, 1.0])
+def test_where_no_source_is_taken_the_fallback_stands(choice, fallback, slice_weight):
     for seed in range(6):
         row = aligned_row(seed, vocab_size=9)
-        options = {"fallback": fallback, "slice_takes_source": slice_takes_source}
+        options = {"fallback": fallback, "slice_weight": slice_weight}
         got = fusion_distribution(row, choice=choice, **options)
         for p, expected in enumerate(reference_choice(row, choice, "token", 1.0, **options)):
             mine = {u: x for u, x in distribution(got.ids[p], got.probs[p]).items() if x > 0}
             assert mine == pytest.approx({u: x for u, x in expected.items() if x > 0}, rel=2e-5)
         if choice == "min_ce_slice":
-            assert got.source_share == slice_takes_source
+            assert got.source_share == (slice_weight > 0)
 
 
 def test_the_unit_of_ce_can_turn_the_choice():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -35,19 +36,22 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("how", [{}, {"pattern": "^[a-z]+"}], ids=["column", "pattern"])
 def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
-    takes_source = source_by_slice(data, ce_unit="token", **how)
-    assert [takes_source(row) for row in data] == [False, True] * 20
-    assert takes_source.choice.table["good"]["conversations"] == 20
-    assert takes_source({"id": "good-99", "slice": "good"})  # evaluation data: by the slice's name
+    weight = source_by_slice(data, ce_unit="token", **how)
+    assert [weight(row) > 0 for row in data] == [False, True] * 20
+    assert weight.choice.table["good"]["conversations"] == 20
+    pivot, source = weight.choice.table["good"]["medians"]  # of right and wrong answers together
+    assert weight(data[1]) == pytest.approx(math.exp(-source) / (math.exp(-source) + math.exp(-pivot)))
+    assert weight({"id": "good-99", "slice": "good"}) == weight(data[1])  # evaluation data: by the slice's name
 
 
 def test_data_combined_by_slice_bring_their_choice(tmp_path):
-    table = {"": {"best": 0}, "bad": {"best": 2}, "good": {"best": 0}}  # against what these rows say
+    table = {"": (0, [1, 1, 1]), "bad": (2, [3, 9, 1]), "good": (0, [1, 2, 3])}  # against what these rows say
+    table = {name: {"best": best, "medians": medians} for name, (best, medians) in table.items()}
     data = load_representation(
         aligned_directory(tmp_path / "c", sliced_rows(), kind="combined", slices=table, slice_models=[])
     )
-    takes_source = source_by_slice(data, ce_unit="token")
-    assert [takes_source(row) for row in data] == [True, False] * 20
+    weight = source_by_slice(data, ce_unit="token")
+    assert [weight(row) for row in data] == [pytest.approx(1 / (1 + math.exp(-2))), 0] * 20
 
 
 def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog):

@@ -9,9 +9,10 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
     avg_ce        both, with weights proportional to exp(-CE)
     min_ce_token  the same choice as min_ce for each predicted token by -log P(actual token)
     min_ce_slice  one choice for each slice of the data, by the median CE over its conversations (`slice_choice.py`)
+    avg_ce_slice  the same choice; where the source serves the slice both, with weights proportional to exp(-median CE)
     source        always the source's
 
-Where a min_ce choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,
+Where a choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,
 `label` the label with probability 1, so that the label carries the whole weight, as in plain fine-tuning.
 
 The kept entries of a distribution leave out its tail, of mass t. With the *tail* `drop` (the paper) a label in it is
@@ -42,8 +43,10 @@ CHOICES = {  # name -> the columns that it reads
     "avg_ce": (*_PIVOT, *_SOURCE, "source_ce"),
     "min_ce_token": (*_PIVOT, *_SOURCE, "source_token_ce", "mapped_mass"),
     "min_ce_slice": (*_PIVOT, *_SOURCE, "source_ce"),
+    "avg_ce_slice": (*_PIVOT, *_SOURCE, "source_ce"),
     "source": _SOURCE,
 }
+BY_SLICE = ("min_ce_slice", "avg_ce_slice")  # which need `slice_weight`
 FALLBACKS = ("pivot", "label")
 
 
@@ -67,7 +70,7 @@ def fusion_distribution(
     fallback: str = "pivot",
     tail: str = "drop",
     label_noise: float = 0.0,
-    slice_takes_source: bool = False,
+    slice_weight: float = 0.0,
 ) -> FusionDistribution:
     """The fusion distribution q of every predicted token of one conversation.
 
@@ -79,7 +82,7 @@ def fusion_distribution(
         fallback: pivot or label; avg_ce and source have none.
         tail: drop, or label: what stands for the entries that were not kept.
         label_noise: e >= 0, for tail label.
-        slice_takes_source: for min_ce_slice, what was chosen for the slice of this conversation.
+        slice_weight: for those of BY_SLICE, the source's weight in the slice of this conversation; 0: it is not taken.
 
     Returns:
         FusionDistribution, of mass at most 1 (under tail label at most 2); an unanswered position of the source has no
@@ -96,8 +99,10 @@ def fusion_distribution(
     source = _source(row, fuse_temperature, noise)
     if choice == "source":
         return FusionDistribution(*source, 1.0)
-    if choice == "min_ce_slice":
-        return _source_or(source, slice_takes_source, _fallback(row, fallback, fuse_temperature, noise))
+    if choice == "avg_ce_slice" and slice_weight > 0:
+        return _mix(_pivot(row, fuse_temperature, noise), source, slice_weight)
+    if choice in BY_SLICE:
+        return _source_or(source, slice_weight > 0, _fallback(row, fallback, fuse_temperature, noise))
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
         return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, noise))

@@ -17,6 +17,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.training.choice import (
+    BY_SLICE,
     CHOICES,
     FALLBACKS,
     TAILS,
@@ -45,7 +46,7 @@ class FusionCollator:
         label_noise: for fusion_tail label, the share of labels that may be wrong.
         fuse_temperature: T > 0 of the fusion distribution.
         ce_unit: token or byte, for the choice by conversation.
-        slice_choice: for min_ce_slice, whether a row's slice takes the source (`slice_choice.source_by_slice`).
+        slice_choice: for a choice by slice, the source's weight in a row's slice (`slice_choice.source_by_slice`).
         packing: put all conversations of a batch into one row with restarting position ids (no padding). The model's
             attention must honour position ids (FlashAttention, flex, and transformers' own sdpa and eager masks do).
         pad_to_multiple_of: round T up (tensor cores).
@@ -63,7 +64,7 @@ class FusionCollator:
     fusion_fallback: str = "pivot"
     fusion_tail: str = "drop"
     label_noise: float = 0.0
-    slice_choice: Callable[[dict], bool] | None = None
+    slice_choice: Callable[[dict], float] | None = None
     packing: bool = False
     pad_to_multiple_of: int | None = None
     _options: dict = field(init=False, repr=False, default_factory=dict)
@@ -112,7 +113,7 @@ class FusionCollator:
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
         require_columns(row, "input_ids", "predicted")
-        fused = fusion_distribution(row, **self._options, slice_takes_source=self._slice_takes_source(row))
+        fused = fusion_distribution(row, **self._options, slice_weight=self._slice_weight(row))
         self._check(row, fused)
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
         mass = row.get("mapped_mass")
@@ -130,13 +131,13 @@ class FusionCollator:
             ),
         }
 
-    def _slice_takes_source(self, row: dict) -> bool:
-        if self.fusion_function != "min_ce_slice":
-            return False
+    def _slice_weight(self, row: dict) -> float:
+        if self.fusion_function not in BY_SLICE:
+            return 0.0
         if self.slice_choice is None:
             raise InputError(
-                "slice_choice for min_ce_slice: expected what source_by_slice makes of the training data, got none. "
-                "Give it, or let FusionTrainer build the collator."
+                f"slice_choice for {self.fusion_function}: expected what source_by_slice makes of the training data, "
+                "got none. Give it, or let FusionTrainer build the collator."
             )
         return self.slice_choice(row)
 

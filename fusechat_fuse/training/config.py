@@ -53,8 +53,9 @@ class FusionConfig(TrainingArguments):
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
             "help": "Which distribution to train on: min_ce_slice (one for each slice of the data, by the median "
-            "cross-entropy), min_ce (lower cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token "
-            "(per token), source (always the source's) (preset: min_ce_slice, paper min_ce).",
+            "cross-entropy), avg_ce_slice (the same, source and pivot mixed where the source is chosen), min_ce (lower "
+            "cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token (per token), source (always the "
+            "source's) (preset: min_ce_slice, paper min_ce).",
             "choices": list(CHOICES),
         },
     )
@@ -83,7 +84,9 @@ class FusionConfig(TrainingArguments):
     )
     slice_column: str = field(
         default="slice",
-        metadata={"help": "What names the slices of min_ce_slice: slice (the data's own) or auto (prompt clusters)."},
+        metadata={
+            "help": "What names the slices of a choice by slice: slice (the data's own) or auto (prompt clusters)."
+        },
     )
     slice_pattern: str | None = field(
         default=None, metadata={"help": "A regular expression on the ids that names the slices instead."}

@@ -5,6 +5,7 @@ process comes to the same ones. Data that were combined by slice bring theirs in
 """
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -24,7 +25,8 @@ LOOKED_AT = 20_000  # conversations of an iterable, which may have no end
 
 @dataclass(frozen=True)
 class SourceBySlice:
-    """Whether a conversation takes the source's distribution, by its slice.
+    """The source's weight in the distribution of a conversation, by its slice: 0 where the pivot serves it, else
+    exp(-s) / (exp(-s) + exp(-p)) by the medians s of the slice's source and p of the pivot.
 
     names: (id, content hash) -> slice, of the training data; pattern: names others by their id; else the row's own
     column does. choice: 0 is the pivot, more a source.
@@ -35,8 +37,10 @@ class SourceBySlice:
     pattern: str | None = None
     models: list[str] | None = None  # whose medians they are, where the data say it
 
-    def __call__(self, row: dict) -> bool:
-        return self.choice.of(self._name(row)) > 0
+    def __call__(self, row: dict) -> float:
+        name = self._name(row)
+        medians, best = self.choice.medians(name), self.choice.of(name)
+        return 1 / (1 + math.exp(min(medians[best] - medians[0], 0.0))) if best > 0 else 0.0
 
     def _name(self, row: dict) -> str:
         name = self.names.get((row["id"], row.get("content_hash")))

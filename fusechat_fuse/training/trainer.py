@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, first_conversations
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import check_length, check_rows, open_dataset, source_names
@@ -170,7 +171,7 @@ class FusionTrainer(Trainer):
         """Give the collator the choice of every slice of the training data, where the arguments ask for it."""
         args, collator = self.args, self.data_collator
         data = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        if not self._own_collator or args.fusion_function != "min_ce_slice" or data is None:
+        if not self._own_collator or args.fusion_function not in BY_SLICE or data is None:
             return
         wanted = {"ce_unit": args.ce_unit, "column": args.slice_column, "pattern": args.slice_pattern}
         if self._sliced_by != wanted:

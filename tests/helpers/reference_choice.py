@@ -11,7 +11,7 @@ def distribution(ids, probs):
     return out
 
 
-def reference_choice(row, choice, unit, temperature, fallback="pivot", slice_takes_source=False):
+def reference_choice(row, choice, unit, temperature, fallback="pivot", slice_weight=0.0):
     """Per predicted token {id: probability}, in plain Python floats."""
     pivot, source = [], []
     for p in range(len(row["predicted"])):
@@ -26,11 +26,14 @@ def reference_choice(row, choice, unit, temperature, fallback="pivot", slice_tak
     if unit == "byte":
         pivot_ce *= len(pivot) / sum(int(e - s) for s, e in zip(row["start"], row["end"]))
         source_ce *= row["source_tokens"] / row["source_bytes"]
-    taken = {"source": True, "min_ce": source_ce < pivot_ce, "min_ce_slice": slice_takes_source}
+    taken = {"source": True, "min_ce": source_ce < pivot_ce, "min_ce_slice": slice_weight > 0}
     if choice in taken:
         return source if taken[choice] else otherwise
     if choice == "min_ce_token":
         better = [s < c and m > 0 for s, c, m in zip(row["source_token_ce"], row["ce"], row["mapped_mass"])]
         return [s if b else o for b, s, o in zip(better, source, otherwise)]
+    if choice == "avg_ce_slice" and not slice_weight:
+        return otherwise
     weight = math.exp(-source_ce) / (math.exp(-source_ce) + math.exp(-pivot_ce))
+    weight = slice_weight if choice == "avg_ce_slice" else weight
     return [{u: weight * s.get(u, 0.0) + (1 - weight) * p.get(u, 0.0) for u in {*s, *p}} for s, p in zip(source, pivot)]
