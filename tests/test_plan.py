@@ -12,6 +12,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.steps import ranks_of
+from tests.helpers.gguf_files import gguf_file
 from tests.helpers.recipes import CHATS, recipe_of
 from tests.helpers.tiny_models import SIZES, tiny_model
 
@@ -147,6 +148,27 @@ def test_adapters_leave_a_whole_target_and_small_checkpoints(planned):
     alone = row(planned(train={**kept, "save_strategy": "no"}), "train target-one")
     assert adapters["disk_bytes"] == alone["disk_bytes"] < whole["disk_bytes"] / 2
     assert adapters["flops"] == pytest.approx(whole["flops"] * 2 / 3)
+
+
+def test_quantised_weights_take_less_and_a_server_takes_all(recipe_models, planned, tmp_path):
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=4096)
+    pivot = without_weights(recipe_models, tmp_path / "7b", config)
+    same = {"template": "native", "dtype": "bfloat16"}
+    whole, four, served = (
+        row(planned("h100", pivot=pivot, represent={**same, **more}), "represent pivot")
+        for more in ({}, {"load_in_4bit": True}, {"server": "http://there:8000"})
+    )
+    assert whole["memory_bytes"] - four["memory_bytes"] == pytest.approx((2 - 0.56) * 6.6e9, rel=0.02)
+    assert served["predicted_tokens"] == whole["predicted_tokens"]
+    assert (served["memory_bytes"], served["gpus"], "flops" in served) == (0, 0, False)
+
+
+def test_a_gguf_file_is_planned_without_its_weights(planned, tmp_path):
+    gguf_file(tmp_path / "tiny.gguf")
+    found = planned(pivot=str(tmp_path / "tiny.gguf"))
+    assert not [warning for warning in found["warnings"] if "will fail" in warning]
+    by_option = planned(pivot={"model": str(tmp_path), "represent": {"gguf_file": "tiny.gguf"}})
+    assert row(by_option, "represent pivot")["tokens"] == row(found, "represent pivot")["tokens"]
 
 
 def test_cut_and_refused_conversations_are_counted(planned, tmp_path):

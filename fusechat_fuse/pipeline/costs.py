@@ -32,6 +32,7 @@ UTILIZATION = 0.4
 BASE_OF_MODELS = 980 << 20  # of a process on a CPU with torch and transformers, measured; and of those without
 BASE = {"align": 140 << 20, "combine": 130 << 20, "compare": 110 << 20}
 _HEAD_CHUNK = {"represent": {"cpu": 128 << 20, "gpu": 1 << 30}, "train": {"cpu": 32 << 20, "gpu": 512 << 20}}
+_QUANTIZED = {"load_in_4bit": 0.56, "load_in_8bit": 1.03}  # bytes of a weight, with its scales
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -104,7 +105,13 @@ def represent_memory(size: ModelSize, options: dict[str, Any], tokens: int, pred
     of_weight = BYTES.get(options["dtype"], size.stored_bytes)
     activations = tokens * (6 * size.hidden + 3 * size.intermediate) * of_weight
     logits = min(_HEAD_CHUNK["represent"][device], 4 * predicted * size.vocab_size)
-    return size.parameters * of_weight + activations + 2 * logits
+    return _held(size, options, of_weight) + activations + 2 * logits
+
+
+def _held(size: ModelSize, options: dict[str, Any], of_weight: int) -> int:
+    """Bytes of the weights, those of the layers quantised where the options say so."""
+    of_layer = next((_QUANTIZED[name] for name in _QUANTIZED if options.get(name)), of_weight)
+    return int((size.parameters - size.head) * of_layer) + size.head * of_weight
 
 
 def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: str, shards: int = 1) -> int:
@@ -115,7 +122,9 @@ def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: 
     """
     of_weight, bf16 = BYTES[options["dtype"]], device == "gpu" and options["bf16"] is not False
     trained = 0 if options["lora_r"] else size.parameters
-    state = (size.parameters + 3 * trained) * of_weight + (2 * size.parameters if bf16 and shards == 1 else 0)
+    state = (
+        _held(size, options, of_weight) + 3 * trained * of_weight + (2 * size.parameters if bf16 and shards == 1 else 0)
+    )
     kept = size.layers * size.layer_elements()
     if _checkpoints(options):
         kept = size.layers * size.hidden + size.layer_elements()

@@ -18,7 +18,7 @@ import yaml
 
 from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_config, model_file
+from fusechat_fuse.models import load_config, model_file, with_gguf
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
@@ -116,7 +116,7 @@ class _Planner:
         return row
 
     def _size(self, options: Options) -> costs.ModelSize:
-        model, trust = self._known(options["model_name_or_path"]), options["trust_remote_code"]
+        model, trust = self._known(options), options["trust_remote_code"]
         if model not in self.sizes:
             self.sizes[model] = costs.size_of(model, trust_remote_code=trust)
             self._warn_of_architecture(model, trust)
@@ -143,10 +143,12 @@ class _Planner:
         largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max())
         of_largest = len(largest) * int(encoded.lengths[largest].max()), int(encoded.predicted[largest].sum())
         predicted, tokens = encoded.total(encoded.predicted), encoded.total(encoded.lengths)
+        stored = {**self._tokens(encoded), "disk_bytes": self._stored_bytes(encoded, options)}
+        if options["server"]:  # the model, its memory and its time are the server's
+            return stored
         return {
-            **self._tokens(encoded),
+            **stored,
             "padding_share": 1 - encoded.lengths.sum() / padded,
-            "disk_bytes": self._stored_bytes(encoded, options),
             "memory_bytes": costs.represent_memory(size, options, *of_largest, device),
             "flops": size.forward_flops(tokens / encoded.lengths.sum() * padded, predicted),
         }
@@ -233,10 +235,11 @@ class _Planner:
         return file.stat().st_size if file else 0
 
     def _encodings(self, step: Step, options: Options) -> Encodings:
-        return self.data.encodings(step.key, self._known(options["model_name_or_path"]), options)
+        return self.data.encodings(step.key, self._known(options), options)
 
-    def _known(self, model: str) -> str:
-        """The pivot for what this recipe makes of it."""
+    def _known(self, options: Options) -> str:
+        """The model of a step; the pivot for what this recipe makes of it."""
+        model = str(with_gguf(options["model_name_or_path"], options.get("gguf_file")))
         return self.pivot if Path(model).is_relative_to(self.recipe.output_dir) else model
 
     def _warn_of_architecture(self, model: str, trust: bool) -> None:
