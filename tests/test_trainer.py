@@ -49,7 +49,8 @@ def test_last_step_with_fewer_batches_is_normalised_by_its_own_tokens(tmp_path):
 @pytest.mark.parametrize("change", [{"lean_head": False}, {"packing": True}, {"activation_checkpointing": True}])
 def test_other_ways_to_the_same_loss(tmp_path, change):
     rows = aligned_rows(12)
-    assert_same_run(run(tmp_path, rows, **change), run(tmp_path, rows), tolerance=3e-5)
+    plain = {"optim": "sgd"}  # Adam makes a whole step of a gradient that rounding alone has
+    assert_same_run(run(tmp_path, rows, **plain, **change), run(tmp_path, rows, **plain), tolerance=3e-5)
 
 
 def test_compiled(tmp_path):

@@ -11,6 +11,10 @@ seconds    FLOPs / (the GPU's peak x UTILIZATION)
 
 from __future__ import annotations
 
+import functools
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +33,8 @@ GPUS = {  # dense bfloat16 FLOPs a second, GiB (the vendor's data sheets)
     "b200": (2250e12, 180),
 }
 UTILIZATION = 0.4
-BASE_OF_MODELS = 980 << 20  # of a process on a CPU with torch and transformers, measured; and of those without
-BASE = {"align": 140 << 20, "combine": 130 << 20, "compare": 110 << 20}
+BASE = {"align": 140 << 20, "combine": 130 << 20, "compare": 110 << 20}  # of a process on a CPU without torch, measured
+_IMPORTS = "import torch, datasets; from transformers import AutoModelForCausalLM, Trainer"
 _HEAD_CHUNK = {"represent": {"cpu": 128 << 20, "gpu": 1 << 30}, "train": {"cpu": 32 << 20, "gpu": 512 << 20}}
 _QUANTIZED = {"load_in_4bit": 0.56, "load_in_8bit": 1.03}  # bytes of a weight, with its scales
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -142,6 +146,18 @@ def train_factor(options: dict[str, Any]) -> int:
 
 def _checkpoints(options: dict[str, Any]) -> bool:
     return bool(options.get("activation_checkpointing") or options.get("gradient_checkpointing"))
+
+
+@functools.cache
+def base_of_models() -> int:
+    """Of a process on a CPU with torch and transformers, from one that has loaded them: builds differ by half a GiB.
+
+    0 where Linux does not say.
+    """
+    code = f"{_IMPORTS}; print(open('/proc/self/status').read())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"VmHWM:\s*(\d+) kB", said)
+    return int(1024 * 1.03 * int(found[1])) if found else 0
 
 
 def gpu_of(name: str) -> tuple[float, int]:

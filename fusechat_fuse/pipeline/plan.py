@@ -102,7 +102,7 @@ class _Planner:
             row |= self._merge(step)
         memory = row.get("memory_bytes", 0)
         if self.gpu is None:
-            memory += costs.BASE.get(step.arguments[0], costs.BASE_OF_MODELS)
+            memory += costs.BASE.get(step.arguments[0]) or costs.base_of_models()
         elif "flops" in row:
             memory //= spread
             row["gpus"] = ranks * spread
