@@ -66,7 +66,7 @@ def test_a_server_gives_what_the_model_gives(kind, pivot, expected, serving, tmp
     before = served.asked
     represent(pivot, CHATS, tmp_path / "r", template="native", server=served.url, server_kind=kind)
     assert served.asked == before + 2  # the probe alone: all shards are there
-    with pytest.raises(InputError, match="expected"):  # what the model itself gave is another run's
+    with pytest.raises(InputError, match=r"got another run's \(model.fingerprint = "):  # another run's
         represent(pivot, CHATS, tmp_path / "r", template="native")
 
 
@@ -175,6 +175,7 @@ def changed(name, value):
             {},
             r"status 400: .*greater than max.* vLLM must be started with --max-logprobs 10",
         ),
+        (changed("babbles", True), "vllm", {}, r"expected JSON from /v1/completions, got '<html>'"),
         (changed("kind", "sglang"), "vllm", {}, "expected one of kind vllm, got: Client error '404 Not Found'"),
         (None, "vllm", {"server_kind": "tgi"}, "server_kind for represent: expected one of vllm, sglang, got 'tgi'"),
         (
@@ -202,6 +203,16 @@ def test_what_cannot_be_relied_on_is_refused_in_a_sentence(change, kind, options
             pivot, CHATS, tmp_path / "r", template="native", **{"server": served.url, "server_kind": kind, **options}
         )
     assert not (tmp_path / "r").exists()
+
+
+def test_sglang_calls_the_last_id_of_the_vocabulary_0():
+    protocol, rest = PROTOCOLS["sglang"], [[None, 5, None], [-1.0, 0, None]]
+    told = {
+        "meta_info": {"input_token_logprobs": rest, "input_top_logprobs": [None, [[-0.5, 3, None], [-1.0, 639, None]]]}
+    }
+    assert protocol.answer(told, [5, 639], [1], 2).ids == [[3, 639]]
+    with pytest.raises(ValueError, match="entries of other tokens"):
+        protocol.answer(told, [6, 639], [1], 2)
 
 
 def test_two_servers_must_serve_one_model(pivot, serving, tmp_path):

@@ -144,7 +144,12 @@ class ServerRunner:
                 f"server {url}: expected an answer, got status {response.status_code}: "
                 f"{' '.join(response.text.split())[:300]} {self.protocol.advice(self.top_k)}"
             )
-        return orjson.loads(response.content)
+        try:
+            return orjson.loads(response.content)
+        except ValueError as error:
+            raise InputError(
+                f"server {url}: expected JSON from {self.protocol.path}, got {response.text[:100]!r}. Check the address."
+            ) from error
 
     def _rest(self, url: str, error: Exception) -> None:
         """Give a server's place back after a while, longer after each failure."""
@@ -171,6 +176,8 @@ class ServerRunner:
             about = self.protocol.about(self._client, url)
             bodies = [self.protocol.body(about.name, ids, 1, self.top_k, heat) for heat in (0.0, 2.0)]
             plain, heated = (self.protocol.answer(self._post(url, body), ids, positions, self.top_k) for body in bodies)
+        except InputError:
+            raise
         except (httpx.HTTPError, _Busy, ValueError) as error:
             raise InputError(
                 f"server {url}: expected one of kind {self.protocol.kind}, got: {first_line(error)}. Check the address."

@@ -3,7 +3,9 @@
 import base64
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from tests.helpers.json_handler import JsonHandler
 
 
 class HubServer(ThreadingHTTPServer):
@@ -29,13 +31,13 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: HubServer
 
     def do_GET(self):
         if self.path == "/api/whoami-v2":
-            return self._say({"name": "user", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
-        return self._say({"error": "not here"}, 404)
+            return self.say({"name": "user", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        return self.say({"error": "not here"}, 404)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -43,31 +45,20 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             self.server.repos.append(asked)
             name = f"{asked.get('organization') or 'user'}/{asked['name']}"
-            return self._say({"url": f"{self.server.endpoint}/{name}", "name": name})
+            return self.say({"url": f"{self.server.endpoint}/{name}", "name": name})
         if self.server.refuses:
-            return self._say({"error": "Forbidden: the token may not write."}, 403)
+            return self.say({"error": "Forbidden: the token may not write."}, 403)
         if self.path == "/api/validate-yaml":
-            return self._say({"errors": [], "warnings": []})
+            return self.say({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
             ]
-            return self._say({"files": files})
+            return self.say({"files": files})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             name = self.path.removeprefix("/api/models/").split("/commit/")[0]
-            return self._say({"commitUrl": f"{self.server.endpoint}/{name}/commit/0", "commitOid": "0" * 40})
-        return self._say({"error": "not here"}, 404)
-
-    def _say(self, what: dict, status: int = 200):
-        body = json.dumps(what).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+            return self.say({"commitUrl": f"{self.server.endpoint}/{name}/commit/0", "commitOid": "0" * 40})
+        return self.say({"error": "not here"}, 404)

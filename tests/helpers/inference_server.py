@@ -2,15 +2,17 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import torch
+
+from tests.helpers.json_handler import JsonHandler
 
 
 class InferenceServer(ThreadingHTTPServer):
     """`url`, `asked` (requests so far), and what can be changed: `fails` (answers left that are errors of `status`),
-    `lives` (requests after which it is dead), `bends` (temperature counts), `silent` (no log-probabilities), `most`
-    (largest k), `text_of` (what it says that a token is).
+    `lives` (requests after which it is dead), `bends` (temperature counts), `silent` (no log-probabilities), `babbles`
+    (no JSON), `most` (largest k), `text_of` (what it says that a token is).
 
     Args:
         model: causal language model. tokenizer: its own. kind: vllm or sglang.
@@ -23,7 +25,7 @@ class InferenceServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
         self.asked, self.fails, self.status, self.most = 0, 0, 503, 20
-        self.bends = self.silent = False
+        self.bends = self.silent = self.babbles = False
         self.lives = 10**9
         self.text_of = lambda token: tokenizer.decode([token])
         self.lock = threading.Lock()
@@ -44,7 +46,7 @@ class InferenceServer(ThreadingHTTPServer):
         return torch.log_softmax(logits / (temperature if self.bends and temperature else 1.0), -1)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: InferenceServer
 
     def do_GET(self):
@@ -56,26 +58,26 @@ class _Handler(BaseHTTPRequestHandler):
                 "/get_server_info": {"version": "0.5", "max_req_input_len": 256},
             },
         }[self.server.kind].get(self.path)
-        self._say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
+        self.say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked += 1
         if self.server.asked > self.server.lives:
             return self.connection.close()
+        if self.server.babbles:
+            return self.send(b"<html>", 200)
         if self.server.fails > 0:
             self.server.fails -= 1
-            return self._say({"message": "not now"}, self.server.status)
+            return self.say({"message": "not now"}, self.server.status)
         return self._vllm(body) if self.server.kind == "vllm" else self._sglang(body)
 
     def _vllm(self, body):
         ids, k = body["prompt"], body["prompt_logprobs"]
         if k > self.server.most:
-            return self._say(
-                {"error": {"message": f"Requested prompt logprobs of {k}, which is greater than max"}}, 400
-            )
+            return self.say({"error": {"message": f"Requested prompt logprobs of {k}, which is greater than max"}}, 400)
         if self.server.silent:
-            return self._say({"choices": [{"text": "x", "prompt_logprobs": None}]})
+            return self.say({"choices": [{"text": "x", "prompt_logprobs": None}]})
         entries = [None]
         for token, row in zip(ids[1:], self.server.logprobs(ids, body["temperature"])):
             top = row.topk(k).indices.tolist()
@@ -87,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
                     for t, r in ranks.items()
                 }
             )
-        return self._say({"choices": [{"text": "x", "prompt_logprobs": entries}]})
+        return self.say({"choices": [{"text": "x", "prompt_logprobs": entries}]})
 
     def _sglang(self, body):
         ids, start, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
@@ -99,15 +101,4 @@ class _Handler(BaseHTTPRequestHandler):
             own.append([float(row[token]), token, text(token)])
             best.append([[float(row[t]), t, text(t)] for t in row.topk(k).indices.tolist()])
         meta = {} if self.server.silent else {"input_token_logprobs": own, "input_top_logprobs": best}
-        return self._say({"text": "", "meta_info": meta})
-
-    def _say(self, what, status: int = 200):
-        body = json.dumps(what).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+        return self.say({"text": "", "meta_info": meta})
