@@ -225,38 +225,35 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(recipe_models, tmp_path_factory):
-    """A recipe of one source, planned, then run."""
+    """A recipe of one source, run; what it made, and its plan before and after."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = recipe_of(recipe_models, folder, ("one",), plain=False, held_out=str(recipe_models / "held.json"))
-    planned = plan(recipe, options_of=_options_of)
-    record = run(recipe, check=_options_of)
-    return SimpleNamespace(
-        recipe=recipe, folder=folder, planned=planned, record=record, content=content(folder / "out")
-    )
+    before = plan(recipe, options_of=_options_of)
+    run(recipe, check=_options_of)
+    after = plan(recipe, options_of=_options_of)
+    return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=content(folder / "out"))
 
 
 @pytest.mark.slow
 def test_what_was_planned_is_what_was_measured(finished):
-    out, place = finished.folder / "out", {"represent": "representations", "align": "aligned", "train": "models"}
-    place |= {"merge": "merged", "evaluate": "held_out"}
-    assert finished.planned["exact"]
-    assert not finished.planned["warnings"]
-    expected = measured = 0
-    for row in finished.planned["steps"]:
-        stage, _, name = row["step"].partition(" ")
-        assert row["memory_bytes"] == pytest.approx(finished.record[row["step"]]["peak_bytes"], rel=0.25), row["step"]
-        if stage not in place or name == "compare":
-            continue
-        folder = out / place[stage] / name
-        expected += row["disk_bytes"]
-        measured += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if (folder / "manifest.json").exists():
-            counts = json.loads((folder / "manifest.json").read_text())["counts"]
-            assert [row[key] for key in ("conversations", "predicted_tokens", "tokens")] == [
-                counts[key] for key in ("conversations", "predicted_tokens", "tokens")
-            ]
-            assert stage == "align" or row["padding_share"] == pytest.approx(counts["padding_share"], abs=1e-4)
-    assert expected == pytest.approx(measured, rel=0.1)
+    assert finished.before["exact"]
+    assert not finished.before["warnings"]
+    rows, steps = finished.after["steps"], steps_of(read_recipe(finished.recipe))
+    planned = [{**row, "seconds": None, "measured": False} for row in finished.before["steps"]]
+    measures = ("measured_disk_bytes", "measured_memory_bytes")
+    assert [
+        {**{k: v for k, v in row.items() if k not in measures}, "seconds": None, "measured": False} for row in rows
+    ] == planned  # what was measured stands beside the plan and does not move it
+    for row, step in zip(rows, steps, strict=True):
+        assert row["memory_bytes"] == pytest.approx(row["measured_memory_bytes"], rel=0.25), row["step"]
+        if step.stage in ("represent", "align") or step.arguments[0] == "represent":
+            counts = json.loads((step.output / "manifest.json").read_text())["counts"]
+            for key in ("conversations", "predicted_tokens", "tokens"):
+                assert row[key] == counts[key]
+            assert row.get("padding_share") == pytest.approx(counts.get("padding_share"), abs=1e-4)
+    of_files = [row for row, step in zip(rows, steps) if step.arguments[0] != "compare"]
+    disk = sum(row["measured_disk_bytes"] for row in of_files)
+    assert sum(row["disk_bytes"] for row in of_files) == pytest.approx(disk, rel=0.1)
 
 
 @pytest.mark.slow

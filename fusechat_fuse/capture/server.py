@@ -148,7 +148,7 @@ class ServerRunner:
             return orjson.loads(response.content)
         except ValueError as error:
             raise InputError(
-                f"server {url}: expected JSON from {self.protocol.path}, got {response.text[:100]!r}. Check the address."
+                f"server {url}: expected JSON from {self.protocol.path}, got {response.text[:99]!r}. Check the address."
             ) from error
 
     def _rest(self, url: str, error: Exception) -> None:

@@ -74,9 +74,14 @@ def size_of(model, *, trust_remote_code: bool = False) -> ModelSize:
     config = load_config(model, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever code of a model raises
+            return _counted(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), config)
+    except Exception as error:  # whatever code of a model raises, or a configuration lacks
         raise InputError(f"model for {model}: expected one that can be counted, got {first_line(error)}.") from error
+
+
+def _counted(built, config) -> ModelSize:
+    import torch
+
     text = config.get_text_config()
     counted = {name: parameter.numel() for name, parameter in built.named_parameters()}
     experts = sum(count for name, count in counted.items() if ".experts." in name)
@@ -98,6 +103,13 @@ def size_of(model, *, trust_remote_code: bool = False) -> ModelSize:
         vocab_size=len(embedding),
         stored_bytes=torch.empty(0, dtype=stored).element_size(),
     )
+
+
+def bytes_of(dtype: str) -> int:
+    """Of a weight in a dtype; raises InputError for one that is none."""
+    if dtype not in BYTES:
+        raise InputError(f"dtype of weights: expected one of {', '.join(BYTES)}, got {dtype!r}. Use one.")
+    return BYTES[dtype]
 
 
 def represent_memory(size: ModelSize, options: dict[str, Any], tokens: int, predicted: int, device: str) -> int:
@@ -124,7 +136,7 @@ def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: 
     Args:
         tokens: of the largest batch, padding included. shards: ranks that share the training state (FSDP, ZeRO-3).
     """
-    of_weight, bf16 = BYTES[options["dtype"]], device == "gpu" and options["bf16"] is not False
+    of_weight, bf16 = bytes_of(options["dtype"]), device == "gpu" and options["bf16"] is not False
     trained = 0 if options["lora_r"] else size.parameters
     state = (
         _held(size, options, of_weight) + 3 * trained * of_weight + (2 * size.parameters if bf16 and shards == 1 else 0)

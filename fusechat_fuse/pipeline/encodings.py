@@ -15,6 +15,9 @@ from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, Unusable, read_conversations
 from fusechat_fuse.text.templates import check_template, resolve_template
 
+_READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
+_DECISIVE = ("data_path", *_READING, "pivot_name_or_path", "template", "max_length", "top_k")
+
 
 @dataclass(frozen=True)
 class Encodings:
@@ -58,16 +61,13 @@ class DataReader:
             name: of the step, for what is said. options: all of `represent`.
         Raises: InputError where the data, the tokenizer or the template will be refused.
         """
-        key = (
-            model,
-            *(str(options[k]) for k in ("data_path", "limit", "shuffle_seed", "template", "max_length", "top_k")),
-        )
+        key = (model, *(str(options[name]) for name in _DECISIVE))
         if key not in self._encoded:
             self._encoded[key] = self._encode(name, model, options)
         return self._encoded[key]
 
     def _conversations(self, options: dict[str, Any]) -> list[Conversation]:
-        reading = {key: options[key] for key in ("split", "limit", "shuffle_seed", "messages_column", "strict")}
+        reading = {name: options[name] for name in _READING}
         key = (*options["data_path"], *reading.values())
         if key not in self._read:
             self._read[key] = read_conversations(options["data_path"], **reading)[0]

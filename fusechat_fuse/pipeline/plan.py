@@ -47,9 +47,10 @@ def plan(
         sample: conversations encoded of each data set, at even distances; tokens are exact where it has no more.
 
     Returns: `steps`: of each step its `step` and where known `conversations`, `predicted_tokens`, `tokens`,
-        `padding_share`, `disk_bytes`, `memory_bytes` (of one rank), `ranks`, `gpus`, `flops`, `seconds`, `measured`
-        (whether the time is); `totals`; `warnings`, sentences, also on steps that will fail, which have no figures;
-        `exact`, whether every conversation was encoded.
+        `padding_share`, `disk_bytes`, `memory_bytes` (of one rank; of a GPU where `gpu` is given and a model runs),
+        `ranks`, `gpus`, `flops`, `seconds`, `measured` (whether the time is), and of what has run
+        `measured_disk_bytes`, `measured_memory_bytes` (main memory of its largest process); `totals`; `warnings`,
+        sentences, also on steps that will fail, which have no figures; `exact`, whether every conversation was encoded.
 
     Raises: InputError for a bad recipe, an unknown GPU.
     """
@@ -79,12 +80,22 @@ class _Planner:
     def row(self, step: Step) -> dict[str, Any]:
         """What one step costs; nothing but a warning where it will fail."""
         row: dict[str, Any] = {"step": step.key, "ranks": ranks_of(step.command)[0], "gpus": 0, "disk_bytes": 0}
+        row |= self._measured(step)
         try:
             return row | self._figures(step)
         except InputError as error:
             if not any(warning.endswith(str(error)) for warning in self.warnings):  # what a step before stumbles over
                 self.warnings.append(f"{step.key} will fail: {error}")
             return row
+
+    def _measured(self, step: Step) -> dict[str, int]:
+        """What a step that has run took, beside which its plan can be looked at."""
+        entry = self.record.get(step.key, {})
+        if "output" not in entry:
+            return {}
+        disk = sum(file.stat().st_size for file in step.output.rglob("*") if file.is_file())
+        memory = {"measured_memory_bytes": entry["peak_bytes"]} if entry.get("peak_bytes") else {}
+        return {"measured_disk_bytes": disk, **memory}
 
     def _figures(self, step: Step) -> dict[str, Any]:
         options = {} if step.stage == "merge" else self._options(step)
@@ -101,12 +112,11 @@ class _Planner:
         elif step.stage == "merge":
             row |= self._merge(step)
         memory = row.get("memory_bytes", 0)
-        if self.gpu is None:
-            memory += costs.BASE.get(step.arguments[0]) or costs.base_of_models()
-        elif "flops" in row:
-            memory //= spread
-            row["gpus"] = ranks * spread
-        row["memory_bytes"] = memory
+        if self.gpu is None or "flops" not in row:  # main memory
+            row["memory_bytes"] = memory + (costs.BASE.get(step.arguments[0]) or costs.base_of_models())
+            return row
+        memory //= spread
+        row |= {"gpus": ranks * spread, "memory_bytes": memory}
         if self.room and memory > self.room:
             self.warnings.append(
                 f"{step.key} needs about {memory / 2**30:.0f} GiB on each GPU, and {self.gpu} has "
@@ -165,7 +175,7 @@ class _Planner:
     def _stored_bytes(self, encoded: Encodings, options: Options) -> int:
         shards = -(-encoded.conversations // options["shard_size"])
         rows = encoded.total(encoded.row_bytes) * (_COMPACT if options["encoding"] == "compact" else 1)
-        tokenizer = self._tokenizer_bytes(options["model_name_or_path"])
+        tokenizer = self._tokenizer_bytes(self._known(options))
         return round(rows) + encoded.conversations * _ROW + shards * _SHARD + _STORE + tokenizer
 
     def _aligned(self, step: Step) -> dict[str, Any]:
@@ -205,11 +215,11 @@ class _Planner:
 
     def _trained_bytes(self, size: costs.ModelSize, options: Options) -> int:
         """The target, and the checkpoints that stay beside it: weights and Adam's two moments."""
-        saved = size.parameters * costs.BYTES[options["save_dtype"] or options["dtype"]]
+        saved = size.parameters * costs.bytes_of(options["save_dtype"] or options["dtype"])
         kept = options["save_total_limit"] or int(options["num_train_epochs"])
         kept = 0 if options["save_strategy"] == "no" or options["lora_r"] else kept  # an adapter is small
         moments = 1 if options["save_only_model"] else 3
-        state = size.parameters * moments * costs.BYTES[options["dtype"]]
+        state = size.parameters * moments * costs.bytes_of(options["dtype"])
         return saved + kept * state + _TARGET + self._tokenizer_bytes(self.pivot)
 
     def _merge(self, step: Step) -> dict[str, Any]:
@@ -218,7 +228,7 @@ class _Planner:
         written = config.get("out_dtype") or config["dtype"]
         models = len(config["models"]) + 1
         return {
-            "disk_bytes": size.parameters * costs.BYTES[written] + self._tokenizer_bytes(self.pivot),
+            "disk_bytes": size.parameters * costs.bytes_of(written) + self._tokenizer_bytes(self.pivot),
             "memory_bytes": size.largest * 4 * (models + 2),
         }
 
@@ -246,7 +256,7 @@ class _Planner:
         from mergekit.architecture import arch_info_for_config
 
         config = load_config(model, trust_remote_code=trust)
-        known = config.architectures and arch_info_for_config(config)
+        known = len(config.architectures or []) == 1 and arch_info_for_config(config)
         if model == self.pivot and self.recipe.merges and not known:
             self.warnings.append(
                 f"merge: mergekit does not know {(config.architectures or ['an unnamed architecture'])[0]} and goes by "

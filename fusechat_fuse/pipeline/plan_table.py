@@ -20,9 +20,13 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     if gpu:
         end += f" ({totals['gpu_seconds'] / 3600:.2f} GPU hours)"
     how = "every conversation was encoded" if found["exact"] else "from a sample of the conversations"
-    of_time = "* measured or by what was measured"
+    of_time = "* measured"
     of_time += f"; others at {UTILIZATION:.0%} of {gpu}'s bfloat16 peak, one stage after the other" if gpu else ""
-    place = f"of {gpu}" if gpu else "of a process without a GPU; --gpu NAME for one"
+    place = (
+        f"of {gpu} where a model runs, else main memory" if gpu else "of a process without a GPU; --gpu NAME for one"
+    )
+    if any("measured_disk_bytes" in row for row in found["steps"]):
+        place += "; in brackets what was measured, of memory the largest process's main memory"
     lines += ["", f"{end}; {how}.", f"Memory: {place}. Times: {of_time}."]
     return [*lines, *(f"WARNING  {warning}" for warning in found["warnings"])]
 
@@ -31,14 +35,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
     def cell(key: str, form: str, scale: int | float = 1) -> str:
         return form.format(row[key] if scale == 1 else row[key] / scale) if row.get(key) else "-"
 
+    def beside(key: str, form: str, scale: int | float) -> str:
+        return f" ({form.format(row[key] / scale)})" if key in row else ""
+
     hours = row.get("seconds", 0) * row["gpus"] / 3600
     return [
         f"{row['step']} x {row['ranks']}" if row["ranks"] > 1 else row["step"],
         cell("conversations", "{:,}"),
         cell("predicted_tokens", "{:,}"),
         cell("padding_share", "{:.1%}"),
-        cell("disk_bytes", "{:,.1f} MB", 1e6),
-        cell("memory_bytes", "{:.2f} GiB", 2**30),
+        cell("disk_bytes", "{:,.2f}", 1e6) + beside("measured_disk_bytes", "{:,.2f}", 1e6) + " MB",
+        cell("memory_bytes", "{:.2f}", 2**30) + beside("measured_memory_bytes", "{:.2f}", 2**30) + " GiB",
         cell("flops", "{:.1e}"),
         cell("seconds", "{:,.0f} s") + ("*" if row["measured"] else ""),
         f"{hours:.2f}" if hours else "-",

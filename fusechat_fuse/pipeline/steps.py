@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import as_flags
 from fusechat_fuse.pipeline.recipe import Model, Recipe
 
@@ -193,9 +194,7 @@ def ranks_of(command: list[str]) -> tuple[int, bool]:
     """How many processes a launcher starts (1 where it does not say), and whether they share the training state."""
     words = [part for word in command for part in word.split("=", 1)]
     after = {word.lstrip("-").replace("-", "_"): value for word, value in pairwise(words) if word.startswith("-")}
-    said: dict[str, Any] = {}
-    if "config_file" in after and Path(after["config_file"]).is_file():
-        said = yaml.safe_load(Path(after["config_file"]).read_text(encoding="utf-8")) or {}
+    said = _accelerate_config(after["config_file"]) if "config_file" in after else {}
 
     def number(*names: str) -> int:
         texts = [str(after[name]) for name in names if name in after]
@@ -203,7 +202,18 @@ def ranks_of(command: list[str]) -> tuple[int, bool]:
 
     ranks = number("nproc_per_node") * max(number("nnodes"), 1) or number("num_processes", "ntasks", "n")
     sharded = said.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after or "use_deepspeed" in after
-    return ranks or int(said.get("num_processes") or 1), sharded
+    told = said.get("num_processes")
+    return ranks or (told if isinstance(told, int) and told > 0 else 1), sharded
+
+
+def _accelerate_config(path: str) -> dict[str, Any]:
+    try:
+        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"launcher's --config_file {path}: expected a readable YAML file, got: {error}.") from error
+    if not isinstance(said, dict):
+        raise InputError(f"launcher's --config_file {path}: expected name: value pairs, got {said!r}.")
+    return said
 
 
 def absolute(model: str) -> str:
