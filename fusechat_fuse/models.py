@@ -6,13 +6,13 @@ loaded.
 
 from __future__ import annotations
 
-import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import read_json
 
 logger = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # what transformers raises for a model that cannot be read
@@ -65,7 +65,8 @@ def adapter_base(model) -> str | None:
     file = Path(model) / "adapter_config.json"
     if not file.is_file() or (Path(model) / "config.json").is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    found = read_json(file, "adapter's configuration")
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     if not base:
         raise InputError(f"adapters for {model}: expected base_model_name_or_path in {file.name}, got none. Add it.")
     return str(base)

@@ -66,8 +66,7 @@ def _split(text: str) -> tuple[dict, str]:
 
 def _metadata(metadata: dict, summary: dict) -> dict:
     """The front matter with base_model, base_model_relation and tags; what was there stays."""
-    named = metadata.get("base_model") or []
-    named = [named] if isinstance(named, str) else list(named)
+    named = _names(metadata.get("base_model"))
     models = [summary["pivot"], *summary["targets"].values()]
     named = [model for model in models if HUB_NAME.fullmatch(model)] + named
     tags = [*(metadata.get("tags") or []), "mergekit", "merge", "fusechat", summary["method"]]
@@ -80,16 +79,24 @@ def _metadata(metadata: dict, summary: dict) -> dict:
         result |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
     else:
         result.pop("base_model", None)  # an empty list, where all models are local directories
-    data = [*(metadata.get("datasets") or []), *(name for model in models for name in _datasets_of(model))]
+    data = [name for card in (metadata, *map(_front_matter, models)) for name in _names(card.get("datasets"))]
     if data:
         result["datasets"] = list(dict.fromkeys(data))
     return result
 
 
-def _datasets_of(model: str) -> list[str]:
-    """The data sets that a target's own card names, where the target is a directory with one."""
+def _names(entry) -> list[str]:
+    """What a card gives as one name or as a list of them."""
+    return [entry] if isinstance(entry, str) else list(entry or [])
+
+
+def _front_matter(model: str) -> dict:
+    """The metadata of a target's own card, where the target is a directory with one that can be read."""
     readme = Path(model) / "README.md"
-    return _split(readme.read_text(encoding="utf-8"))[0].get("datasets") or [] if readme.is_file() else []
+    try:
+        return _split(readme.read_text(encoding="utf-8"))[0] if readme.is_file() else {}
+    except yaml.YAMLError:  # someone else's card
+        return {}
 
 
 def _section(summary: dict, recipe: str, picture: bool) -> str:

@@ -522,13 +522,14 @@ def test_alpaca_rows_and_zstd_files_are_read(tmp_path):
         {"instruction": "Say hi.", "input": "", "output": "hi"},
         {"instruction": "Go.", "output": "gone"},
         {"instruction": 3, "input": "x", "output": "y"},
+        {"instruction": "Sum.", "input": {"a": 1}, "output": "1"},
     ]
     with pa.output_stream(str(tmp_path / "d.jsonl.zst"), compression="zstd") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     found, report = read_conversations(str(tmp_path / "d.jsonl.zst"))
     assert [one.messages[0]["content"] for one in found] == ["Add.\n\n1 2", "Say hi.", "Go."]
     assert [one.messages[1]["content"] for one in found] == ["3", "hi", "gone"]
-    assert [entry["reason"] for entry in report.skipped] == ["not_text"]
+    assert [entry["reason"] for entry in report.skipped] == ["not_text"] * 2
     (tmp_path / "bad.jsonl.zst").write_bytes(b"no zstd")
     with pytest.raises(InputError, match=r"bad.jsonl.zst: expected a zstd file, got "):
         read_conversations(str(tmp_path / "bad.jsonl.zst"))

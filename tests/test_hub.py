@@ -12,7 +12,7 @@ import pytest
 
 from fusechat_fuse import load_representation
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.card import dataset_card
+from fusechat_fuse.store.card import dataset_card, is_hub_name
 from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.training.run import train
 from tests.helpers.hub_server import HubServer
@@ -55,6 +55,17 @@ def test_a_target_is_pushed_whole_where_asked_and_only_then(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_that_is_to_be_pushed_is_pushed_at_its_end(tmp_path):
+    with HubServer() as hub:
+        done = trained(tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert hub.commits == 1  # not at its checkpoints
+    finished = json.loads(hub.files["fusion_run.json"])
+    assert finished["finished"]
+    assert hub.files["model.safetensors"] == (tmp_path / "target" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 def test_a_push_that_fails_leaves_a_finished_target_and_the_command(tmp_path):
     with HubServer(refuses=True) as hub:
         done = trained(tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
@@ -90,6 +101,17 @@ def test_the_card_of_a_store_lets_the_hub_read_it(kind, tmp_path):
     loaded = datasets.load_dataset(str(on_the_hub), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == len(there)
     assert decode_row(loaded[3])["topk_ids"].tolist() == there[3]["topk_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        *[("org/data", True), ("org/data:main", True), ("data/*.json", False), ("./x/y", False), ("x.json", False)],
+        *[("/a/b", False), ("a/b/c", False), ("../a", False), ("~/a", False)],
+    ],
+)
+def test_names_of_the_hub(name, hub):
+    assert is_hub_name(name) == hub
 
 
 def test_the_card_of_a_representation_names_model_data_and_columns():

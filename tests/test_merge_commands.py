@@ -635,7 +635,9 @@ def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
 def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsys):
     out = tmp_path / "merged"
     target = Path(yaml.safe_load(config.read_text())["models"][0]["model"])
-    (target / "README.md").write_text("---\ndatasets:\n- FuseAI/FuseChat-Mixture\n---\n# A target\n")
+    other = Path(yaml.safe_load(config.read_text())["models"][1]["model"])
+    (target / "README.md").write_text("---\ndatasets: FuseAI/FuseChat-Mixture\n---\n# A target\n")
+    (other / "README.md").write_text("---\ndatasets: [a: b\n---\nno YAML\n")
     assert cli.main(["yaml", str(config), str(out), "--quiet", "--no-copy-tokenizer"]) == 0
     for _ in range(2):
         assert cli.main(["card", str(out)]) == 0

@@ -319,6 +319,11 @@ def test_what_counts_is_content_not_dates(tmp_path):
     before = module._digest(folder)
     (folder / "model.safetensors").write_bytes(b"y" * 10)  # of the same size: another merge, say
     assert module._digest(folder) != before
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"x" * 10)
+    before = module._digest(gguf)
+    gguf.write_bytes(b"xy" * 5)
+    assert module._digest(gguf) != before
     pattern = tmp_path / "*" / "config.json"
     before = module._digest(pattern)
     (folder / "config.json").write_text("[]")

@@ -109,6 +109,9 @@ def test_adapters_count_with_their_base(tmp_path):
     before = identify(tmp_path / "adapters")["fingerprint"]
     assert before != identify(base)["fingerprint"]
     settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        represent(tmp_path / "adapters", CHATS, tmp_path / "c", template="native")
     settings["base_model_name_or_path"] = None
     (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"expected base_model_name_or_path in adapter_config\.json, got none"):

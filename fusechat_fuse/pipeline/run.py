@@ -27,6 +27,7 @@ from typing import Any
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.identity import add_samples
+from fusechat_fuse.models import is_gguf
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of
@@ -163,8 +164,13 @@ def _digest(path: Path) -> str:
 
 @functools.cache
 def _file_digest(path: Path, size: int, changed: int) -> str:
-    """Read once by a run; the arguments after the path tell whether a file is still the same within it."""
-    return file_sha256(path)[:16]
+    """Read once by a run; the arguments after the path tell whether a file is still the same within it. Of a GGUF file,
+    which is a model, samples as of the files in a model's directory."""
+    if not is_gguf(path):
+        return file_sha256(path)[:16]
+    found = hashlib.sha256()
+    add_samples(found, path)
+    return found.hexdigest()[:16]
 
 
 class _Progress:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import yaml
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # of a data set, its configuration
 _WHAT = {
     "representation": "Top-{k} next-token distributions of **{model}**",
     "aligned": "Next-token distributions of **{source}** at the tokens and in the vocabulary of **{model}**",
@@ -17,7 +19,7 @@ _WHAT = {
 
 def is_hub_name(name: str) -> bool:
     """Whether a name of a model or data set is one of the Hub's."""
-    return not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/"))
+    return bool(_HUB_NAME.fullmatch(name)) and not os.path.exists(name)
 
 
 def shown_name(name: str) -> str:

@@ -137,8 +137,8 @@ def _raw_messages(row: Any, column: str | None) -> list:
         return asked + said
     if "instruction" in row and "output" in row and not column:
         asked, more = row["instruction"], row.get("input")
-        if more and isinstance(asked, str):
-            asked = f"{asked}\n\n{more}"
+        if more:
+            asked = f"{asked}\n\n{more}" if isinstance(asked, str) and isinstance(more, str) else [asked, more]
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
     columns = ", ".join(map(str, row)) or "none"
     known = "a column messages, conversations, prompt and completion, or instruction and output"

@@ -9,7 +9,7 @@ from tests.helpers.json_handler import JsonHandler
 
 
 class HubServer(ThreadingHTTPServer):
-    """`endpoint` for HF_ENDPOINT; `files` is path -> content as the last commit left them, `repos` what was made.
+    """`endpoint` for HF_ENDPOINT; `files` is path -> content as the last of `commits` left them, `repos` what was made.
 
     Args:
         refuses: answer uploads with 403.
@@ -20,6 +20,7 @@ class HubServer(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.files: dict[str, bytes] = {}
         self.repos: list[dict] = []
+        self.commits = 0
         self.refuses = refuses
 
     def __enter__(self):
@@ -56,6 +57,7 @@ class _Handler(JsonHandler):
             ]
             return self.say({"files": files})
         if "/commit/" in self.path:
+            self.server.commits += 1
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
