@@ -302,7 +302,7 @@ def test_a_run_killed_ten_times_ends_with_the_same_files(finished, recipe_models
     }
 
 
-def test_what_counts_is_content_not_dates(tmp_path):
+def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -321,9 +321,11 @@ def test_what_counts_is_content_not_dates(tmp_path):
     assert module._digest(folder) != before
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"x" * 10)
-    before = module._digest(gguf)
-    gguf.write_bytes(b"xy" * 5)
-    assert module._digest(gguf) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
+        before = module._digest(gguf)
+        gguf.write_bytes(b"xy" * 5)
+        assert module._digest(gguf) != before
     pattern = tmp_path / "*" / "config.json"
     before = module._digest(pattern)
     (folder / "config.json").write_text("[]")

@@ -7,6 +7,7 @@ from collections import namedtuple
 import pytest
 import transformers
 
+from fusechat_fuse import represent
 from fusechat_fuse.capture import distributions
 from fusechat_fuse.cli import _options_of, main
 from fusechat_fuse.errors import InputError
@@ -221,6 +222,42 @@ def test_chunks_are_those_of_capture_and_loss():
     of_represent, of_train = costs._HEAD_CHUNK["represent"], costs._HEAD_CHUNK["train"]
     assert of_represent == {"cpu": distributions.CHUNK_BYTES["cpu"], "gpu": distributions.CHUNK_BYTES["cuda"]}
     assert of_train == {"cpu": 4 * loss._ROW_BUDGET["cpu"], "gpu": 4 * loss._ROW_BUDGET["other"]}  # float32 logits
+
+
+def test_padding_is_what_shards_and_budgets_make_of_it(recipe_models, planned, tmp_path):
+    rows = [
+        {**chat, "id": str(n), "conversations": [chat["conversations"][0], answer(n)]} for n, chat in enumerate(CHATS)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    options = {"template": "native", "dtype": "float32", "shard_size": 7, "tokens_per_batch": 2000}
+    found = planned(data=str(tmp_path / "d.json"), represent=options)
+    own = represent(recipe_models / "pivot", str(tmp_path / "d.json"), tmp_path / "r", **options)
+    share = own.manifest["counts"]["padding_share"]
+    assert share > 0.02
+    assert row(found, "represent pivot")["padding_share"] == pytest.approx(share, abs=1e-4)
+
+
+def answer(n: int) -> dict[str, str]:
+    return {"from": "gpt", "value": "the end " * (1 + n * 7 % 11)}
+
+
+def test_activation_checkpointing_saves_activations(planned):
+    whole, less = (
+        row(planned("h100", train={"max_steps": 1, **more}), "train target-one")
+        for more in ({}, {"activation_checkpointing": True})
+    )
+    assert less["memory_bytes"] < whole["memory_bytes"]
+    assert less["flops"] == pytest.approx(whole["flops"] * 4 / 3)
+
+
+def test_what_is_finished_needs_no_more_disk(planned, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    needed = planned()["totals"]["disk_bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
+    assert any(warning.startswith("disk: ") for warning in planned()["warnings"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": {"output": "x"}}))
+    assert not any(warning.startswith("disk: ") for warning in planned()["warnings"])
 
 
 def test_measured_times_are_taken_and_carried_over(planned, tmp_path):

@@ -18,7 +18,7 @@ from fusechat_fuse.capture.server_protocols import PROTOCOLS
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import load_fast_tokenizer
-from tests.helpers.inference_server import InferenceServer
+from tests.helpers.inference_server import LONGEST, InferenceServer
 from tests.helpers.recipes import CHATS
 from tests.helpers.tiny_runs import pivot_directory
 
@@ -221,10 +221,11 @@ def test_two_servers_must_serve_one_model(pivot, serving, tmp_path):
         represent(pivot, CHATS, tmp_path / "r", template="native", server=urls)
 
 
-def test_conversations_are_cut_to_what_the_server_takes(pivot, serving, tmp_path):
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_conversations_are_cut_to_what_the_server_takes(kind, pivot, serving, tmp_path):
     long = [{"id": "x", "conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "the " * 600}]}]
-    found = represent(pivot, long, tmp_path / "r", template="native", server=serving().url)
-    assert found[0]["input_ids"].shape == (256,)
+    found = represent(pivot, long, tmp_path / "r", template="native", server=serving(kind).url, server_kind=kind)
+    assert found[0]["input_ids"].shape == (LONGEST,)
 
 
 def test_the_command(pivot, serving, tmp_path, capsys):

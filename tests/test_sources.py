@@ -108,6 +108,8 @@ def test_adapters_count_with_their_base(tmp_path):
         assert np.abs(own - without).max() > 0.01
     before = identify(tmp_path / "adapters")["fingerprint"]
     assert before != identify(base)["fingerprint"]
+    pivot_directory(tmp_path / "base", seed=1)
+    assert identify(tmp_path / "adapters")["fingerprint"] != before
     settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     (tmp_path / "adapters" / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"adapter_config\.json"):

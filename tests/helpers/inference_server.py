@@ -8,6 +8,8 @@ import torch
 
 from tests.helpers.json_handler import JsonHandler
 
+LONGEST = 200  # tokens of a prompt that it takes
+
 
 class InferenceServer(ThreadingHTTPServer):
     """`url`, `asked` (requests so far), and what can be changed: `fails` (answers left that are errors of `status`),
@@ -52,10 +54,13 @@ class _Handler(JsonHandler):
     def do_GET(self):
         name = self.server.name
         found = {
-            "vllm": {"/v1/models": {"data": [{"id": name, "max_model_len": 257}]}, "/version": {"version": "0.32.0"}},
+            "vllm": {
+                "/v1/models": {"data": [{"id": name, "max_model_len": LONGEST + 1}]},
+                "/version": {"version": "0.32.0"},
+            },
             "sglang": {
                 "/get_model_info": {"model_path": name},
-                "/get_server_info": {"version": "0.5", "max_req_input_len": 256},
+                "/get_server_info": {"version": "0.5", "max_req_input_len": LONGEST},
             },
         }[self.server.kind].get(self.path)
         self.say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
@@ -74,6 +79,8 @@ class _Handler(JsonHandler):
 
     def _vllm(self, body):
         ids, k = body["prompt"], body["prompt_logprobs"]
+        if len(ids) + body["max_tokens"] > LONGEST + 1:
+            return self.say({"error": {"message": "the prompt is longer than the maximum model length"}}, 400)
         if k > self.server.most:
             return self.say({"error": {"message": f"Requested prompt logprobs of {k}, which is greater than max"}}, 400)
         if self.server.silent:
