@@ -38,7 +38,7 @@ def facts(command: str, root: Path, packages: tuple[str, ...], finished: bool = 
 
 def sentence(about: dict) -> str:
     """The facts in Markdown."""
-    took = "some rows missing" if about["minutes"] is None else f"{about['minutes']} minutes in all starts"
+    took = "what was finished" if about["minutes"] is None else f"{about['minutes']} minutes in all starts"
     return f"`{about['command']}`, {took}, {about['machine']}; {about['versions']}."
 
 
