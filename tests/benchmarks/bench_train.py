@@ -98,7 +98,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
 
     model = build(shape, device)
     if device == "cuda":
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     rows = rows_of(shape, shape["batch"])
     with tempfile.TemporaryDirectory() as folder:
         trainers = {way: trainer_of(way, model, shape, device, folder) for way in ways}

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.gpu.bench_capture [--save FOLDER]
 
-Random weights, bfloat16, 32k and 152k entries, 512 conversations of about 400 tokens, half of them prompts. The bare
+Random weights, bfloat16, 32k and 152k entries, 2,048 conversations of about 400 tokens, half of them prompts. The bare
 forward runs the same length-sorted batches, all logits of every position, tokens ready and no top-k taken. `represent`
 tokenizes, templates, hashes and writes. Cross-entropies are compared on the first batch.
 """
@@ -53,13 +53,12 @@ def ours(model, tokenizer, rows) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"tokenizer": tokenizer, "template": "openchat_3.5", "tokens_per_batch": BUDGET}
-        represent(model, rows[:32], f"{folder}/warm", **options)
         stored = {}
 
         def step():
             stored["r"] = represent(model, rows, f"{folder}/{time.monotonic_ns()}", **options)
 
-        found = card.measure(step, turns=1, warmups=0)
+        found = card.measure(step, turns=1)
         first = next(row for row in stored["r"] if row["id"] == rows[0]["id"])
         predicted = stored["r"].manifest["counts"]["predicted_tokens"]
         return {**found, "ce": float(first["ce"].mean(dtype=np.float64)), "predicted": predicted}
@@ -76,7 +75,7 @@ def main() -> None:
     print(f"{card.describe()}\n     V attention     predicted/s  of bare  peak GiB beyond weights (bare)")
     for V in (32_000, 151_936) if on_gpu else (1000,):
         model = bench_train.build({**base, "vocab": V}, card.device().type).eval()
-        rows = bench_represent.make_conversations(512 if on_gpu else 8)
+        rows = bench_represent.make_conversations(2048 if on_gpu else 8)
         for attention in ("sdpa", "flash_attention_2") if V < 100_000 else ("sdpa",):
             try:
                 model.set_attn_implementation(attention)

@@ -5,7 +5,7 @@
 Ways as in bench_train: plain (transformers' own Trainer), lean (FusionTrainer), full (FusionTrainer over all logits),
 dense (the released way, whose distributions are [B, T, V]), none (no head). Half the tokens are prompts. Peak: all that
 is allocated, weights and gradients included. --fsdp: `accelerate launch` with this repository's fsdp.yaml and one
-process over a 1B-shaped pivot, killed after its first checkpoint, resumed, and compared with a run that nothing stopped.
+process over a 1B-shaped pivot, killed after a checkpoint, resumed, and compared with a run that nothing stopped.
 """
 
 import argparse
@@ -39,11 +39,10 @@ def steps(shape: dict) -> list[dict]:
         trainer.current_gradient_accumulation_steps, losses = 1, []
 
         def step(way=way, trainer=trainer, losses=losses):
-            model.zero_grad()
             losses.append(bench_train.one_step(way, trainer, model, rows, dict(batch), count, shape["vocab"]))
 
         held = _allocated()
-        found = card.measure(step, turns=3)
+        found = card.measure(step, turns=3, forget=model.zero_grad)
         if way in ("lean", "full"):
             losses.append(trainer.meters["train"].read(trainer.accelerator, 0.9)["lm_loss"])
         model.zero_grad()
@@ -121,7 +120,8 @@ def main() -> None:
     print("way    s/step  tokens/s  peak GiB")
     for line in lines:
         peak = card.cell(line["peak"] and line["peak"] / 2**30, "10.2f")
-        print(f"{line['way']:6}{card.cell(line['seconds'], '7.3f')}{card.cell(line['tokens_per_second'], '10.0f')}{peak}")
+        seconds, rate = card.cell(line["seconds"], "7.3f"), card.cell(line["tokens_per_second"], "10.0f")
+        print(f"{line['way']:6}{seconds}{rate}{peak}")
     if options.fsdp:
         large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12}
         lines.append(fsdp(large if on_gpu else {}))

@@ -27,15 +27,18 @@ def describe() -> dict:
     return found
 
 
-def measure(step: Callable[[], object], turns: int, warmups: int = 1) -> dict:
-    """Median seconds of `step` and the most memory that was allocated beyond what was before; or what it died of."""
+def measure(step: Callable[[], object], turns: int, *, forget: Callable[[], object] | None = None) -> dict:
+    """Median seconds of `step` after one turn to warm up, and the most memory that was allocated beyond what was held
+    before it; or what it died of. `forget` lets go of the last turn's results first."""
     seconds, peak = [], 0
     try:
-        for turn in range(warmups + turns):
+        for turn in range(1 + turns):
+            if forget is not None:
+                forget()
             gc.collect()
             before = _reset_peak()
             spent = _timed(step)
-            if turn >= warmups:
+            if turn:
                 seconds.append(spent)
                 peak = max(peak, _peak() - before)
     except torch.OutOfMemoryError:
