@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusechat_fuse.alignment.combination import combine
     from fusechat_fuse.alignment.run import align
+    from fusechat_fuse.capture.released import import_released
     from fusechat_fuse.capture.run import represent
     from fusechat_fuse.evaluation.answers import answer
     from fusechat_fuse.evaluation.comparison import compare
@@ -31,6 +32,7 @@ __all__ = [
     "combine",
     "compare",
     "fusion_loss",
+    "import_released",
     "load_conversations",
     "load_representation",
     "represent",
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "load_conversations": "text.conversations",
     "represent": "capture.run",
+    "import_released": "capture.released",
     "load_representation": "store.shards",
     "answer": "evaluation.answers",
     "compare": "evaluation.comparison",

@@ -72,6 +72,26 @@ def _represent(options: dict[str, Any]) -> None:
     end_process_group()
 
 
+def _import_flags(parser: FlagParser) -> None:
+    parser.add_argument("released", metavar="RELEASED", nargs="+", help="data sets with per_step_logits, saved to disk")
+    add_flag(
+        parser, "model_name_or_path", required=True, help="the tokenizer that made the ids (the pivot's, if aligned)"
+    )
+    add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
+    add_flag(parser, "template", "native", help="native, a built-in template's name, or a .jinja file")
+    add_flag(parser, "max_length", 2048, help="tokens to which conversations were cut")
+    add_flag(parser, "shard_size", 256, help="conversations per shard")
+    add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
+    add_flag(parser, "trust_remote_code", False, help="run code that comes with the tokenizer")
+
+
+def _import(options: dict[str, Any]) -> None:
+    from fusechat_fuse import import_released
+
+    manifest = import_released(**options).manifest
+    _say({**manifest["counts"], **manifest["released"]})
+
+
 def _compare_flags(parser: FlagParser) -> None:
     parser.add_argument("representations", metavar="R", nargs="+", help="two or more directories that represent wrote")
     add_flag(parser, "output_dir", help="where compare.json, compare.md and compare.png go (default: nowhere)")
@@ -231,6 +251,7 @@ COMMANDS = {
     "run": ("Carry out a recipe: every stage below, the merge and a report.", _run_flags, _run_recipe),
     "plan": ("Say what a recipe costs, and what of it will fail, before anything runs.", _plan_flags, _plan),
     "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
+    "import": ("Take distributions that others released for a model's own, or aligned.", _import_flags, _import),
     "compare": ("Show which model knows which slice of the data better.", _compare_flags, _compare),
     "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
     "combine": ("Combine several aligned sources.", _combine_flags, _combine),

@@ -39,13 +39,15 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
     """
     opened = load_representation(path)
     kind = opened.manifest["kind"]
-    if html is not None and kind != "aligned":
+    has_source = "join" in opened.manifest  # what import made of released data has no source representation
+    if html is not None and not has_source:
+        got = "imported data" if kind == "aligned" else f"a {kind}"
         raise InputError(
-            f"page for {opened.path}: expected an aligned directory, got a {kind}. Give a directory that align wrote."
+            f"page for {opened.path}: expected an aligned directory, got {got}. Give a directory that align wrote."
         )
     number = _row_number(opened, row)
     lines = _overview(opened)
-    if kind == "aligned":
+    if has_source:
         view = conversation_view(opened, number, source_representation, required=html is not None)
         lines += _aligned_lines(view, tokens)
         if html is not None:
@@ -89,8 +91,9 @@ def _overview(opened: Representation) -> list[str]:
         f"{size / 1e6:.1f} MB, {counts['bytes_per_predicted_token']:.1f} bytes per predicted token",
         f"options {json.dumps(manifest.get('options'), sort_keys=True)}",
     ]
-    if manifest["kind"] == "aligned":
-        join = manifest["join"]
+    if released := manifest.get("released"):
+        lines.append("released data: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in released.items()))
+    if join := manifest.get("join"):
         left = ", ".join(f"{join[key]['count']} {key.replace('_', ' ')}" for key in join if key != "joined")
         lines.append(f"source {manifest['source']['model']}; {join['joined']} conversations joined, {left}")
         lines += summary_lines(manifest["certificate"])

@@ -134,6 +134,17 @@ class ConversationEncoder:
         """Raise Unusable, as `encode` does, for what is known without tokenizing: far cheaper."""
         self._rendered(messages)
 
+    def parse(self, text: str, roles: tuple[str, ...]) -> list[dict[str, str]] | None:
+        """The messages of these roles that were rendered to `text`, whose last turn may be cut off; None where the
+        template renders no such text. Raises: Unusable, as `encode` does."""
+        shape = self._shape(roles)
+        *pieces, last = map(re.escape, self._own_pieces(shape.pieces))
+        found = re.fullmatch("(.*?)".join([*pieces, ""]) + f"(?:{last})?", text, re.DOTALL)
+        if found is None:
+            return None
+        contents = dict(zip(shape.order, found.groups()))
+        return [{"role": role, "content": contents[n]} for n, role in enumerate(roles)]
+
     def _rendered(self, messages: list[dict[str, str]]) -> tuple[_Shape, list[str]]:
         """The shape of a conversation and its contents as the template renders them, in the text's order."""
         for n, message in enumerate(messages):

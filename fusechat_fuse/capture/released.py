@@ -1,0 +1,166 @@
+"""Distributions that were published with FuseChat and FuseLLM, as a representation or an aligned directory.
+
+The released data are `datasets` directories of padded rows: `input_ids`, `attention_mask`, `labels` and, for every
+position t, the ten largest logits for token t + 1 (`per_step_logits`, `per_step_indices`) with the conversation's mean
+cross-entropy (`metric_ce`). After their alignment also `fused_per_step_*` and `fused_metric_ce`, a source's over the
+pivot's tokens. No text and, mostly, no normaliser: conversations are rebuilt from the ids, and one that is not rendered
+to the very same ids again is left out; log-probabilities are exact where `per_step_metric_ce` gives the cross-entropy
+of a listed token, and renormalised over the ten elsewhere, as the released training takes them.
+
+Shape letters: T tokens, P predicted tokens, K entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat_fuse.capture.computation import compute
+from fusechat_fuse.capture.manifest import finish
+from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.identity import Identity
+from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.conversations import read_conversations
+from fusechat_fuse.text.templates import resolve_template
+from fusechat_fuse.text.tokens import tokenizer_hash
+
+logger = logging.getLogger(__name__)
+NEEDED = ("input_ids", "attention_mask", "labels", "per_step_logits", "per_step_indices", "metric_ce")
+
+
+def import_released(
+    released,
+    model_name_or_path,
+    output_dir,
+    *,
+    template: str = "native",
+    max_length: int = 2048,
+    shard_size: int = 256,
+    encoding: str = "plain",
+    trust_remote_code: bool = False,
+) -> Representation:
+    """Make released distributions a representation or, where they hold `fused_*` columns, an aligned directory.
+
+    Per predicted token t with logits z (K largest of row t - 1): log p = z - n, n = z_y + ce_y where the actual token
+    y is among the K and its ce is known, else n = log sum exp z. Where ce is unknown it is -log p_y, or -log p of the
+    last entry where y is not listed, times one number for the conversation that makes the mean `metric_ce`.
+
+    Args:
+        released: `datasets` directories (`save_to_disk`), one or several; all splits of each.
+        model_name_or_path: tokenizer that made `input_ids`: the model's, and the pivot's for aligned data.
+        output_dir: new, or an interrupted run's, which is continued.
+        template: the chat template that made them: native (the tokenizer's own), a built-in name or a .jinja file.
+        max_length: tokens to which conversations were cut. shard_size: conversations per shard.
+        encoding: plain or compact.
+    Returns: the Representation in output_dir; its manifest's `released` counts the tokens whose log-probabilities are
+        exact or renormalised and whose ce was known or estimated.
+    Raises: InputError for missing columns, or where not one conversation is rendered to its ids again.
+    Source: columns as written by the authors' scripts; arXiv 2408.07990, section 3.2.
+    """
+    names = [str(name) for name in (released if isinstance(released, list | tuple) else [released])]
+    data = _read(names)
+    tokenizer = load_fast_tokenizer(model_name_or_path, trust_remote_code)
+    encoder = ConversationEncoder(tokenizer, resolve_template(template, tokenizer), max_length)
+    rows = ReleasedRows(data, encoder, ", ".join(Path(name).name for name in names))
+    rebuilt = list(rows.conversations())
+    if not rebuilt:
+        first = f": {rows.skipped[0]['detail']}" if rows.skipped else ""
+        raise InputError(
+            f"released data in {', '.join(names)}: expected conversations that the template {template} renders to "
+            f"their ids, got none in {len(data)} rows{first}. Give the tokenizer and the template that made them."
+        )
+    found, report = read_conversations(rebuilt)
+    report.skipped += rows.skipped
+    report.rows, report.data = len(data), [Path(name).name for name in names]
+    kind = "aligned" if rows.is_aligned else "representation"
+    made_from: Identity = {"name": str(model_name_or_path), "fingerprint": rows.fingerprint}
+    identity: dict[str, Any] = {
+        "model": {"fingerprint": rows.fingerprint},
+        "options": {"top_k": rows.top_k, "max_length": max_length, "shard_size": shard_size},
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
+        "bos": encoder.bos,
+        "end_of_turn_id": encoder.end_of_turn_id,
+        "data": hashlib.sha256("".join(one.content_hash for one in found).encode()).hexdigest()[:16],
+    }
+    if rows.is_aligned:
+        own = hashlib.sha256(np.array(data["metric_ce"], np.float64).tobytes()).hexdigest()[:16]
+        identity["pivot"] = {"tokenizer": identity["tokenizer"], "template": identity["template"], "data": own}
+        identity["options"] |= {"mapping": "released", "safe_only": False}
+    writer = _Writer(rows, output_dir, identity, kind=kind, encoding=encoding)
+    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
+    try:
+        if mine := [n for n in range(len(shards)) if not writer.done(n)]:
+            compute(rows, encoder, shards, mine, writer, show=True)
+        finish(writer, len(shards), report, encoder, made_from, encoder.template.name)
+    except Exception:
+        writer.release()
+        raise
+    return load_representation(output_dir)
+
+
+def _read(names: list[str]) -> Any:
+    """All rows of all splits, with the columns checked."""
+    from datasets import DatasetDict, concatenate_datasets, load_from_disk
+
+    parts = []
+    for name in names:
+        try:
+            loaded = load_from_disk(name)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(
+                f"released data for {name}: expected a directory that datasets' save_to_disk wrote, got none. Download "
+                "the data set, and give the directory that holds its dataset_info.json or dataset_dict.json."
+            ) from error
+        parts += loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
+    data = concatenate_datasets(parts)
+    aligned = any(name in data.column_names for name in FUSED)
+    missing = [name for name in (*NEEDED, *(FUSED if aligned else ())) if name not in data.column_names]
+    if missing or not len(data):
+        raise InputError(
+            f"columns for {', '.join(names)}: expected {', '.join(NEEDED)} and at least one row, got "
+            f"{', '.join(data.column_names) or 'none'} ({len(data)} rows). Give distributions that were released."
+        )
+    return data
+
+
+class _Writer(ShardWriter):
+    """Adds to each shard what the released rows say beside distributions, and to the manifest what they left open."""
+
+    def __init__(self, rows: ReleasedRows, output_dir, identity: dict, *, kind: str, encoding: str):
+        super().__init__(output_dir, identity, kind=kind, encoding=encoding)
+        self.rows = rows
+
+    def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
+        counted = [self.rows.counts[row["input_ids"].tobytes()] for row in rows]
+        totals = {name: sum(one[name] for one in counted) for name in (counted[0] if counted else ())}
+        if self.rows.is_aligned:
+            rows = [{**row, **self.rows.source_of(row)} for row in rows]
+            totals["answered_tokens"] = int(sum((row["mapped_mass"] > 0).sum() for row in rows))
+        super().write(shard, rows, {**(info or {}), "released": totals})
+
+    def finish(self, num_shards: int, manifest: dict) -> None:
+        infos = [self.info(n)["info"].get("released", {}) for n in range(num_shards)]
+        totals = {name: sum(one.get(name, 0) for one in infos) for one in infos for name in one}
+        manifest = {**manifest, "released": totals}
+        if self.rows.is_aligned:
+            tokens = totals["exact_tokens"] + totals["renormalised_tokens"]
+            coverage = totals["answered_tokens"] / max(tokens, 1)
+            origin = {"model": self.rows.name, "model_fingerprint": self.rows.fingerprint, "data": manifest["data"]}
+            manifest |= {"certificate": {"all": {"coverage": coverage}}, "source": origin}
+            manifest["pivot"] = self.identity["pivot"]
+        super().finish(num_shards, manifest)
+        if totals.get("renormalised_tokens"):
+            logger.warning(
+                "%(renormalised_tokens)d predicted tokens have no normaliser in the released data: their probabilities "
+                "are those of the listed entries alone (%(exact_tokens)d are exact; %(estimated_ce)d cross-entropies "
+                "follow from metric_ce).",
+                totals,
+            )
