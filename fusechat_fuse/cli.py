@@ -12,7 +12,8 @@ import logging
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.flags import FlagParser, add_flag, unknown
@@ -22,12 +23,41 @@ from fusechat_fuse.processes import end_process_group, speaks
 # of them find is told once.
 FIRST_SPEAKS = 3.0
 
+TRAIN_SECTIONS = {
+    "what goes in and out": [
+        *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
+        *("dtype", "save_dtype", "attn_implementation", "trust_remote_code"),
+    ],
+    "fusion": [
+        *("preset", "lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail"),
+        *("label_noise", "slice_column", "slice_pattern", "fuse_temperature", "ce_unit"),
+    ],
+    "training": [
+        *("learning_rate", "num_train_epochs", "max_steps", "total_batch_size", "per_device_train_batch_size"),
+        *("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "bf16", "activation_checkpointing"),
+        *("packing", "lean_head", "head_chunks", "deepspeed"),
+    ],
+    "adapters and quantisation": ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"],
+    "checkpoints and logs": [
+        *(
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "resume_from_checkpoint",
+            "logging_steps",
+            "eval_strategy",
+        ),
+        *("eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
+    ],
+}
+
 
 def _preset_flag(parser: FlagParser) -> None:
     add_flag(parser, "preset", "fusechat", help="where a flag says preset: fusechat (ours) or paper (FuseChat's)")
 
 
 def _represent_flags(parser: FlagParser) -> None:
+    parser.section("what goes in and out")
     add_flag(parser, "model_name_or_path", help="the model to run: a directory (of adapters, too), Hub name, GGUF file")
     add_flag(
         parser,
@@ -39,26 +69,30 @@ def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "output_dir", required=True, help="new, or an interrupted run's, which is continued")
     add_flag(parser, "pivot_name_or_path", help="the pivot, whose chat template --template pivot takes")
     add_flag(parser, "template", "pivot", help="pivot, native, a built-in template's name, or a .jinja file")
+    parser.section("what is kept")
     add_flag(parser, "top_k", 10, help="tokens kept per predicted token")
     add_flag(parser, "max_length", 2048, help="tokens kept of a conversation")
-    add_flag(parser, "tokens_per_batch", 8192, help="padded tokens of one forward pass; halved on out of memory")
+    add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
     add_flag(parser, "shard_size", 256, help="conversations per shard, what a kill costs at most")
+    add_flag(parser, "tokens_per_batch", 8192, help="padded tokens of one forward pass; halved on out of memory")
+    parser.section("how the model is loaded")
     add_flag(parser, "dtype", "auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
     add_flag(parser, "device_map", help="auto: one model over several GPUs")
     add_flag(parser, "attn_implementation", help="eager, sdpa, flash_attention_2, ...")
     add_flag(parser, "gguf_file", help="a GGUF file of the model's directory or repository; alone: a path")
     add_flag(parser, "load_in_4bit", False, help="quantise the weights on loading (bitsandbytes, NF4)")
     add_flag(parser, "load_in_8bit", False, help="the same, in 8 bits")
+    add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
+    parser.section("inference servers")
     add_flag(parser, "server", help="URL[,URL]: inference servers that run the model, in place of this process")
     add_flag(parser, "server_kind", "vllm", help="vllm or sglang")
     add_flag(parser, "server_requests", 32, help="requests in flight at each server")
-    add_flag(parser, "encoding", "plain", help="plain, or compact: under 40 bytes per predicted token")
+    parser.section("how the data are read")
     add_flag(parser, "split", "train", help="of a data set with several")
     add_flag(parser, "limit", type=int, help="read so many usable conversations")
     add_flag(parser, "shuffle_seed", type=int, help="shuffle the conversations by it, before the limit counts")
     add_flag(parser, "messages_column", help="holds the messages, where it is not messages or conversations")
     add_flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
-    add_flag(parser, "trust_remote_code", False, help="run code that comes with the model")
 
 
 def _represent(options: dict[str, Any]) -> None:
@@ -157,7 +191,8 @@ def _train_flags(parser: FlagParser) -> None:
     from fusechat_fuse.training.run import TrainArguments
 
     classes = [TrainArguments, FusionConfig]
-    parser.adopt(HfArgumentParser(classes, add_help=False, conflict_handler="resolve"))  # pyright: ignore[reportArgumentType]
+    given = HfArgumentParser(classes, add_help=False, conflict_handler="resolve")  # pyright: ignore[reportArgumentType]
+    parser.adopt(given, TRAIN_SECTIONS, "all other arguments of transformers.TrainingArguments")
     parser.flag("output_dir").required = True
     parser.flag("debug").nargs = "*"  # --debug alone shows tracebacks, with a value it is transformers' own
 
@@ -243,21 +278,87 @@ def _plan(options: dict[str, Any]) -> None:
 
 def _options_of(argv: list[str]) -> dict[str, Any]:
     """All options of a subcommand by its arguments; raises InputError for those that it would refuse."""
-    description, add_flags, _ = COMMANDS[argv[0]]
-    return FlagParser(argv[0], description, add_flags).parse(argv[1:])
+    return _parser(argv[0]).parse(argv[1:])
+
+
+def _parser(name: str) -> FlagParser:
+    command = COMMANDS[name]
+    return FlagParser(name, command.what, command.add_flags, command.example)
+
+
+class Command(NamedTuple):
+    """A subcommand: what it does in a sentence, its flags, what runs it, and one whole command line."""
+
+    what: str
+    add_flags: Callable[[FlagParser], None]
+    run: Callable[[dict[str, Any]], None]
+    example: str
 
 
 COMMANDS = {
-    "run": ("Carry out a recipe: every stage below, the merge and a report.", _run_flags, _run_recipe),
-    "plan": ("Say what a recipe costs, and what of it will fail, before anything runs.", _plan_flags, _plan),
-    "represent": ("Run a model once over chat data and keep its top-k distributions.", _represent_flags, _represent),
-    "import": ("Take distributions that others released for a model's own, or aligned.", _import_flags, _import),
-    "compare": ("Show which model knows which slice of the data better.", _compare_flags, _compare),
-    "align": ("Carry a source's distributions to the pivot's tokens and vocabulary.", _align_flags, _align),
-    "combine": ("Combine several aligned sources.", _combine_flags, _combine),
-    "inspect": ("Show what is in a representation or an alignment.", _inspect_flags, _inspect),
-    "train": ("Fine-tune the pivot on aligned data: one target.", _train_flags, _train),
-    "answer": ("Answer a benchmark's questions in its judge's format.", _answer_flags, _answer),
+    "run": Command(
+        "Carry out a recipe: every stage below, the merge and a report.",
+        _run_flags,
+        _run_recipe,
+        "fusechat-fuse run examples/recipes/fusechat-7b-v2.yml",
+    ),
+    "plan": Command(
+        "Say what a recipe costs, and what of it will fail, before anything runs.",
+        _plan_flags,
+        _plan,
+        "fusechat-fuse plan examples/recipes/fusechat-7b-v2.yml --gpu h100",
+    ),
+    "represent": Command(
+        "Run a model once over chat data and keep its top-k distributions.",
+        _represent_flags,
+        _represent,
+        "fusechat-fuse represent --model_name_or_path SOURCE --pivot_name_or_path PIVOT --data_path chats.jsonl "
+        "--output_dir representations/source",
+    ),
+    "import": Command(
+        "Take distributions that others released, a model's own or aligned ones.",
+        _import_flags,
+        _import,
+        "fusechat-fuse import RELEASED --model_name_or_path TOKENIZER --output_dir representations/source",
+    ),
+    "compare": Command(
+        "Show which model knows which slice of the data better.",
+        _compare_flags,
+        _compare,
+        "fusechat-fuse compare representations/pivot representations/source --output_dir comparison",
+    ),
+    "align": Command(
+        "Carry a source's distributions to the pivot's tokens and vocabulary.",
+        _align_flags,
+        _align,
+        "fusechat-fuse align --pivot_representation representations/pivot --source_representation "
+        "representations/source --output_dir aligned/source",
+    ),
+    "combine": Command(
+        "Combine several aligned sources.",
+        _combine_flags,
+        _combine,
+        "fusechat-fuse combine --aligned aligned/a aligned/b --output_dir combined",
+    ),
+    "inspect": Command(
+        "Show what is in a representation or an alignment.",
+        _inspect_flags,
+        _inspect,
+        "fusechat-fuse inspect aligned/source --row 3 --html page.html",
+    ),
+    "train": Command(
+        "Fine-tune the pivot on aligned data: one target.",
+        _train_flags,
+        _train,
+        "fusechat-fuse train --model_name_or_path PIVOT --data_path aligned/source --output_dir target",
+    ),
+    "answer": Command(
+        "Answer a benchmark's questions in its judge's format.",
+        _answer_flags,
+        _answer,
+        "fusechat-fuse answer --benchmark mt_bench --model MERGED --questions question.jsonl --output "
+        "model_answer/MERGED.jsonl",
+    ),
 }
 
 
@@ -268,8 +369,9 @@ def _say(result) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:10} {what}" for name, (what, _, _) in COMMANDS.items()]
-    return "\n".join(["usage: fusechat-fuse SUBCOMMAND [flags]", "", *lines, "", "fusechat-fuse SUBCOMMAND --help"])
+    lines = [f"  {name:10} {command.what}" for name, command in COMMANDS.items()]
+    usage = "usage: fusechat-fuse SUBCOMMAND [flags]"
+    return "\n".join([usage, "", *lines, "", "fusechat-fuse SUBCOMMAND --help", "fusechat-fuse --version"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,6 +380,11 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        from fusechat_fuse.identity import library_versions
+
+        print(", ".join(f"{name} {number}" for name, number in library_versions().items()))
+        return 0
     try:
         return _run(argv)
     except Exception as error:
@@ -294,14 +401,13 @@ def _run(argv: list[str]) -> int:
     name = argv[0]
     if name not in COMMANDS:
         raise InputError(unknown("subcommand", name, list(COMMANDS)))
-    description, add_flags, run = COMMANDS[name]
     try:
-        options = FlagParser(name, description, add_flags).parse(argv[1:])
+        options = _parser(name).parse(argv[1:])
     except SystemExit as end:  # --help
         return int(end.code or 0)
     if name != "train":
         del options["debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fusechat_fuse").setLevel(logging.INFO if speaks() else logging.WARNING)
-    run(options)
+    COMMANDS[name].run(options)
     return 0

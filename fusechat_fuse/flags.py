@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,32 @@ from fusechat_fuse.errors import InputError
 
 
 class FlagParser(argparse.ArgumentParser):
-    """The flags of one subcommand; bad arguments become InputError.
+    """The flags of one subcommand in sections; bad arguments become InputError.
 
     Args:
-        name: of the subcommand. description: its help text.
+        name: of the subcommand. description: its help text. example: a whole command line, shown below the flags.
         add_flags: called with the parser, to put the flags in.
     """
 
-    def __init__(self, name: str, description: str, add_flags: Callable[[FlagParser], None]):
-        super().__init__(prog=f"fusechat-fuse {name}", description=description, allow_abbrev=False)
-        self.add_argument("--config", metavar="FILE.yml", help="flags from a YAML file; flags given here win")
+    def __init__(self, name: str, description: str, add_flags: Callable[[FlagParser], None], example: str):
+        self._rare: list[argparse.Action] = []
+        self._section: Any = None
+        super().__init__(
+            prog=f"fusechat-fuse {name}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            allow_abbrev=False,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
+        )
         add_flags(self)
+        self.section("configuration and help")
+        add_flag(self, "config", metavar="FILE.yml", help="flags from a YAML file; flags given here win")
         if "--debug" not in self.flags:
-            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            self._section.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if self._rare:
+            self._section.add_argument("--help-all", action=_HelpAll, help="the rare flags too")
+        positionals = [f" {action.metavar}" for action in self._actions if not action.option_strings]
+        self.usage = f"%(prog)s{''.join(positionals)} [flags]"
 
     @property
     def flags(self) -> list[str]:
@@ -36,10 +50,40 @@ class FlagParser(argparse.ArgumentParser):
         """The flag `--name`, to change it."""
         return self._option_string_actions[f"--{name}"]
 
-    def adopt(self, other: argparse.ArgumentParser) -> None:
-        """Take over the flags of another parser."""
-        for action in other._actions:
-            self._add_action(action)
+    def section(self, title: str) -> None:
+        """What `add_flag` adds from here on stands below this title."""
+        self._section = self.add_argument_group(title)
+
+    def adopt(self, other: argparse.ArgumentParser, sections: dict[str, list[str]], rest: str) -> None:
+        """Take over the flags of another parser, by section; those that no section names are rare and stand in `rest`,
+        which `--help` leaves out."""
+        actions = {action.dest: action for action in other._actions}
+        for title, names in {**sections, rest: [name for name in actions]}.items():
+            self.section(title)
+            for action in (actions.pop(name) for name in names if name in actions):
+                self._section._add_action(action)
+                text = " ".join((action.help or "").replace("%(default)s", str(action.default)).split())
+                if title != rest:
+                    text = action.help = text.split(". ")[0].removesuffix(".")
+                if action.default not in (None, False, "", [], argparse.SUPPRESS) and "default" not in text.lower():
+                    action.help = f"{text} (default: {str(action.default).replace('%', '%%')})"
+                if title == rest:
+                    self._rare.append(action)
+
+    def format_help(self) -> str:
+        shown = [(action, action.help) for action in self._rare]
+        try:
+            for action, _ in shown:
+                action.help = argparse.SUPPRESS
+            return super().format_help()
+        finally:
+            for action, text in shown:
+                action.help = text
+
+    def help_all(self) -> None:
+        """Print the help with the rare flags."""
+        self._rare = []
+        self.print_help()
 
     def error(self, message: str):
         raise InputError(f"{message}. See {self.prog} --help.")
@@ -68,7 +112,22 @@ class FlagParser(argparse.ArgumentParser):
         if found.config is None:
             return argv
         names = [flag.removeprefix("--") for flag in self.flags if flag.startswith("--")]
-        return [*_config_as_flags(found.config, [n for n in names if n not in ("config", "debug", "help")]), *rest]
+        return [
+            *_config_as_flags(found.config, [n for n in names if n not in ("config", "debug", "help", "help-all")]),
+            *rest,
+        ]
+
+
+class _HelpAll(argparse.Action):
+    """`--help-all`: the whole help, and nothing else."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        assert isinstance(parser, FlagParser)
+        parser.help_all()
+        parser.exit()
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
@@ -91,7 +150,9 @@ def add_flag(parser: FlagParser, name: str, default=None, help: str = "", **kwar
         kwargs["type"] = type(default)
     if default not in (None, False):
         help = f"{help} (default: {default})"
-    parser.add_argument(f"--{name}", default=default, help=help, **kwargs)
+    elif kwargs.get("required"):
+        help = f"{help} (required)"
+    (parser._section or parser).add_argument(f"--{name}", default=default, help=help, **kwargs)
 
 
 def _config_as_flags(path: str, known: list[str]) -> list[str]:

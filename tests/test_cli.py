@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from fusechat_fuse import load_representation
 from fusechat_fuse.cli import COMMANDS, main
+from fusechat_fuse.flags import FlagParser
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
 
@@ -247,7 +250,44 @@ def test_debug_shows_the_traceback(capsys):
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_help(name, capsys):
     assert main([name, "--help"]) == 0
-    assert "--debug" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--debug" in shown
+    assert "\nexample:\n  fusechat-fuse " in shown
+    assert len(shown.splitlines()) < 200  # at 80 columns
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_the_example_of_every_command_is_one_that_it_takes(name):
+    command = COMMANDS[name]
+    program, subcommand, *argv = shlex.split(command.example)
+    assert (program, subcommand) == ("fusechat-fuse", name)
+    assert FlagParser(name, command.what, command.add_flags, command.example).parse(argv)
+
+
+def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["train", "--help-all"]) == 0
+    whole = capsys.readouterr().out
+    assert "--torch_compile_backend" not in short
+    assert "--torch_compile_backend" in whole
+    assert "--lm_loss_weight" in short.split("training:")[0]
+    command = COMMANDS["train"]
+    parser = FlagParser("train", command.what, command.add_flags, command.example)
+    flags = {flag for flag in parser.flags if flag.startswith("--")}
+    assert all(flag in whole for flag in flags)
+    argv = shlex.split(command.example)[2:]
+    assert parser.parse([*argv, "--adam_beta1", "0.5"])["adam_beta1"] == 0.5
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"fusechat {version('fusechat')}, torch ")
+
+
+def test_a_misspelt_subcommand_gets_a_suggestion(capsys):
+    assert main(["alingn", "--output_dir", "x"]) == 2
+    assert "did you mean 'align'?" in capsys.readouterr().err
 
 
 def test_python_m_runs_the_same_command():

@@ -25,8 +25,9 @@ def test_the_model_card_is_one_recipe_by_the_papers_settings():
     for step in steps:
         if step.stage == "merge":
             continue
-        description, add_flags, _ = COMMANDS[step.arguments[0]]
-        options = FlagParser(step.arguments[0], description, add_flags).parse(step.arguments[1:])  # all are known
+        command = COMMANDS[step.arguments[0]]
+        parser = FlagParser(step.arguments[0], command.what, command.add_flags, command.example)
+        options = parser.parse(step.arguments[1:])  # all are known
         if step.stage == "align":
             assert options["preset"] == "paper"
         if step.stage == "train":
