@@ -1,0 +1,102 @@
+"""README and docs against what is there: links, files, commands, flags, and the figures of the README."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fusechat_fuse.cli import COMMANDS
+from fusechat_fuse.flags import FlagParser
+from fusechat_merge.cli import _parser as merge_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^[ ]*```{language}\n(.*?)^[ ]*```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words of every command in the page's shell blocks, comments and assignments before them left out."""
+    found = []
+    for block in blocks(page, "bash"):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            for part in re.split(r"\s&&\s|\s\|\s", line):
+                words = shlex.split(part.replace("[", "").replace("]", ""), comments=True)
+                while words and "=" in words[0]:
+                    words = words[1:]
+                if words:
+                    found.append(words)
+    return found
+
+
+def of_program(name: str) -> list:
+    return [
+        pytest.param(words, id=" ".join(words)[:80])
+        for page in PAGES
+        for words in command_lines(page)
+        if words[0] == name
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_are_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+    for path in re.findall(r"`((?:examples|tests|docs|mergekit_configs|fusechat_fuse|fusechat_merge)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for module in re.findall(r"python -m (tests\.[\w.]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page.name} runs {module}"
+    for script in re.findall(r"python3? ((?:examples|tests)/[\w./-]+\.py)", text):
+        assert (ROOT / script).exists(), f"{page.name} runs {script}"
+
+
+@pytest.mark.parametrize("words", of_program("fusechat-fuse"))
+def test_commands_of_fusechat_fuse_exist_with_their_flags(words):
+    assert words[1] in COMMANDS
+    command = COMMANDS[words[1]]
+    parser = FlagParser(words[1], command.what, command.add_flags, command.example)
+    unknown = [word for word in words[2:] if word.startswith("--") and word.split("=")[0] not in parser.flags]
+    assert not unknown
+
+
+@pytest.mark.parametrize("words", of_program("fusechat-merge"))
+def test_commands_of_fusechat_merge_exist(words):
+    commands = next(action.choices for action in merge_parser()._actions if isinstance(action.choices, dict))
+    assert words[1] in commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_the_text_are_flags_of_some_command(page):
+    """Inline code that is a flag, where the page is about our commands."""
+    known = {"--help", "--help-all", "--version", "--quiet", "--cuda", "--device", "--output", "--lora_merge_cache"}
+    for name, command in COMMANDS.items():
+        known |= set(FlagParser(name, command.what, command.add_flags, command.example).flags)
+    if page.name in ("from-fuseai.md", "benchmarks.md", "CONTRIBUTING.md"):  # other programs' flags
+        return
+    found = set(re.findall(r"`(--[a-z_0-9-]+)", page.read_text()))
+    others = {"--max-logprobs", "--conversations"}  # vLLM's, a benchmark's
+    assert not found - known - others
+
+
+def test_the_readmes_figures_stand_on_the_page_that_has_their_commands():
+    readme = (ROOT / "README.md").read_text()
+    sources = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    sources += "".join(file.read_text() for file in sorted((ROOT / "examples/results").glob("*.md")))
+    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    figures = {figure for row in rows for figure in re.findall(r"-?\d+\.\d+", row)}
+    assert len(figures) > 10
+    assert not {figure for figure in figures if figure not in sources}
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme]
+
+
+def test_the_readme_can_be_read_to_its_end():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
