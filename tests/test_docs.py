@@ -2,10 +2,12 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import fusechat_fuse
 from fusechat_fuse.cli import COMMANDS
 from fusechat_fuse.flags import FlagParser
 from fusechat_merge.cli import _parser as merge_parser
@@ -95,7 +97,17 @@ def test_the_readmes_figures_stand_on_the_page_that_has_their_commands():
 
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
-    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme]
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}  # the site's own first page
+    assert not {page for page in pages if f"docs/{page}" not in readme}
+
+
+def test_names_of_the_api_page_exist():
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__doc__
+    offered = {*fusechat_fuse.__all__} - {name.rpartition(".")[2] for name in names}
+    assert not offered
 
 
 def test_the_readme_can_be_read_to_its_end():

@@ -169,7 +169,7 @@ FOUND = {
     "pivot": "p<q",
     "sources": {"a": "one"},
     "preset": "fusechat",
-    "certificates": {"a": {"mapping": "prefix", "coverage": 0.93, "mapped_mass": 0.5, "gap_bits_per_byte": 0.0}},
+    "certificates": {"a": {"mapping": "prefix", "coverage": 0.93, "mean_mapped_mass": 0.5, "gap_bits_per_byte": 0.0}},
     "losses": {"plain": [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}], "multi": [{"step": 1, "loss": 1.5}]},
     "slices": {
         "multi": {
@@ -268,7 +268,12 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(finished
     assert report["slices"]["target-one"]["models"] == ["pivot", "one"]
     kinds = report["merges"]["sce"]["coefficients_by_kind"]
     assert all(sum(of.values()) == pytest.approx(1) for of in kinds.values())
-    assert "<polyline" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "<polyline" in page
+    row = re.search(r"mean_mapped_mass.*?</table>", page, re.DOTALL)
+    assert row
+    assert f"<td>{report['certificates']['one']['mean_mapped_mass']:.4f}</td>" in row[0]
+    assert str(out.parent) not in page.split("<h2>")[0]  # models by name, not by place
     assert (out / "logs" / "train-target-one.log").read_text().startswith("$ ")
     caplog.clear()
     run(finished.recipe)

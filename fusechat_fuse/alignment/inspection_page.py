@@ -32,7 +32,8 @@ aside { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1.2rem
 .answers { background: #ffd33d66; color: inherit !important; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; margin: .3rem 0 1rem; }
 td, th { text-align: left; padding: .15rem .3rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } .why { color: var(--dim); font-style: italic; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal; }
+.why { color: var(--dim); font-style: italic; }
 .legend span { margin-right: 1rem; border-bottom: 3px solid; padding: 0 3px; }
 @media (max-width: 60rem) { body { display: block; } aside { position: sticky; bottom: 0; top: auto; height: 45vh;
   background: Canvas; border-left: 0; border-top: 2px solid var(--line); } }

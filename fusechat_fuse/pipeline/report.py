@@ -12,6 +12,7 @@ from typing import Any
 
 from fusechat_fuse.pipeline.recipe import Recipe
 from fusechat_fuse.pipeline.steps import Step
+from fusechat_fuse.store.card import shown_name
 from fusechat_fuse.store.files import json_bytes, read_json, write_atomic
 
 _STYLE = """
@@ -98,7 +99,7 @@ def _page(title: str, found: dict[str, Any]) -> str:
         parts += ["<h2>What each model knows of the training data</h2>", _compared(found["compare"])]
         parts.append(of("represent", "compare"))
     if "certificates" in found:
-        columns = ("mapping", "coverage", "mapped_mass", "gap_bits_per_byte")
+        columns = ("mapping", "coverage", "mean_mapped_mass", "gap_bits_per_byte")
         rows = {name: [of_source.get(c) for c in columns] for name, of_source in found["certificates"].items()}
         parts += ["<h2>Alignment</h2>", _table(["source", *columns], rows), of("align", "combine")]
     if "losses" in found:
@@ -118,8 +119,8 @@ def _page(title: str, found: dict[str, Any]) -> str:
 
 
 def _models(found: dict[str, Any]) -> str:
-    sources = ", ".join(f"{name} ({model})" for name, model in found["sources"].items())
-    return html.escape(f"Pivot {found['pivot']}; sources {sources}; preset {found['preset']}.")
+    sources = ", ".join(f"{name} ({shown_name(model)})" for name, model in found["sources"].items())
+    return html.escape(f"Pivot {shown_name(found['pivot'])}; sources {sources}; preset {found['preset']}.")
 
 
 def _cell(value) -> str:
