@@ -299,6 +299,18 @@ def test_what_cannot_be_imported_gets_a_sentence(known, rows, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_conversations_without_a_finite_cross_entropy_are_left_out(rows, openchat, tmp_path):
+    odd = [
+        {**rows[0], "metric_ce": float("nan")},
+        {**rows[1], "fused_metric_ce": float("inf")},
+        {**rows[2], "metric_ce": None},
+    ]
+    source = saved([*odd, *rows[3:]], tmp_path / "released")
+    found = fusechat_fuse.import_released(source, openchat, tmp_path / "a", template="openchat_3.5")
+    assert found.manifest["counts"]["skipped"]["no_metric"] == 3
+    assert all(np.isfinite(row["source_ce"]) for row in found)
+
+
 def test_rows_that_do_not_fit_are_skipped_and_counted(known, tmp_path):
     path, own, rows = known
     odd = dict(rows[2])

@@ -20,7 +20,7 @@ TOLERANCE = 0.02  # of a log-sum-exp from float16 logits
 def _largest_id(data) -> int:
     tables = data.with_format("arrow").select_columns(["per_step_indices"]).iter(256)
     lists = (chunk for table in tables for chunk in table[0].chunks)
-    return max(int(np.max(chunk.flatten().flatten().to_numpy(), initial=0)) for chunk in lists)
+    return max(int(np.max(chunk.flatten().flatten().to_numpy(zero_copy_only=False), initial=0)) for chunk in lists)
 
 
 class ReleasedRows:
@@ -42,10 +42,14 @@ class ReleasedRows:
         from tqdm.auto import tqdm
 
         own = next((name for name in ("id", "conv_id") if name in self.data.column_names), None)
-        columns = ["input_ids", "attention_mask", "labels", *([own] if own else [])]
+        means = ["metric_ce", *(["fused_metric_ce"] if self.is_aligned else [])]
+        columns = ["input_ids", "attention_mask", "labels", *means, *([own] if own else [])]
         for number, row in enumerate(tqdm(self.data.select_columns(columns), unit="row", disable=None)):
             name = str(row[own]) if own else str(number)
             try:
+                for mean in means:
+                    if not np.isfinite(np.float64(row[mean])):  # float16 overflowed; filter_nan dropped these
+                        raise Unusable("no_metric", f"{mean} is {row[mean]}")
                 ids, labels = _unpadded(row)
                 messages, one = self._messages(ids, labels)
             except Unusable as problem:
