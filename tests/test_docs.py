@@ -1,16 +1,20 @@
 """README and docs against what is there: links, files, commands, flags, and the figures of the README."""
 
+import json
 import re
 import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusechat_fuse
-from fusechat_fuse.cli import COMMANDS
+from fusechat_fuse.cli import COMMANDS, main
 from fusechat_fuse.flags import FlagParser
 from fusechat_merge.cli import _parser as merge_parser
+from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
+from tests.helpers.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,6 +103,27 @@ def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}  # the site's own first page
     assert not {page for page in pages if f"docs/{page}" not in readme}
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path, monkeypatch):
+    """Its placeholders being tiny models and chats: the block of single stages, then the snippet on what they wrote."""
+    monkeypatch.chdir(tmp_path)
+    for name, family, tokenizer in (("PIVOT", "Llama", tiny_bpe()), ("SOURCE", "Mistral", tiny_unigram())):
+        tiny_model(family, vocab_size=len(tokenizer) + 8).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    chats = [{"id": str(n), "prompt": f"say {n}", "completion": f"the {n} is"} for n in range(8)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    stages = [words[1:] for words in command_lines(ROOT / "README.md") if words[0] == "fusechat-fuse"]
+    stages = [words for words in stages if words[0] not in ("plan", "run")]
+    assert [words[0] for words in stages] == ["represent", "represent", "compare", "align", "train"]
+    for words in stages:
+        assert main(words) == 0, words
+    model = AutoModelForCausalLM.from_pretrained("PIVOT")
+    names = {"model": model, "tokenizer": AutoTokenizer.from_pretrained("PIVOT")}
+    (snippet,) = blocks(ROOT / "README.md", "python")
+    exec(snippet.replace('FusionConfig("target")', 'FusionConfig("another", num_train_epochs=1)'), names)
+    assert names["trainer"].state.global_step == 1
 
 
 def test_names_of_the_api_page_exist():
