@@ -57,10 +57,12 @@ class FlagParser(argparse.ArgumentParser):
     def adopt(self, other: argparse.ArgumentParser, sections: dict[str, list[str]], rest: str) -> None:
         """Take over the flags of another parser, by section; those that no section names are rare and stand in `rest`,
         which `--help` leaves out."""
-        actions = {action.dest: action for action in other._actions}
-        for title, names in {**sections, rest: [name for name in actions]}.items():
+        left = list(other._actions)
+        for title, names in {**sections, rest: [action.dest for action in left]}.items():
             self.section(title)
-            for action in (actions.pop(name) for name in names if name in actions):
+            chosen = [action for name in dict.fromkeys(names) for action in left if action.dest == name]  # --no_x too
+            left = [action for action in left if action not in chosen]
+            for action in chosen:
                 self._section._add_action(action)
                 text = " ".join((action.help or "").replace("%(default)s", str(action.default)).split())
                 if title != rest:

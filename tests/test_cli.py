@@ -9,10 +9,13 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from transformers import HfArgumentParser
 
 from fusechat_fuse import load_representation
 from fusechat_fuse.cli import COMMANDS, main
 from fusechat_fuse.flags import FlagParser
+from fusechat_fuse.training.config import FusionConfig
+from fusechat_fuse.training.run import TrainArguments
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
 
@@ -276,7 +279,10 @@ def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
     parser = FlagParser("train", command.what, command.add_flags, command.example)
     flags = {flag for flag in parser.flags if flag.startswith("--")}
     assert all(flag in whole for flag in flags)
+    given = HfArgumentParser([TrainArguments, FusionConfig])
+    assert {flag for action in given._actions for flag in action.option_strings if flag != "-h"} <= set(parser.flags)
     argv = shlex.split(command.example)[2:]
+    assert parser.parse([*argv, "--lean_head", "false"])["lean_head"] is False
     assert parser.parse([*argv, "--adam_beta1", "0.5"])["adam_beta1"] == 0.5
 
 
