@@ -293,6 +293,12 @@ def test_what_cannot_be_imported_gets_a_sentence(known, rows, tmp_path):
     saved(own, tmp_path / "few", ("per_step_logits",))
     with pytest.raises(InputError, match="expected input_ids, attention_mask, labels, per_step_logits"):
         fusechat_fuse.import_released(tmp_path / "few", tokenizer, tmp_path / "r")
+    with pytest.raises(InputError, match="shard_size for import: expected an integer from 1, got 0"):
+        fusechat_fuse.import_released(tmp_path / "few", tokenizer, tmp_path / "r", shard_size=0)
+    saved([{**row, "metric_ce": "1"} for row in own], tmp_path / "words")
+    saved(own, tmp_path / "numbers")
+    with pytest.raises(InputError, match="expected the same in all splits"):
+        fusechat_fuse.import_released([tmp_path / "words", tmp_path / "numbers"], tokenizer, tmp_path / "r")
     saved(rows, tmp_path / "other", ("fused",))
     with pytest.raises(InputError, match="Give the tokenizer and the template that made them"):
         fusechat_fuse.import_released(tmp_path / "other", tokenizer, tmp_path / "r", template="openchat_3.5")

@@ -21,7 +21,7 @@ import numpy as np
 
 from fusechat_fuse.capture.computation import compute
 from fusechat_fuse.capture.manifest import finish
-from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows
+from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows, key_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.identity import Identity
 from fusechat_fuse.models import load_fast_tokenizer
@@ -64,6 +64,9 @@ def import_released(
     Raises: InputError for missing columns, or where not one conversation is rendered to its ids again.
     Source: columns as written by the authors' scripts; arXiv 2408.07990, section 3.2.
     """
+    for option, value in (("max_length", max_length), ("shard_size", shard_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{option} for import: expected an integer from 1, got {value!r}.")
     names = [str(name) for name in (released if isinstance(released, list | tuple) else [released])]
     data = _read(names)
     tokenizer = load_fast_tokenizer(model_name_or_path, trust_remote_code)
@@ -120,7 +123,13 @@ def _read(names: list[str]) -> Any:
                 "the data set, and give the directory that holds its dataset_info.json or dataset_dict.json."
             ) from error
         parts += loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
-    data = concatenate_datasets(parts)
+    try:
+        data = concatenate_datasets(parts)
+    except ValueError as error:
+        raise InputError(
+            f"columns for {', '.join(names)}: expected the same in all splits, got others ({error}). "
+            "Import them one by one."
+        ) from error
     aligned = any(name in data.column_names for name in FUSED)
     missing = [name for name in (*NEEDED, *(FUSED if aligned else ())) if name not in data.column_names]
     if missing or not len(data):
@@ -139,7 +148,7 @@ class _Writer(ShardWriter):
         self.rows = rows
 
     def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
-        counted = [self.rows.counts[row["input_ids"].tobytes()] for row in rows]
+        counted = [self.rows.counts[key_of(row["input_ids"])] for row in rows]
         totals = {name: sum(one[name] for one in counted) for name in (counted[0] if counted else ())}
         if self.rows.is_aligned:
             rows = [{**row, **self.rows.source_of(row)} for row in rows]

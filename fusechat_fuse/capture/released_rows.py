@@ -5,6 +5,7 @@ Shape letters: T tokens, P predicted tokens, K entries.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ FUSED = ("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce")
 TOLERANCE = 0.02  # of a log-sum-exp from float16 logits
 
 
-def _largest_id(data) -> int:
-    tables = data.with_format("arrow").select_columns(["per_step_indices"]).iter(256)
+def _largest_id(data, column: str) -> int:
+    tables = data.with_format("arrow").select_columns([column]).iter(256)
     lists = (chunk for table in tables for chunk in table[0].chunks)
     return max(int(np.max(chunk.flatten().flatten().to_numpy(zero_copy_only=False), initial=0)) for chunk in lists)
+
+
+def key_of(input_ids: np.ndarray) -> bytes:
+    """What a conversation is looked up by: a digest of its ids, which are kilobytes."""
+    return hashlib.blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
 class ReleasedRows:
@@ -29,7 +35,9 @@ class ReleasedRows:
     def __init__(self, data, encoder: ConversationEncoder, name: str):
         self.data, self.encoder, self.name = data, encoder, name
         self.is_aligned = FUSED[0] in data.column_names
-        self.vocab_size = max(len(encoder.tokenizer), _largest_id(data) + 1)  # embeddings may be longer
+        tables = ["per_step_indices", *(["fused_per_step_indices"] if self.is_aligned else [])]
+        largest = max(_largest_id(data, name) for name in tables)
+        self.vocab_size = max(len(encoder.tokenizer), largest + 1)  # embeddings may be longer
         self.top_k = max((len(row) for row in data[0]["per_step_indices"]), default=1)
         self.fingerprint = str(data._fingerprint)[:16]
         self.padded = 0
@@ -56,7 +64,7 @@ class ReleasedRows:
                 entry = {"row": number, "id": name, "reason": problem.reason, "detail": str(problem)}
                 self.skipped.append(entry)
                 continue
-            self.places[one.input_ids.tobytes()] = number
+            self.places[key_of(one.input_ids)] = number
             yield {"id": name, "messages": messages}
 
     def _messages(self, ids: np.ndarray, labels: np.ndarray) -> tuple[list[dict[str, Any]], Encoded]:
@@ -111,7 +119,7 @@ class ReleasedRows:
         return results
 
     def _distributions(self, one: Encoded) -> TopK:
-        key = one.input_ids.tobytes()
+        key = key_of(one.input_ids)
         row = self.data[self.places[key]]
         keep, at = np.flatnonzero(np.asarray(row["attention_mask"])), one.predicted - 1
         ids, z = _table(row["per_step_indices"], row["per_step_logits"], keep[at], self.top_k)
@@ -140,7 +148,7 @@ class ReleasedRows:
 
     def source_of(self, row: dict) -> dict:
         """The fields of a source beside the pivot's, from the `fused_*` columns."""
-        released = self.data[self.places[np.asarray(row["input_ids"], np.int32).tobytes()]]
+        released = self.data[self.places[key_of(row["input_ids"])]]
         keep, at = np.flatnonzero(np.asarray(released["attention_mask"])), row["predicted"] - 1
         indices, logits = released["fused_per_step_indices"], released["fused_per_step_logits"]
         width = max((len(indices[t]) for t in keep[at] if t < len(indices)), default=1) or 1

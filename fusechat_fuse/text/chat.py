@@ -138,12 +138,17 @@ class ConversationEncoder:
         """The messages of these roles that were rendered to `text`, whose last turn may be cut off; None where the
         template renders no such text. Raises: Unusable, as `encode` does."""
         shape = self._shape(roles)
-        *pieces, last = map(re.escape, self._own_pieces(shape.pieces))
-        found = re.fullmatch("(.*?)".join([*pieces, ""]) + f"(?:{last})?", text, re.DOTALL)
-        if found is None:
+        first, *between, last = self._own_pieces(shape.pieces)
+        if not text.startswith(first):
             return None
-        contents = dict(zip(shape.order, found.groups()))
-        return [{"role": role, "content": contents[n]} for n, role in enumerate(roles)]
+        contents, position = [], len(first)
+        for piece in between:
+            if (end := text.find(piece, position)) < 0:
+                return None
+            contents.append(text[position:end])
+            position = end + len(piece)
+        contents.append(text[position:].removesuffix(last))
+        return [{"role": role, "content": contents[shape.order.index(n)]} for n, role in enumerate(roles)]
 
     def _rendered(self, messages: list[dict[str, str]]) -> tuple[_Shape, list[str]]:
         """The shape of a conversation and its contents as the template renders them, in the text's order."""
