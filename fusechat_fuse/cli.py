@@ -23,34 +23,6 @@ from fusechat_fuse.processes import end_process_group, speaks
 # of them find is told once.
 FIRST_SPEAKS = 3.0
 
-TRAIN_SECTIONS = {
-    "what goes in and out": [
-        *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
-        *("dtype", "save_dtype", "attn_implementation", "trust_remote_code"),
-    ],
-    "fusion": [
-        *("preset", "lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail"),
-        *("label_noise", "slice_column", "slice_pattern", "fuse_temperature", "ce_unit"),
-    ],
-    "training": [
-        *("learning_rate", "num_train_epochs", "max_steps", "total_batch_size", "per_device_train_batch_size"),
-        *("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "bf16", "activation_checkpointing"),
-        *("packing", "lean_head", "head_chunks", "deepspeed"),
-    ],
-    "adapters and quantisation": ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"],
-    "checkpoints and logs": [
-        *(
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "resume_from_checkpoint",
-            "logging_steps",
-            "eval_strategy",
-        ),
-        *("eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
-    ],
-}
-
 
 def _preset_flag(parser: FlagParser) -> None:
     add_flag(parser, "preset", "fusechat", help="where a flag says preset: fusechat (ours) or paper (FuseChat's)")
@@ -188,11 +160,11 @@ def _train_flags(parser: FlagParser) -> None:
     from transformers import HfArgumentParser
 
     from fusechat_fuse.training.config import FusionConfig
-    from fusechat_fuse.training.run import TrainArguments
+    from fusechat_fuse.training.run import SECTIONS, TrainArguments
 
     classes = [TrainArguments, FusionConfig]
     given = HfArgumentParser(classes, add_help=False, conflict_handler="resolve")  # pyright: ignore[reportArgumentType]
-    parser.adopt(given, TRAIN_SECTIONS, "all other arguments of transformers.TrainingArguments")
+    parser.adopt(given, SECTIONS, "all other arguments of transformers.TrainingArguments")
     parser.flag("output_dir").required = True
     parser.flag("debug").nargs = "*"  # --debug alone shows tracebacks, with a value it is transformers' own
 
@@ -278,10 +250,11 @@ def _plan(options: dict[str, Any]) -> None:
 
 def _options_of(argv: list[str]) -> dict[str, Any]:
     """All options of a subcommand by its arguments; raises InputError for those that it would refuse."""
-    return _parser(argv[0]).parse(argv[1:])
+    return parser_of(argv[0]).parse(argv[1:])
 
 
-def _parser(name: str) -> FlagParser:
+def parser_of(name: str) -> FlagParser:
+    """The flags of a subcommand."""
     command = COMMANDS[name]
     return FlagParser(name, command.what, command.add_flags, command.example)
 
@@ -402,7 +375,7 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(unknown("subcommand", name, list(COMMANDS)))
     try:
-        options = _parser(name).parse(argv[1:])
+        options = parser_of(name).parse(argv[1:])
     except SystemExit as end:  # --help
         return int(end.code or 0)
     if name != "train":

@@ -12,8 +12,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from fusechat_fuse import load_representation
-from fusechat_fuse.cli import COMMANDS, main
-from fusechat_fuse.flags import FlagParser
+from fusechat_fuse.cli import COMMANDS, main, parser_of
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.run import TrainArguments
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
@@ -261,10 +260,9 @@ def test_help(name, capsys):
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_the_example_of_every_command_is_one_that_it_takes(name):
-    command = COMMANDS[name]
-    program, subcommand, *argv = shlex.split(command.example)
+    program, subcommand, *argv = shlex.split(COMMANDS[name].example)
     assert (program, subcommand) == ("fusechat-fuse", name)
-    assert FlagParser(name, command.what, command.add_flags, command.example).parse(argv)
+    assert parser_of(name).parse(argv)
 
 
 def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
@@ -275,13 +273,12 @@ def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
     assert "--torch_compile_backend" not in short
     assert "--torch_compile_backend" in whole
     assert "--lm_loss_weight" in short.split("training:")[0]
-    command = COMMANDS["train"]
-    parser = FlagParser("train", command.what, command.add_flags, command.example)
+    parser = parser_of("train")
     flags = {flag for flag in parser.flags if flag.startswith("--")}
     assert all(flag in whole for flag in flags)
     given = HfArgumentParser([TrainArguments, FusionConfig])
     assert {flag for action in given._actions for flag in action.option_strings if flag != "-h"} <= set(parser.flags)
-    argv = shlex.split(command.example)[2:]
+    argv = shlex.split(COMMANDS["train"].example)[2:]
     assert parser.parse([*argv, "--lean_head", "false"])["lean_head"] is False
     assert parser.parse([*argv, "--adam_beta1", "0.5"])["adam_beta1"] == 0.5
 

@@ -10,8 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusechat_fuse
-from fusechat_fuse.cli import COMMANDS, main
-from fusechat_fuse.flags import FlagParser
+from fusechat_fuse.cli import COMMANDS, main, parser_of
 from fusechat_merge.cli import _parser as merge_parser
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
@@ -64,8 +63,7 @@ def test_links_and_files_are_there(page):
 @pytest.mark.parametrize("words", of_program("fusechat-fuse"))
 def test_commands_of_fusechat_fuse_exist_with_their_flags(words):
     assert words[1] in COMMANDS
-    command = COMMANDS[words[1]]
-    parser = FlagParser(words[1], command.what, command.add_flags, command.example)
+    parser = parser_of(words[1])
     unknown = [word for word in words[2:] if word.startswith("--") and word.split("=")[0] not in parser.flags]
     assert not unknown
 
@@ -80,8 +78,8 @@ def test_commands_of_fusechat_merge_exist(words):
 def test_flags_in_the_text_are_flags_of_some_command(page):
     """Inline code that is a flag, where the page is about our commands."""
     known = {"--help", "--help-all", "--version", "--quiet", "--cuda", "--device", "--output", "--lora_merge_cache"}
-    for name, command in COMMANDS.items():
-        known |= set(FlagParser(name, command.what, command.add_flags, command.example).flags)
+    for name in COMMANDS:
+        known |= set(parser_of(name).flags)
     if page.name in ("from-fuseai.md", "benchmarks.md", "CONTRIBUTING.md"):  # other programs' flags
         return
     found = set(re.findall(r"`(--[a-z_0-9-]+)", page.read_text()))

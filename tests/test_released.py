@@ -321,13 +321,14 @@ def test_rows_that_do_not_fit_are_skipped_and_counted(known, tmp_path):
     path, own, rows = known
     odd = dict(rows[2])
     odd["labels"] = [label if label == -100 else label + 1 for label in odd["labels"]]
-    short = {**rows[3], "per_step_logits": rows[3]["per_step_logits"][:5]}
+    short = {**rows[3], **{name: rows[3][name][:5] for name in ("per_step_logits", "per_step_indices")}}
     found = fusechat_fuse.import_released(
         saved([*rows[:2], odd], tmp_path / "released"), path / "tokenizer", tmp_path / "r", template="openchat_3.5"
     )
     assert found.ids == own.ids[:2]
     assert found.manifest["counts"]["skipped"] == {"labels": 1}
-    with pytest.raises(RuntimeError, match="not finite"):
-        fusechat_fuse.import_released(
-            saved([rows[0], short], tmp_path / "b"), path / "tokenizer", tmp_path / "s", template="openchat_3.5"
-        )
+    again = fusechat_fuse.import_released(
+        saved([rows[0], short], tmp_path / "b"), path / "tokenizer", tmp_path / "s", template="openchat_3.5"
+    )
+    assert again.ids == own.ids[:1]
+    assert again.manifest["counts"]["skipped"] == {"positions": 1}

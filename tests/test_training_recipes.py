@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from fusechat_fuse.cli import COMMANDS
-from fusechat_fuse.flags import FlagParser
+from fusechat_fuse.cli import parser_of
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_fuse.training.config import FusionConfig
@@ -25,8 +24,7 @@ def test_the_model_card_is_one_recipe_by_the_papers_settings():
     for step in steps:
         if step.stage == "merge":
             continue
-        command = COMMANDS[step.arguments[0]]
-        parser = FlagParser(step.arguments[0], command.what, command.add_flags, command.example)
+        parser = parser_of(step.arguments[0])
         options = parser.parse(step.arguments[1:])  # all are known
         if step.stage == "align":
             assert options["preset"] == "paper"

@@ -18,10 +18,14 @@ FUSED = ("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce")
 TOLERANCE = 0.02  # of a log-sum-exp from float16 logits
 
 
-def _largest_id(data, column: str) -> int:
+def _scan(data, column: str) -> tuple[int, np.ndarray]:
+    """(largest id, positions of each row) of a column of lists of ids, without making Python's lists of it."""
     tables = data.with_format("arrow").select_columns([column]).iter(256)
-    lists = (chunk for table in tables for chunk in table[0].chunks)
-    return max(int(np.max(chunk.flatten().flatten().to_numpy(zero_copy_only=False), initial=0)) for chunk in lists)
+    largest, lengths = 0, [np.zeros(0, np.int64)]
+    for chunk in (chunk for table in tables for chunk in table[0].chunks):
+        largest = max(largest, int(np.max(chunk.flatten().flatten().to_numpy(zero_copy_only=False), initial=0)))
+        lengths.append(chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+    return largest, np.concatenate(lengths)
 
 
 def key_of(input_ids: np.ndarray) -> bytes:
@@ -36,8 +40,9 @@ class ReleasedRows:
         self.data, self.encoder, self.name = data, encoder, name
         self.is_aligned = FUSED[0] in data.column_names
         tables = ["per_step_indices", *(["fused_per_step_indices"] if self.is_aligned else [])]
-        largest = max(_largest_id(data, name) for name in tables)
-        self.vocab_size = max(len(encoder.tokenizer), largest + 1)  # embeddings may be longer
+        largest, lengths = zip(*(_scan(data, name) for name in tables))
+        self.vocab_size = max(len(encoder.tokenizer), max(largest) + 1)  # embeddings may be longer
+        self.positions = np.min(lengths, 0)  # that have distributions, of each row
         self.top_k = max((len(row) for row in data[0]["per_step_indices"]), default=1)
         self.fingerprint = str(data._fingerprint)[:16]
         self.padded = 0
@@ -59,6 +64,9 @@ class ReleasedRows:
                     if not np.isfinite(np.float64(row[mean])):  # float16 overflowed; filter_nan dropped these
                         raise Unusable("no_metric", f"{mean} is {row[mean]}")
                 ids, labels = _unpadded(row)
+                if self.positions[number] < (last := int(np.flatnonzero(row["attention_mask"])[-1])):
+                    detail = f"distributions for {self.positions[number]} positions, the last token is at {last}"
+                    raise Unusable("positions", detail)
                 messages, one = self._messages(ids, labels)
             except Unusable as problem:
                 entry = {"row": number, "id": name, "reason": problem.reason, "detail": str(problem)}

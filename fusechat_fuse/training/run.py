@@ -25,6 +25,36 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+# The flags that `train --help` shows, by section; `--help-all` has the rest.
+SECTIONS = {
+    "what goes in and out": [
+        *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
+        *("dtype", "save_dtype", "attn_implementation", "trust_remote_code"),
+    ],
+    "fusion": [
+        *("preset", "lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail"),
+        *("label_noise", "slice_column", "slice_pattern", "fuse_temperature", "ce_unit"),
+    ],
+    "training": [
+        *("learning_rate", "num_train_epochs", "max_steps", "total_batch_size", "per_device_train_batch_size"),
+        *("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "bf16", "activation_checkpointing"),
+        *("packing", "lean_head", "head_chunks", "deepspeed"),
+    ],
+    "adapters and quantisation": ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"],
+    "checkpoints and logs": [
+        *(
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "resume_from_checkpoint",
+            "logging_steps",
+            "eval_strategy",
+        ),
+        *("eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
+    ],
+}
+
+
 @dataclass
 class TrainArguments:
     """What `fusechat-fuse train` takes beside FusionConfig."""
