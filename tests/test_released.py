@@ -189,6 +189,22 @@ def test_known_cross_entropies_give_true_log_probabilities(known, tmp_path):
     assert found.manifest["released"]["estimated_ce"] == 0
 
 
+def test_cross_entropies_that_cannot_be_are_not_taken_for_normalisers(known, tmp_path):
+    """Masked places hold 0; a cross-entropy below what the listed logits alone allow would give a sum above 1."""
+    path, own, rows = known
+    masked, wrong = dict(rows[0]), dict(rows[1])
+    masked["per_step_metric_ce"] = [0.0] * len(masked["per_step_metric_ce"])
+    wrong["per_step_metric_ce"] = [1e-3] * len(wrong["per_step_metric_ce"])
+    found = fusechat_fuse.import_released(
+        saved([masked, wrong], tmp_path / "released"), path / "tokenizer", tmp_path / "r", template="openchat_3.5"
+    )
+    assert found.manifest["released"]["exact_tokens"] == 0
+    assert found.manifest["released"]["estimated_ce"] == len(found[0]["predicted"])
+    assert found[0]["ce"].mean() == pytest.approx(own[0]["ce"].mean(), rel=1e-4)
+    for row in found:
+        np.testing.assert_allclose(np.exp(row["topk_logprobs"].astype(np.float64)).sum(1), 1, atol=5e-3)
+
+
 def test_imported_data_align_and_train(known, tmp_path):
     path, _, rows = known
     saved(rows, tmp_path / "released", ("per_step_metric",))
