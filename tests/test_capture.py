@@ -180,6 +180,25 @@ def test_batches_do_not_change_what_is_stored(tmp_path, folder):
     assert stores[0].manifest["counts"]["padding_share"] == 0
 
 
+def test_processes_that_tokenize_do_not_change_what_is_stored(tmp_path, folder, one_thread):
+    (tmp_path / "t.jinja").write_text(THINKS)
+    rows = conversations()
+    rows[5]["messages"][-1]["content"] = "<think>hm</think>yes"  # which that template changes
+    options = {"shard_size": 4, "template": str(tmp_path / "t.jinja")}
+    for count in (0, 2):
+        represent(folder / "m", rows, tmp_path / f"by-{count}", encoding_processes=count, **options)
+    assert files(tmp_path / "by-0") == files(tmp_path / "by-2")
+    assert json.loads((tmp_path / "by-2" / "manifest.json").read_text())["counts"]["skipped"] == {"template": 1}
+
+
+def test_template_is_asked_for_a_sample_of_much_data(tmp_path, folder, monkeypatch):
+    (tmp_path / "t.jinja").write_text(NO_SYSTEM)
+    monkeypatch.setattr("fusechat_fuse.capture.run.CHECKED", 5)
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"got 2 of 6 conversations"):  # rows 0, 4, 8, 12, 16, 20
+        represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
+
+
 def test_plan_keeps_the_budget_and_pads_little():
     rng = np.random.default_rng(0)
     tokens = padded = 0

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -267,6 +268,46 @@ def test_limit_reads_no_further_than_so_many_usable_conversations():
     for limit in (0, -1, "2", True):
         with pytest.raises(InputError, match="limit for chat data: expected an integer from 1, got"):
             read_conversations([MESSAGES], limit=limit)
+
+
+def compressed(path, text):
+    raw = text.encode()
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(raw))
+    elif path.suffix == ".zst":
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(raw)
+    elif path.suffix == ".parquet":
+        rows = [json.loads(line) for line in text.splitlines()]
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=16)
+    else:
+        path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.parquet"])
+def test_a_corpus_is_never_held_in_memory(tmp_path, name):
+    texts = [f"{n:06d}" * 4000 for n in range(400)]  # 24 kB each, 9.6 MB in all
+    lines = [json.dumps({"prompt": "say", "completion": text}) + "\n" for text in texts]
+    file = compressed(tmp_path / name, "".join(lines))
+    del lines
+    read_conversations([MESSAGES])  # modules that are loaded on first use
+    tracemalloc.start()
+    found, report = read_conversations(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert report.rows == 400
+    for n in (399, 0, 200):
+        assert found[n].messages == [{"role": "user", "content": "say"}, {"role": "assistant", "content": texts[n]}]
+        assert found[n].content_hash == content_hash(found[n].messages)
+
+
+def test_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\n\n{"prompt": "\xff"}')
+    with pytest.raises(InputError, match=r"d.jsonl: expected UTF-8 text, got byte 51 that is none"):
+        read_conversations(tmp_path / "d.jsonl")
+    assert len(read_conversations(tmp_path / "d.jsonl", limit=1)[0]) == 1
 
 
 def named(name):

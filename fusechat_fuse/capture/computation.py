@@ -1,11 +1,19 @@
-"""Shards of conversations through the model: tokenized before it runs, written after it, both beside it."""
+"""Shards of conversations through the model: tokenized before it runs, written after it, both beside it.
+
+One thread is enough for models that take more than a millisecond for a conversation. For faster ones several processes
+may tokenize, each a shard at a time.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +27,8 @@ from fusechat_fuse.text.conversations import Conversation, Unusable
 from fusechat_fuse.text.templates import check_template
 
 logger = logging.getLogger(__name__)
+Outcome = Encoded | tuple[str, str]  # or the rule by which a conversation is left out, and what was found
+_encoder: ConversationEncoder | None = None  # of a process that tokenizes
 
 
 @dataclass
@@ -56,13 +66,14 @@ def compute(
     writer: ShardWriter,
     *,
     show: bool,
+    encoding_processes: int = 0,
 ) -> None:
-    """Compute and write shards; a second thread tokenizes the next one and writes the last one meanwhile.
+    """Compute and write shards; others are tokenized and written meanwhile.
 
     Args:
         runner: gives the distributions.
         shards: the conversations of the whole run. mine: numbers of the shards to be computed, at least one.
-        show: whether to show progress.
+        show: whether to show progress. encoding_processes: that tokenize; 0: a thread.
     Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
         not fit into memory; RuntimeError where too many conversations have logits that are not finite.
     """
@@ -71,13 +82,14 @@ def compute(
     vocab_size = runner.vocab_size
     total, non_finite, skipped = sum(map(len, shards)), 0, []
     progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
-    with progress, ThreadPoolExecutor(1) as background:
-        upcoming = background.submit(_encode, encoder, shards[mine[0]])
+    left = iter(mine)
+    with progress, ThreadPoolExecutor(1) as background, tokenizing(encoder, encoding_processes) as tokenize:
+        upcoming: deque[Future] = deque()
         written: Future | None = None
-        for number, following in zip(mine, [*mine[1:], None]):
-            shard = upcoming.result()
-            if following is not None:
-                upcoming = background.submit(_encode, encoder, shards[following])
+        for number in mine:
+            while len(upcoming) <= max(encoding_processes, 1) and (following := next(left, None)) is not None:
+                upcoming.append(tokenize(shards[following]))
+            shard = _shard(shards[number], upcoming.popleft().result())
             skipped += shard.skipped
             check_template(skipped, total)
             _check_ids(shard.encoded, vocab_size)
@@ -115,14 +127,47 @@ def _say_if_senseless(rows: list[dict]) -> None:
         )
 
 
-def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> _Shard:
+@contextmanager
+def tokenizing(encoder: ConversationEncoder, processes: int) -> Iterator[Callable[[list[Conversation]], Future]]:
+    """What begins to tokenize a shard: in a thread, or in so many processes; the result is a list of Outcome."""
+    if not processes:
+        with ThreadPoolExecutor(1) as thread:
+            yield lambda shard: thread.submit(_encode, encoder, shard)
+        return
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_use, initargs=(encoder,)) as pool:
+        yield lambda shard: pool.submit(_encode_here, [conversation.messages for conversation in shard])
+
+
+def _use(encoder: ConversationEncoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode_here(messages: list[list[dict]]) -> list[Outcome]:
+    assert _encoder is not None
+    return [_encoded(_encoder, each) for each in messages]
+
+
+def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> list[Outcome]:
+    return [_encoded(encoder, conversation.messages) for conversation in conversations]
+
+
+def _encoded(encoder: ConversationEncoder, messages: list[dict]) -> Outcome:
+    try:
+        return encoder.encode(messages)
+    except Unusable as problem:
+        return problem.reason, str(problem)
+
+
+def _shard(conversations: list[Conversation], outcomes: list[Outcome]) -> _Shard:
     shard = _Shard()
-    for conversation in conversations:
-        try:
-            shard.encoded.append(encoder.encode(conversation.messages))
+    for conversation, outcome in zip(conversations, outcomes):
+        if isinstance(outcome, Encoded):
+            shard.encoded.append(outcome)
             shard.conversations.append(conversation)
-        except Unusable as problem:
-            shard.skip(conversation, problem.reason, str(problem))
+        else:
+            shard.skip(conversation, *outcome)
     return shard
 
 

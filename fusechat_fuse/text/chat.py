@@ -91,9 +91,9 @@ class ConversationEncoder:
         self.end_of_turn_id = added.get(self.end_of_turn, -1)  # -1: no template of this name works, every probe says so
         reserved = {*control_texts(tokenizer, self.template), self.end_of_turn, self.bos} - {""}
         self._reserved = re.compile("|".join(re.escape(t) for t in sorted(reserved, key=len, reverse=True)))
-        self._special_ids = np.array(
-            sorted({self.end_of_turn_id, *(added[text] for text in reserved if text in added)})
-        )
+        special = {added[text] for text in reserved if text in added}
+        self._is_special = np.zeros(1 + max(*special, len(tokenizer)), bool)  # by id
+        self._is_special[list(special)] = True
         self._shapes: dict[tuple[str, ...], _Shape | Unusable] = {}
 
     def _is_own(self) -> bool:
@@ -238,13 +238,14 @@ class ConversationEncoder:
         return [self.bos + own[0], *own[1:]]
 
     def _locate(self, ids, start, end, places, shape: _Shape, messages) -> Encoded:
-        special, turns = np.isin(ids, self._special_ids), np.flatnonzero(ids == self.end_of_turn_id)
-        predicted, message, begins, ends = [], [], [], []
+        special, turns = self._is_special[ids], np.flatnonzero(ids == self.end_of_turn_id)
+        found = [(np.empty(0, np.int32),) * 4]  # and of each answer: predicted, message, start, end
         context_answers = 0
-        for (first, last), n, trims, stands, ended in zip(
-            places, shape.order, shape.trims, shape.predicted, shape.ended
+        lows = np.searchsorted(end, [first for first, _ in places], side="right")
+        highs = np.searchsorted(start, [last for _, last in places], side="left")
+        for (first, last), low, high, n, trims, stands, ended in zip(
+            places, lows, highs, shape.order, shape.trims, shape.predicted, shape.ended
         ):
-            low, high = np.searchsorted(end, first, side="right"), np.searchsorted(start, last, side="left")
             low = self._with_empty_tokens(low, start, end, first, last)
             if special[low:high].any():
                 raise Unusable("special_token", f"message {n} joins its surroundings to a special token")
@@ -258,25 +259,23 @@ class ConversationEncoder:
             size = len(content.encode())
             while not ended and low < high and end[high - 1] > last:
                 high -= 1  # it runs into what follows: no prediction of the content alone
-            predicted += range(low, high)
-            begins += list(np.clip(start[low:high], first, last) - first + lead)
-            ends += list(np.clip(end[low:high], first, last) - first + lead)
+            predicted = np.arange(low, high + ended, dtype=np.int32)
+            begins, ends = (np.clip(edge[low : high + ended], first, last) - first + lead for edge in (start, end))
             if ended:
                 if (at := np.searchsorted(turns, high)) == len(turns):
                     raise Unusable("template", f"no end-of-turn token follows message {n}")
-                predicted.append(int(turns[at]))
-                begins.append(size)
-                ends.append(size + 1)
-            message += [n] * (len(predicted) - len(message))
-        keep = [k for k, t in enumerate(predicted) if 0 < t < self.max_length]
-        if not keep:
+                predicted[-1], begins[-1], ends[-1] = turns[at], size, size + 1
+            found.append((predicted, np.full_like(predicted, n), begins, ends))
+        predicted, message, begins, ends = (np.concatenate(parts) for parts in zip(*found))
+        keep = (predicted > 0) & (predicted < self.max_length)
+        if not keep.any():
             raise Unusable("too_long", f"no predicted token within {self.max_length} tokens (of {len(ids)})")
         return Encoded(
             input_ids=ids[: self.max_length],
-            predicted=np.array(predicted, np.int32)[keep],
-            message=np.array(message, np.int16)[keep],
-            start=np.array(begins, np.int32)[keep],
-            end=np.array(ends, np.int32)[keep],
+            predicted=predicted[keep],
+            message=message[keep].astype(np.int16),
+            start=begins[keep].astype(np.int32),
+            end=ends[keep].astype(np.int32),
             truncated=len(ids) > self.max_length,
             context_answers=context_answers,
         )

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ import numpy as np
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.card import shown_name
 from fusechat_fuse.text.data_files import Source, data_sources
+from fusechat_fuse.text.spool import Spool
 
 ROLES = {
     "user": "user",
@@ -60,18 +62,29 @@ class Unusable(InputError):
         super().__init__(detail)
         self.reason = reason
 
+    def __reduce__(self):  # between processes
+        return Unusable, (self.reason, str(self))
 
-@dataclass
+
+@dataclass(slots=True)
 class Conversation:
-    """One usable conversation: messages alternate user and assistant, perhaps after a system message, and end with an
-    assistant; an answer that is not to be predicted has `weight` 0; `content_hash` is the SHA-256 of the messages, its
-    first 16 hexadecimal digits; `row` its place in the data."""
+    """One usable conversation; its messages stay on disk until they are asked for. `content_hash` is the SHA-256 of the
+    messages, its first 16 hexadecimal digits; `row` its place in the data."""
 
     id: str
-    messages: list[dict[str, Any]]
     content_hash: str
-    slice: str | None = None
-    row: int = -1
+    slice: str | None
+    row: int
+    spool: Spool
+    start: int
+    size: int
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """They alternate user and assistant, perhaps after a system message, and end with an assistant; an answer that
+        is not to be predicted has `weight` 0."""
+        keys = ("role", "content", "weight")
+        return [dict(zip(keys, fields)) for fields in self.spool.read(self.start, self.size)]
 
 
 @dataclass
@@ -118,9 +131,17 @@ def count_reasons(entries: list[dict]) -> dict[str, int]:
 
 def content_hash(messages: list[dict[str, Any]]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (and weights of 0)."""
+    return _hash(_fields(messages))
+
+
+def _fields(messages: list[dict[str, Any]]) -> str:
+    """Roles and contents (and weights of 0) as JSON in ASCII."""
     fields = [[m["role"], m["content"], *([0] if m.get("weight") == 0 else [])] for m in messages]
-    plain = json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+    return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
+
+
+def _hash(fields: str) -> str:
+    return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
 def _raw_messages(row: Any, column: str | None) -> list:
@@ -293,7 +314,7 @@ def read_conversations(
     sources = _sources(data, split)
     named = [entry for entry in (data if isinstance(data, list | tuple) else [data]) if isinstance(entry, str | Path)]
     report = ReadReport(_name_of(data), strict, data=[shown_name(str(entry)) for entry in named])
-    found, seen = [], Counter()
+    found, seen, spool = [], Counter(), Spool()
     for number, of_file, row in _numbered(sources, report):
         report.rows += 1
         name = _row_name(row)
@@ -304,7 +325,8 @@ def read_conversations(
         except Unusable as problem:
             report.note("skip", number, name, problem.reason, str(problem))
             continue
-        digest = content_hash(messages)
+        fields = _fields(messages)
+        digest = _hash(fields)
         given = name = name or digest
         while name in seen:  # a given ID#2 may be there before the second ID is
             seen[given] += 1
@@ -314,7 +336,9 @@ def read_conversations(
             repairs.append(("duplicate_id", f"{given!r} appears again"))
         for rule, detail in repairs:
             report.note("repair", number, name, rule, detail)
-        found.append(Conversation(name, messages, digest, _slice_of(row) or of_file, number))
+        named = _slice_of(row) or of_file
+        place = spool.append(fields)
+        found.append(Conversation(name, digest, named and sys.intern(named), number, spool, *place))
         if len(found) == limit and shuffle_seed is None:
             break
     if shuffle_seed is not None:

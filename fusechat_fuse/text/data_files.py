@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import logging
 import re
@@ -110,48 +111,54 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(64):
+                yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
-    yield from rows
 
 
-def _text(path: Path) -> str:
-    raw = path.read_bytes()
-    if path.suffix.lower() == ".gz":
+def _opened(path: Path) -> io.BufferedIOBase:
+    kind = path.suffix.lower()
+    if kind == ".gz":
+        return gzip.open(path)
+    if kind == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file, a compressed one too, without holding it."""
+    try:
+        with _opened(path) as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as error:
+        what = {".gz": "a gzip file", ".zst": "a zstd file"}.get(path.suffix.lower(), "a file that can be read")
+        raise InputError(f"data for {path}: expected {what}, got {error}. Replace it.") from error
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    position = 0
+    for line in _raw_lines(path):
         try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"data for {path}: expected a gzip file, got {error}. Replace it.") from error
-    if path.suffix.lower() == ".zst":
-        raw = _zstd(path)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data for {path}: expected UTF-8 text, got byte {error.start} that is none. Convert it."
-        ) from error
-
-
-def _zstd(path: Path) -> bytes:
-    import pyarrow as pa
-
-    try:
-        with pa.input_stream(str(path), compression="zstd") as stream:
-            return stream.read()
-    except OSError as error:
-        raise InputError(f"data for {path}: expected a zstd file, got {error}. Replace it.") from error
+            yield line.decode("utf-8-sig" if position == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"data for {path}: expected UTF-8 text, got byte {position + error.start} that is none. Convert it."
+            ) from error
+        position += len(line)
 
 
 def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
     """The rows of a .json file: a list, {"data": list}, {split: list}, or lines."""
-    text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = json.loads("".join(_text_lines(path)))
     except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
             raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
-        yield from _lines(path, text)
+        yield from _lines_of(path)
         return
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
@@ -170,11 +177,7 @@ def _are_splits(rows: dict) -> bool:
 
 
 def _lines_of(path: Path) -> Iterator[Any]:
-    yield from _lines(path, _text(path))
-
-
-def _lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_text_lines(path), start=1):
         if line.strip():
             try:
                 yield json.loads(line)

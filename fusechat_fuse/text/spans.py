@@ -35,7 +35,7 @@ def token_spans(tokenizer, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
         InputError: the bytes of the tokens do not give the text back; says where and why (lower-casing, NFKC, text
             that is not NFC, unknown characters).
     """
-    return _Text(token_table(tokenizer), text).spans([int(i) for i in ids])
+    return _Text(token_table(tokenizer), text).spans(np.asarray(ids, np.int64).tolist())
 
 
 class _Text:
@@ -48,7 +48,7 @@ class _Text:
         """See `token_spans`."""
         added = self.table.added
         lengths, gaps = np.zeros(len(ids), np.int64), np.zeros(len(ids) + 1, np.int64)
-        cuts = [k for k, i in enumerate(ids) if i in added]
+        cuts = [] if added.keys().isdisjoint(ids) else [k for k, i in enumerate(ids) if i in added]
         position = 0
         for before, cut in pairwise([-1, *cuts, len(ids)]):
             if before >= 0 and added[ids[before]][1] and lengths[before]:  # it swallows the blanks after it
@@ -83,7 +83,7 @@ class _Text:
 
     def _stretch(self, position: int, ids: list[int]) -> list[int] | None:
         """Byte lengths of a run of ordinary tokens that must spell raw[position:...], or None."""
-        pipeline, own = self.table.pipeline, [self.table.own[i] for i in ids]
+        pipeline, own = self.table.pipeline, list(map(self.table.own.__getitem__, ids))
         readings = [own]
         if pipeline.insert and own[0].startswith(b" "):
             dropped = [own[0][1:], *own[1:]]
@@ -92,7 +92,7 @@ class _Text:
             readings = [dropped, own] if preferred else [own, dropped]
         for reading in readings:
             if self.raw.startswith(b"".join(reading), position):
-                return [len(piece) for piece in reading]
+                return list(map(len, reading))
         if pipeline.family == "metaspace" and MARK.encode() in self.raw:
             for reading in readings:
                 if (lengths := _literal_marks(self.raw, position, reading)) is not None:
