@@ -7,10 +7,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusechat_fuse
 from fusechat_fuse.cli import COMMANDS, main, parser_of
+from fusechat_fuse.store.shards import load_representation
 from fusechat_merge.cli import _parser as merge_parser
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
@@ -111,12 +116,21 @@ def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path, monkeypatch
         tiny_model(family, vocab_size=len(tokenizer) + 8).save_pretrained(name)
         tokenizer.save_pretrained(name)
     chats = [{"id": str(n), "prompt": f"say {n}", "completion": f"the {n} is"} for n in range(8)]
+    (shown,) = re.findall(r'`(\{"messages".*?\})`', (ROOT / "README.md").read_text())
+    chats.append(json.loads(shown))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     stages = [words[1:] for words in command_lines(ROOT / "README.md") if words[0] == "fusechat-fuse"]
     stages = [words for words in stages if words[0] not in ("plan", "run")]
     assert [words[0] for words in stages] == ["represent", "represent", "compare", "align", "train"]
     for words in stages:
         assert main(words) == 0, words
+    assert load_representation("r/pivot").manifest["counts"]["conversations"] == len(chats)
+    (recipe,) = blocks(ROOT / "README.md", "yaml")
+    recipe = recipe.replace("/models/pivot", f"{tmp_path}/PIVOT").replace("/models/target-a", f"{tmp_path}/target")
+    recipe = yaml.safe_load(recipe.replace("/models/target-b", f"{tmp_path}/another-target"))
+    tiny_model("Llama", seed=1, vocab_size=len(tiny_bpe()) + 8).save_pretrained("another-target")
+    run_merge(MergeConfiguration.model_validate(recipe), "merged", MergeOptions())
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained("PIVOT")
     names = {"model": model, "tokenizer": AutoTokenizer.from_pretrained("PIVOT")}
     (snippet,) = blocks(ROOT / "README.md", "python")
@@ -134,4 +148,4 @@ def test_names_of_the_api_page_exist():
 
 
 def test_the_readme_can_be_read_to_its_end():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 135
