@@ -1,6 +1,7 @@
 """README and docs against what is there: links, files, commands, flags, and the figures of the README."""
 
 import json
+import logging
 import re
 import shlex
 from importlib import import_module
@@ -108,29 +109,46 @@ def test_every_page_is_linked_from_the_readme():
     assert not {page for page in pages if f"docs/{page}" not in readme}
 
 
-@pytest.mark.slow
-def test_the_readmes_commands_and_python_run_as_they_stand(tmp_path, monkeypatch):
-    """Its placeholders being tiny models and chats: the block of single stages, then the snippet on what they wrote."""
+@pytest.fixture
+def in_readmes_place(tmp_path, monkeypatch):
+    """Tiny models and chats under the names of README and docs/pipeline.md; /models is the directory itself."""
     monkeypatch.chdir(tmp_path)
-    for name, family, tokenizer in (("PIVOT", "Llama", tiny_bpe()), ("SOURCE", "Mistral", tiny_unigram())):
-        tiny_model(family, vocab_size=len(tokenizer) + 8).save_pretrained(name)
-        tokenizer.save_pretrained(name)
+    for names, family, tokenizer in (("pivot", "Llama", tiny_bpe()), ("source", "Mistral", tiny_unigram())):
+        model = tiny_model(family, vocab_size=len(tokenizer) + 8)
+        for name in (names.upper(), names, f"{names}-a", f"{names}-b"):
+            model.save_pretrained(name)
+            tokenizer.save_pretrained(name)
+    for seed, name in enumerate(("target-a", "target-b"), start=1):
+        tiny_model("Llama", seed=seed, vocab_size=len(tiny_bpe()) + 8).save_pretrained(name)
     chats = [{"id": str(n), "prompt": f"say {n}", "completion": f"the {n} is"} for n in range(8)]
     (shown,) = re.findall(r'`(\{"messages".*?\})`', (ROOT / "README.md").read_text())
     chats.append(json.loads(shown))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    stages = [words[1:] for words in command_lines(ROOT / "README.md") if words[0] == "fusechat-fuse"]
+    return tmp_path
+
+
+def test_the_readmes_configurations_are_taken_as_they_stand(in_readmes_place, caplog, capsys):
+    merge, recipe = (text.replace("/models", f"{in_readmes_place}") for text in blocks(ROOT / "README.md", "yaml"))
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(merge)), "merged", MergeOptions())
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+    Path("recipe.yml").write_text(recipe)
+    with caplog.at_level(logging.INFO):
+        assert main(["run", "recipe.yml", "--dry_run"]) == 0
+    commands = caplog.text
+    for command, times in (("represent", 3), ("align", 2), ("combine", 1), ("train", 4)):  # plain, a target each, multi
+        assert len(re.findall(rf"fusechat_fuse {command} ", commands)) == times, commands
+    assert main(["plan", "recipe.yml", "--gpu", "h100"]) == 0
+    assert "multi" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_stages_and_the_readmes_python_run_as_they_stand(in_readmes_place):
+    stages = [words[1:] for words in command_lines(ROOT / "docs/pipeline.md") if words[0] == "fusechat-fuse"]
     stages = [words for words in stages if words[0] not in ("plan", "run")]
     assert [words[0] for words in stages] == ["represent", "represent", "compare", "align", "train"]
     for words in stages:
         assert main(words) == 0, words
-    assert load_representation("r/pivot").manifest["counts"]["conversations"] == len(chats)
-    (recipe,) = blocks(ROOT / "README.md", "yaml")
-    recipe = recipe.replace("/models/pivot", f"{tmp_path}/PIVOT").replace("/models/target-a", f"{tmp_path}/target")
-    recipe = yaml.safe_load(recipe.replace("/models/target-b", f"{tmp_path}/another-target"))
-    tiny_model("Llama", seed=1, vocab_size=len(tiny_bpe()) + 8).save_pretrained("another-target")
-    run_merge(MergeConfiguration.model_validate(recipe), "merged", MergeOptions())
-    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+    assert load_representation("r/pivot").manifest["counts"]["conversations"] == 9  # the README's line is one
     model = AutoModelForCausalLM.from_pretrained("PIVOT")
     names = {"model": model, "tokenizer": AutoTokenizer.from_pretrained("PIVOT")}
     (snippet,) = blocks(ROOT / "README.md", "python")
@@ -148,4 +166,4 @@ def test_names_of_the_api_page_exist():
 
 
 def test_the_readme_can_be_read_to_its_end():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 135
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
