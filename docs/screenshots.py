@@ -1,5 +1,5 @@
-"""The pictures of these pages: from the quickstart's output the inspect page, the report, a merge's coefficients; from two
-tiny models with the vocabularies of Llama 3 and Qwen, which have read some sums, how numbers are aligned.
+"""The pictures of these pages: from the quickstart's output the inspect page, the report, a merge's coefficients; from
+two tiny models with the vocabularies of Llama 3 and Qwen, which have read some sums, how numbers are aligned.
 
     python examples/quickstart.py && fusechat-fuse run quickstart-output/recipe.yml && python docs/screenshots.py
 

@@ -54,12 +54,12 @@ MAIN = {
     "paper multi": ("paper", PAPER),
     **{f"target-{name}": (name, OURS) for name in SOURCES},
     "multi": ("ours", OURS),
+    "multi, min_ce_slice": ("ours", {**OURS, "fusion_function": "min_ce_slice"}),
 }
 CHANGES = {  # one change at a time from "multi"
     "choice min_ce": ("min_ce", {**OURS, "fusion_function": "min_ce"}),
     "choice min_ce_token": ("min_ce", {**OURS, "fusion_function": "min_ce_token"}),
     "choice avg_ce": ("avg_ce", {**OURS, "fusion_function": "avg_ce", "fusion_tail": "drop"}),
-    "choice avg_ce_slice": ("ours", {**OURS, "fusion_function": "avg_ce_slice"}),
     "fallback pivot": ("ours", {**OURS, "fusion_fallback": "pivot"}),
     "unit token": ("token", {**OURS, "ce_unit": "token"}),
     "tail drop": ("ours", {**OURS, "fusion_tail": "drop"}),

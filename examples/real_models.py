@@ -39,27 +39,26 @@ from measurement import draw, facts, half_width, sentence, write
 
 REGIMES = ((128, 1), (48, 4), (128, 3))  # conversations, epochs
 PLAIN = {"lm_loss_weight": 1.0}
-ROWS = {"plain": PLAIN, "the paper's settings": {"preset": "paper"}, "ours": {}}
-MORE = {  # changes of one option of ours, and the paper's choice whole; by regime
+ALONE = {"fusion_function": "min_ce_slice"}  # the source alone where it serves a slice
+ROWS = {"plain": PLAIN, "the paper's settings": {"preset": "paper"}, "ours": {}, "ours, min_ce_slice": ALONE}
+CHOICES = {  # of one conversation each
+    "ours, avg_ce": {"fusion_function": "avg_ce"},
+    "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
+}
+MORE = {  # the paper's choice whole, and changes of one option; by regime
     (128, 1): {
-        "ours, lambda 0.7": {"lm_loss_weight": 0.7},
-        "ours, label noise 0": {"label_noise": 0.0},
-        "ours, avg_ce": {"fusion_function": "avg_ce"},
-        "ours, avg_ce_slice": {"fusion_function": "avg_ce_slice"},
-        "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
+        **CHOICES,
+        "min_ce_slice, lambda 0.7": {**ALONE, "lm_loss_weight": 0.7},
+        "min_ce_slice, label noise 0": {**ALONE, "label_noise": 0.0},
     },
     (48, 4): {
-        "ours, lambda 0.1": {"lm_loss_weight": 0.1},
-        "ours, lambda 0.7": {"lm_loss_weight": 0.7},
-        "ours, lambda 0.9": {"lm_loss_weight": 0.9},
-        "ours, label noise 0": {"label_noise": 0.0},
-        "ours, tail drop": {"fusion_tail": "drop"},
-        "ours, mapping statistics": {"mapping": "statistics"},
-        "ours, mapping exact": {"mapping": "exact"},
+        **CHOICES,
         "ours, min_ce": {"fusion_function": "min_ce"},
-        "ours, avg_ce": {"fusion_function": "avg_ce"},
-        "ours, avg_ce_slice": {"fusion_function": "avg_ce_slice"},
-        "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
+        **{f"min_ce_slice, lambda {weight}": {**ALONE, "lm_loss_weight": weight} for weight in (0.1, 0.7, 0.9)},
+        "min_ce_slice, label noise 0": {**ALONE, "label_noise": 0.0},
+        "min_ce_slice, tail drop": {**ALONE, "fusion_tail": "drop"},
+        "min_ce_slice, mapping statistics": {**ALONE, "mapping": "statistics"},
+        "min_ce_slice, mapping exact": {**ALONE, "mapping": "exact"},
     },
 }
 LARGER_SLICE, EVERY = "chinese", 4  # of EVERY training conversations one is of another slice

@@ -10,7 +10,8 @@ from fusechat_fuse.errors import InputError
 PRESETS = {
     "fusechat": {
         "mapping": "prefix",
-        "function": "min_ce_slice",
+        "function": "avg_ce_slice",
+        "combination": "min_ce_slice",
         "fallback": "label",
         "ce_unit": "byte",
         "tail": "label",
@@ -19,6 +20,7 @@ PRESETS = {
     "paper": {
         "mapping": "statistics",
         "function": "min_ce",
+        "combination": "min_ce",
         "fallback": "pivot",
         "ce_unit": "token",
         "tail": "drop",

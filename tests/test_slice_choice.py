@@ -42,16 +42,20 @@ def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
     pivot, source = weight.choice.table["good"]["medians"]  # of right and wrong answers together
     assert weight(data[1]) == pytest.approx(math.exp(-source) / (math.exp(-source) + math.exp(-pivot)))
     assert weight({"id": "good-99", "slice": "good"}) == weight(data[1])  # evaluation data: by the slice's name
+    assert (weight.sharpness, source_by_slice(data, ce_unit="byte", **how).sharpness) == (1, 4)
 
 
-def test_data_combined_by_slice_bring_their_choice(tmp_path):
+@pytest.mark.parametrize(("unit", "sharpness"), [("token", 1), ("byte", 4)])
+def test_data_combined_by_slice_bring_their_choice_and_its_unit(tmp_path, unit, sharpness):
     table = {"": (0, [1, 1, 1]), "bad": (2, [3, 9, 1]), "good": (0, [1, 2, 3])}  # against what these rows say
     table = {name: {"best": best, "medians": medians} for name, (best, medians) in table.items()}
     data = load_representation(
-        aligned_directory(tmp_path / "c", sliced_rows(), kind="combined", slices=table, slice_models=[])
+        aligned_directory(
+            tmp_path / "c", sliced_rows(), kind="combined", slices=table, slice_models=[], options={"ce_unit": unit}
+        )
     )
     weight = source_by_slice(data, ce_unit="token")
-    assert [weight(row) for row in data] == [pytest.approx(1 / (1 + math.exp(-2))), 0] * 20
+    assert [weight(row) for row in data] == [pytest.approx(1 / (1 + math.exp(-2 * sharpness))), 0] * 20
 
 
 def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog):
@@ -64,7 +68,7 @@ def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog)
     assert "-> strong-source, 20 conversations" in caplog.text
     batch = trainer.data_collator([data[0], data[1]])
     share = batch["conversation_stats"][:, 0, STATS.index("source_share")]
-    assert share.tolist() == [0, 1]
+    assert share.tolist() == [0, pytest.approx(source_by_slice(data, ce_unit="token")(data[1]))]
     labels = batch["shift_labels"][0]
     at = labels >= 0
     assert torch.equal(batch["target_ids"][0, at, 0], labels[at])  # the label carries the whole weight

@@ -250,7 +250,7 @@ def test_a_new_model_for_each_run(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "weight", "choice"),
     [
-        ("fusechat", 0.5, ("min_ce_slice", "label", "label", "byte")),
+        ("fusechat", 0.5, ("avg_ce_slice", "label", "label", "byte")),
         ("paper", 0.9, ("min_ce", "pivot", "drop", "token")),
     ],
 )

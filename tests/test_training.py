@@ -80,7 +80,7 @@ def test_the_model_card_tells_the_story(pivot, data, tmp_path):
     ours = (tmp_path / "ours" / "README.md").read_text()
     rows = (
         "weight lambda | 0.5 |",
-        "min_ce_slice (cross-entropy per byte)",
+        "avg_ce_slice (cross-entropy per byte)",
         "| label |",
         "| label (label noise 0.05) |",
     )

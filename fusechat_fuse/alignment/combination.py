@@ -69,7 +69,7 @@ def combine(
 
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
-    function, ce_unit = or_preset(preset, function=function, ce_unit=ce_unit).values()
+    function, ce_unit = or_preset(preset, combination=function, ce_unit=ce_unit).values()
     if function not in COMBINATIONS:
         raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
     if ce_unit not in CE_UNITS:

@@ -9,7 +9,8 @@ Two distributions stand at every predicted token: the pivot's own (top-k log-pro
     avg_ce        both, with weights proportional to exp(-CE)
     min_ce_token  the same choice as min_ce for each predicted token by -log P(actual token)
     min_ce_slice  one choice for each slice of the data, by the median CE over its conversations (`slice_choice.py`)
-    avg_ce_slice  the same choice; where the source serves the slice both, with weights proportional to exp(-median CE)
+    avg_ce_slice  the same choice; where the source serves the slice both, with weights proportional to
+                  exp(-b median CE), b = 1 per token, 4 per byte (the default)
     source        always the source's
 
 Where a choice does not take the source, the *fallback* stands: `pivot` (the paper) the pivot's own distribution,

@@ -52,10 +52,10 @@ class FusionConfig(TrainingArguments):
     fusion_function: str = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Which distribution to train on: min_ce_slice (one for each slice of the data, by the median "
-            "cross-entropy), avg_ce_slice (the same, source and pivot mixed where the source is chosen), min_ce (lower "
-            "cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token (per token), source (always the "
-            "source's) (preset: min_ce_slice, paper min_ce).",
+            "help": "Which distribution to train on: avg_ce_slice (for each slice of the data, by the median "
+            "cross-entropies, source and pivot mixed where the source's is lower), min_ce_slice (there the source's "
+            "alone), min_ce (lower cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token (per "
+            "token), source (always the source's) (preset: avg_ce_slice, paper min_ce).",
             "choices": list(CHOICES),
         },
     )

@@ -21,26 +21,29 @@ from fusechat_fuse.training.dataset import check_not_empty
 
 logger = logging.getLogger(__name__)
 LOOKED_AT = 20_000  # conversations of an iterable, which may have no end
+SHARPNESS = {"token": 1.0, "byte": 4.0}  # b: a token is about four bytes, so both units weigh as AvgCE does per token
 
 
 @dataclass(frozen=True)
 class SourceBySlice:
     """The source's weight in the distribution of a conversation, by its slice: 0 where the pivot serves it, else
-    exp(-s) / (exp(-s) + exp(-p)) by the medians s of the slice's source and p of the pivot.
+    exp(-b s) / (exp(-b s) + exp(-b p)) by the medians s of the slice's source and p of the pivot.
 
-    names: (id, content hash) -> slice, of the training data; pattern: names others by their id; else the row's own
-    column does. choice: 0 is the pivot, more a source.
+    sharpness: b, of SHARPNESS by the unit of the medians. names: (id, content hash) -> slice, of the training data;
+    pattern: names others by their id; else the row's own column does. choice: 0 is the pivot, more a source.
     """
 
     choice: SliceChoice
     names: dict[tuple, str]
+    sharpness: float
     pattern: str | None = None
     models: list[str] | None = None  # whose medians they are, where the data say it
 
     def __call__(self, row: dict) -> float:
         name = self._name(row)
         medians, best = self.choice.medians(name), self.choice.of(name)
-        return 1 / (1 + math.exp(min(medians[best] - medians[0], 0.0))) if best > 0 else 0.0
+        gap = min(medians[best] - medians[0], 0.0)
+        return 1 / (1 + math.exp(self.sharpness * gap)) if best > 0 else 0.0
 
     def _name(self, row: dict) -> str:
         name = self.names.get((row["id"], row.get("content_hash")))
@@ -75,9 +78,10 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
         table = data.manifest.get("slices")
         if table is not None:  # chosen among all sources when they were combined, and the rows named so
             best = {name: entry["best"] for name, entry in table.items()}
-            return SourceBySlice(SliceChoice(best, table), dict(zip(keys, own)), models=data.manifest["slice_models"])
+            sharpness, models = SHARPNESS[data.manifest["options"]["ce_unit"]], data.manifest["slice_models"]
+            return SourceBySlice(SliceChoice(best, table), dict(zip(keys, own)), sharpness, models=models)
         own = name_slices(data, column=column, pattern=pattern)
-    return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), pattern)
+    return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
 
 
 def lines_of(chosen: SourceBySlice, models: list[str], ce_unit: str) -> list[str]:
