@@ -3,7 +3,9 @@
 import gzip
 import json
 import logging
+import tempfile
 import tracemalloc
+from functools import partial
 
 import datasets
 import numpy as np
@@ -301,6 +303,15 @@ def test_a_corpus_is_never_held_in_memory(tmp_path, name):
     for n in (399, 0, 200):
         assert found[n].messages == [{"role": "user", "content": "say"}, {"role": "assistant", "content": texts[n]}]
         assert found[n].content_hash == content_hash(found[n].messages)
+
+
+def test_temporary_file_without_room_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"^temporary file for the conversations: expected room below TMPDIR, got "):
+        read_conversations([MESSAGES])
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "wb"))
+    with pytest.raises(InputError, match=r"got \[Errno 28\] No space left on device. Set TMPDIR to "):
+        read_conversations([{"prompt": "say", "completion": "x" * 100_000}])
 
 
 def test_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
