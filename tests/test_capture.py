@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,12 +193,70 @@ def test_processes_that_tokenize_do_not_change_what_is_stored(tmp_path, folder, 
     assert json.loads((tmp_path / "by-2" / "manifest.json").read_text())["counts"]["skipped"] == {"template": 1}
 
 
-def test_template_is_asked_for_a_sample_of_much_data(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("refused", [2, 8])
+def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_refused(
+    tmp_path, folder, monkeypatch, refused
+):
+    """A sample of five holds one of the refused, 20 %: of 40 they are 5 %, or 20 %."""
     (tmp_path / "t.jinja").write_text(NO_SYSTEM)
+    rows, asked, check = conversations(40), [], ConversationEncoder.check
+    sample = np.random.default_rng(0).permutation(40)[:5]
+    with_system = {sample[0], *[n for n in range(40) if n not in sample][: refused - 1]}
+    for n, row in enumerate(rows):
+        row["messages"] = [m for m in row["messages"] if m["role"] != "system"]
+        if n in with_system:
+            row["messages"].insert(0, {"role": "system", "content": "x"})
     monkeypatch.setattr("fusechat_fuse.capture.run.CHECKED", 5)
-    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(InputError, match=r"got 2 of 6 conversations"):  # rows 0, 4, 8, 12, 16, 20
-        represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
+    monkeypatch.setattr(ConversationEncoder, "check", lambda *a: (asked.append(1), check(*a))[1])
+    options = {"template": str(tmp_path / "t.jinja")}
+    if refused == 2:
+        stored = represent(folder / "m", rows, tmp_path / "r", **options)
+        assert stored.manifest["counts"]["skipped"] == {"template": 2}
+    else:
+        with pytest.raises(InputError, match=r"got 8 of 40 conversations"):
+            represent(folder / "m", rows, tmp_path / "r", **options)
+    assert len(asked) == 45
+    asked.clear()
+    represent(folder / "m", [row for n, row in enumerate(rows) if n not in with_system], tmp_path / "w", **options)
+    assert len(asked) == 5
+
+
+ENDS_WITH_WORKERS = """
+import os, signal, sys
+from fusechat_fuse.capture.computation import tokenizing
+from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.conversations import read_conversations
+
+if __name__ == "__main__":
+    encoder = ConversationEncoder(load_fast_tokenizer(sys.argv[1], False))
+    found, _ = read_conversations(sys.argv[2])
+    with tokenizing(encoder, 2) as tokenize:
+        [future.result() for future in [tokenize(found) for _ in range(4)]]
+        for child in __import__("multiprocessing").active_children():
+            print(child.pid, flush=True)
+        if sys.argv[3] == "parent":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
+        tokenize(found).result()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["parent", "worker"])
+def test_processes_that_tokenize_end_with_their_parent_and_their_end_is_said(tmp_path, folder, killed):
+    (tmp_path / "run.py").write_text(ENDS_WITH_WORKERS)
+    command = [sys.executable, str(tmp_path / "run.py"), str(folder / "m"), str(folder / "data.json"), killed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    workers = [int(line) for line in done.stdout.split()]
+    assert workers
+    for _ in range(200):
+        left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+    assert (killed == "parent") != ("RuntimeError: A process that tokenizes ended" in done.stderr)
 
 
 def test_plan_keeps_the_budget_and_pads_little():

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -600,3 +600,27 @@ def test_special_tokens_that_swallow_blanks_leave_a_hole(openchat):
     encoded = encode_conversation(tokenizer, [SINGLE[0], {"role": "assistant", "content": "  indented"}], "native")
     assert encoded.start[0] == 2
     assert encoded.end[-2] == 10
+
+
+def test_vocabulary_may_have_holes_and_no_added_tokens():
+    read = json.loads(tiny_bpe().backend_tokenizer.to_str())
+    moved = read["model"]["vocab"].pop("a")
+    read["model"]["vocab"]["a"] = 5000
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(read)))
+    tokenizer.chat_template = tiny_bpe().chat_template
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a b"}]
+    plain, holed = (ConversationEncoder(t, "qwen").encode(messages) for t in (tiny_bpe(), tokenizer))
+    assert 5000 in holed.input_ids
+    assert np.where(holed.input_ids == 5000, moved, holed.input_ids).tolist() == plain.input_ids.tolist()
+    assert holed.predicted.tolist() == plain.predicted.tolist()
+
+
+def test_template_without_any_special_token_is_refused(tmp_path):
+    alphabet = {character: n for n, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    encoder = ConversationEncoder(tokenizer, resolve_template(str(tmp_path / "plain.jinja"), tokenizer))
+    with pytest.raises(Unusable, match="the chat template ends no turn with a token of the vocabulary"):
+        encoder.encode(SINGLE)

@@ -321,6 +321,37 @@ def test_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
     assert len(read_conversations(tmp_path / "d.jsonl", limit=1)[0]) == 1
 
 
+@pytest.mark.parametrize("name", ["d.json", "d.json.gz", "d.jsonl"])
+def test_what_is_no_text_is_said_once(tmp_path, name):
+    raw = b'[{"prompt": "\xff"}]'
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(InputError) as caught:
+        read_conversations(tmp_path / name)
+    assert str(caught.value) == (
+        f"data for {tmp_path / name}: expected UTF-8 text, got byte 13 that is none. Convert it."
+    )
+
+
+def test_place_in_a_line_is_counted_in_that_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n{"prompt": "a\n')
+    with pytest.raises(InputError, match=r"d.jsonl, line 2: expected JSON, got Expecting value: line 1 column "):
+        read_conversations(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("group", [200, 64, 9])
+def test_parquet_of_dictionaries_within_messages_is_read_in_any_row_groups(tmp_path, group):
+    text = pa.dictionary(pa.int8(), pa.string())
+    rows = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(100)]
+    messages = pa.array(rows, pa.list_(pa.struct([("role", text), ("content", pa.string())])))
+    parquet.write_table(pa.table({"messages": messages}), tmp_path / "d.parquet", row_group_size=group)
+    found, _ = read_conversations(tmp_path / "d.parquet")
+    assert [one.messages for one in found] == rows
+
+
+def test_names_of_slices_may_be_numpys():
+    assert read_conversations([{**MESSAGES, "slice": np.str_("maths")}])[0][0].slice == "maths"
+
+
 def named(name):
     return [{"id": name, "messages": [USER, ANSWER]}]
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Protocol
 
 import numpy as np
@@ -135,13 +139,24 @@ def tokenizing(encoder: ConversationEncoder, processes: int) -> Iterator[Callabl
             yield lambda shard: thread.submit(_encode, encoder, shard)
         return
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_use, initargs=(encoder,)) as pool:
-        yield lambda shard: pool.submit(_encode_here, [conversation.messages for conversation in shard])
+    try:
+        with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_use, initargs=(encoder,)) as pool:
+            yield lambda shard: pool.submit(_encode_here, [conversation.messages for conversation in shard])
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A process that tokenizes ended (memory? a script without `if __name__ == '__main__':`?). What is finished "
+            "stays; the same command continues, with encoding_processes 0 in a thread."
+        ) from error
 
 
 def _use(encoder: ConversationEncoder) -> None:
+    """Begin a process that tokenizes: it ends with its parent, however that ends."""
     global _encoder
     _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _encode_here(messages: list[list[dict]]) -> list[Outcome]:

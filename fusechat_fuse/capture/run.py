@@ -106,7 +106,7 @@ def represent(
             template and configuration.
         server_kind: vllm or sglang. server_requests: in flight at each server.
         encoding_processes: that tokenize ahead of the model; 0: a thread, enough for up to 1,000 conversations a
-            second.
+            second. They are spawned: a script of your own then needs `if __name__ == "__main__":`.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -224,14 +224,23 @@ def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, 
 
 
 def _check_template(encoder: ConversationEncoder, found: list[Conversation]) -> None:
-    """Raise InputError, before the model is loaded, where the template refuses too many conversations of a sample."""
-    refused, tried = [], found[:: max(1, len(found) // CHECKED)]
-    for conversation in tried:
+    """Raise InputError, before the model is loaded, where the template refuses too many conversations.
+
+    Of many a sample is asked, and all where the sample is refused.
+    """
+    sample = [found[n] for n in np.random.default_rng(0).permutation(len(found))[:CHECKED]]
+    for tried in (sample, found):
+        refused = []
+        for conversation in tried:
+            try:
+                encoder.check(conversation.messages)
+            except Unusable as problem:
+                refused.append({"reason": problem.reason, "detail": str(problem)})
         try:
-            encoder.check(conversation.messages)
-        except Unusable as problem:
-            refused.append({"reason": problem.reason, "detail": str(problem)})
-    check_template(refused, len(tried))
+            return check_template(refused, len(tried))
+        except InputError:
+            if len(tried) == len(found):
+                raise
 
 
 def _template_of(template: str, encoder: ConversationEncoder, model: str, pivot) -> str:

@@ -90,9 +90,10 @@ class ConversationEncoder:
             self.bos, self.end_of_turn = bos_of(tokenizer), end_of_turn_of(tokenizer)
         self.end_of_turn_id = added.get(self.end_of_turn, -1)  # -1: no template of this name works, every probe says so
         reserved = {*control_texts(tokenizer, self.template), self.end_of_turn, self.bos} - {""}
-        self._reserved = re.compile("|".join(re.escape(t) for t in sorted(reserved, key=len, reverse=True)))
+        names = "|".join(re.escape(t) for t in sorted(reserved, key=len, reverse=True))
+        self._reserved = re.compile(names or "(?!)")  # without any nothing matches
         special = {added[text] for text in reserved if text in added}
-        self._is_special = np.zeros(1 + max(*special, len(tokenizer)), bool)  # by id
+        self._is_special = np.zeros(2 + max(special, default=-1), bool)  # by id, the last one for all that are higher
         self._is_special[list(special)] = True
         self._shapes: dict[tuple[str, ...], _Shape | Unusable] = {}
 
@@ -238,7 +239,8 @@ class ConversationEncoder:
         return [self.bos + own[0], *own[1:]]
 
     def _locate(self, ids, start, end, places, shape: _Shape, messages) -> Encoded:
-        special, turns = self._is_special[ids], np.flatnonzero(ids == self.end_of_turn_id)
+        special = self._is_special[np.minimum(ids, len(self._is_special) - 1)]
+        turns = np.flatnonzero(ids == self.end_of_turn_id)
         found = [(np.empty(0, np.int32),) * 4]  # and of each answer: predicted, message, start, end
         context_answers = 0
         lows = np.searchsorted(end, [first for first, _ in places], side="right")

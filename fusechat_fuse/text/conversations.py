@@ -338,7 +338,7 @@ def read_conversations(
             report.note("repair", number, name, rule, detail)
         named = _slice_of(row) or of_file
         place = spool.append(fields)
-        found.append(Conversation(name, digest, named and sys.intern(named), number, spool, *place))
+        found.append(Conversation(name, digest, named and sys.intern(str(named)), number, spool, *place))
         if len(found) == limit and shuffle_seed is None:
             break
     if shuffle_seed is not None:

@@ -112,8 +112,9 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(64):
-                yield from batch.to_pylist()
+            for n in range(file.num_row_groups):
+                for batch in file.read_row_group(n).to_batches(max_chunksize=64):
+                    yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"data for {path}: expected a Parquet file, got {error}. Replace it.") from error
 
@@ -153,8 +154,9 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
     """The rows of a .json file: a list, {"data": list}, {split: list}, or lines."""
+    text = "".join(_text_lines(path))
     try:
-        rows = json.loads("".join(_text_lines(path)))
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
             raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
@@ -180,7 +182,7 @@ def _lines_of(path: Path) -> Iterator[Any]:
     for number, line in enumerate(_text_lines(path), start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield json.loads(line.removesuffix("\n"))
             except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"data for {path}, line {number}: expected JSON, got {error}. Mend the line."
