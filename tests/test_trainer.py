@@ -124,6 +124,23 @@ def test_the_choice_is_reported_for_each_source(tmp_path):
     assert entry["source_share"] == 0.75
 
 
+@pytest.mark.parametrize("unlabelled", [16, 8])
+def test_training_without_a_predicted_token_is_an_error(tmp_path, unlabelled):
+    """Of conversations whose first predicted token is beyond max_length; one that has any is enough."""
+    rows = aligned_rows(16, tokens=20, predicted=4)
+    for n, row in enumerate(rows):
+        row["predicted"] = np.array([12, 14, 16, 18] if n < unlabelled else [2, 3, 4, 5], np.int32)
+    data = load_representation(aligned_directory(tmp_path / "data", rows))
+    trainer = FusionTrainer(
+        tiny_model("Llama", vocab_size=VOCAB), config(tmp_path / "t", max_length=10), train_dataset=data
+    )
+    if unlabelled == 16:
+        with pytest.raises(InputError, match="expected predicted tokens within it, got none within 10 tokens of any"):
+            trainer.train()
+    else:
+        assert trainer.train().training_loss > 0
+
+
 def test_evaluation_is_a_mean_over_tokens(tmp_path):
     rows = aligned_rows(7)
     options = config(tmp_path, preset="paper", per_device_eval_batch_size=3)
