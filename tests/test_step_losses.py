@@ -19,7 +19,7 @@ from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
 pytestmark = pytest.mark.slow
 
-WILD = {"learning_rate": 1e6, "optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+WILD = {"learning_rate": 1e20, "optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
 
 
 @pytest.fixture(scope="module")

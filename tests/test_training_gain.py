@@ -86,7 +86,8 @@ def test_a_target_beats_plain_fine_tuning_where_the_source_knows_more(tmp_path):
         trainer.train()
         found[name] = {skill: excess(model, np.random.default_rng(1), *of) for skill, of in skills.items()}
         shares[name] = [e["source_share"] for e in trainer.state.log_history if "source_share" in e]
-    assert np.mean(shares["paper"]) == np.mean(shares["ours"]) == 0.5  # every conversation of A, none of B
+    assert np.mean(shares["paper"]) == 0.5  # every conversation of A, none of B
+    assert np.mean(shares["ours"]) == pytest.approx(0.5, abs=1e-3)  # there mixed, by how much the source is better
     assert found["paper"]["A"] < 0.9 * found["plain"]["A"], found
     assert found["ours"]["A"] < 0.75 * found["plain"]["A"], found
     # on B the paper's target is the untrained pivot's own distribution, which costs a little; it does learn B
