@@ -183,9 +183,9 @@ def test_batches_do_not_change_what_is_stored(tmp_path, folder):
 
 
 def test_processes_that_tokenize_do_not_change_what_is_stored(tmp_path, folder, one_thread):
-    (tmp_path / "t.jinja").write_text(THINKS)
-    rows = conversations()
-    rows[5]["messages"][-1]["content"] = "<think>hm</think>yes"  # which that template changes
+    (tmp_path / "t.jinja").write_text(NO_SYSTEM)  # so a refused shape goes to the processes with the encoder
+    rows = [row for row in conversations() if row["messages"][0]["role"] != "system"]
+    rows.append(conversations()[0])
     options = {"shard_size": 4, "template": str(tmp_path / "t.jinja")}
     for count in (0, 2):
         represent(folder / "m", rows, tmp_path / f"by-{count}", encoding_processes=count, **options)

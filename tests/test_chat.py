@@ -12,6 +12,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.built_in_templates import BUILT_IN
 from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
 from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import bos_of, end_of_turn_of, native_template, resolve_template
 from tests.helpers.real_tokenizers import tiny_bpe
 from tests.helpers.reference_represent import spans_by_offsets
@@ -613,6 +614,24 @@ def test_vocabulary_may_have_holes_and_no_added_tokens():
     assert 5000 in holed.input_ids
     assert np.where(holed.input_ids == 5000, moved, holed.input_ids).tolist() == plain.input_ids.tolist()
     assert holed.predicted.tolist() == plain.predicted.tolist()
+
+
+def test_answer_without_text_where_a_token_without_bytes_stands(monkeypatch):
+    """An inserted mark right at an empty content belongs to what follows: only the end of turn is predicted there."""
+    encoder = ConversationEncoder(tiny_bpe(), "qwen")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ""}]
+    plain = encoder.encode(messages)
+    at = int(plain.predicted[0])
+    ids, spans = encoder._ids, token_spans
+    monkeypatch.setattr(encoder, "_ids", lambda text: [*ids(text)[:at], 300, *ids(text)[at:]])
+
+    def with_empty(tokenizer, text, found):
+        start, end = spans(tokenizer, text, np.delete(found, at))
+        return np.insert(start, at, start[at]), np.insert(end, at, start[at])
+
+    monkeypatch.setattr("fusechat_fuse.text.chat.token_spans", with_empty)
+    got = encoder.encode(messages)
+    assert (got.predicted.tolist(), got.start.tolist(), got.end.tolist()) == ([at + 1], [0], [1])
 
 
 def test_template_without_any_special_token_is_refused(tmp_path):

@@ -139,6 +139,8 @@ def test_training_without_a_predicted_token_is_an_error(tmp_path, unlabelled):
             trainer.train()
     else:
         assert trainer.train().training_loss > 0
+    trainer.args.num_train_epochs = 0
+    assert trainer.train().global_step == 0  # no step is no reason
 
 
 def test_evaluation_is_a_mean_over_tokens(tmp_path):

@@ -136,12 +136,12 @@ def tokenizing(encoder: ConversationEncoder, processes: int) -> Iterator[Callabl
     """What begins to tokenize a shard: in a thread, or in so many processes; the result is a list of Outcome."""
     if not processes:
         with ThreadPoolExecutor(1) as thread:
-            yield lambda shard: thread.submit(_encode, encoder, shard)
+            yield lambda shard: thread.submit(lambda: [_encoded(encoder, one.messages) for one in shard])
         return
     spawn = get_context("spawn")
     try:
         with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_use, initargs=(encoder,)) as pool:
-            yield lambda shard: pool.submit(_encode_here, [conversation.messages for conversation in shard])
+            yield lambda shard: pool.submit(_encode_here, [one.messages for one in shard])
     except BrokenProcessPool as error:
         raise RuntimeError(
             "A process that tokenizes ended (memory? a script without `if __name__ == '__main__':`?). What is finished "
@@ -162,10 +162,6 @@ def _use(encoder: ConversationEncoder) -> None:
 def _encode_here(messages: list[list[dict]]) -> list[Outcome]:
     assert _encoder is not None
     return [_encoded(_encoder, each) for each in messages]
-
-
-def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> list[Outcome]:
-    return [_encoded(encoder, conversation.messages) for conversation in conversations]
 
 
 def _encoded(encoder: ConversationEncoder, messages: list[dict]) -> Outcome:

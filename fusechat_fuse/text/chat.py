@@ -261,12 +261,13 @@ class ConversationEncoder:
             size = len(content.encode())
             while not ended and low < high and end[high - 1] > last:
                 high -= 1  # it runs into what follows: no prediction of the content alone
-            predicted = np.arange(low, high + ended, dtype=np.int32)
-            begins, ends = (np.clip(edge[low : high + ended], first, last) - first + lead for edge in (start, end))
+            predicted = np.arange(low, max(low, high), dtype=np.int32)  # low is the higher where an empty token stands
+            begins, ends = (np.clip(edge[low:high], first, last) - first + lead for edge in (start, end))
             if ended:
                 if (at := np.searchsorted(turns, high)) == len(turns):
                     raise Unusable("template", f"no end-of-turn token follows message {n}")
-                predicted[-1], begins[-1], ends[-1] = turns[at], size, size + 1
+                of_end = turns[at], size, size + 1
+                predicted, begins, ends = (np.append(*both) for both in zip((predicted, begins, ends), of_end))
             found.append((predicted, np.full_like(predicted, n), begins, ends))
         predicted, message, begins, ends = (np.concatenate(parts) for parts in zip(*found))
         keep = (predicted > 0) & (predicted < self.max_length)
@@ -274,7 +275,7 @@ class ConversationEncoder:
             raise Unusable("too_long", f"no predicted token within {self.max_length} tokens (of {len(ids)})")
         return Encoded(
             input_ids=ids[: self.max_length],
-            predicted=predicted[keep],
+            predicted=predicted[keep].astype(np.int32),
             message=message[keep].astype(np.int16),
             start=begins[keep].astype(np.int32),
             end=ends[keep].astype(np.int32),

@@ -208,7 +208,7 @@ class FusionTrainer(Trainer):
     def _finalize_training(self, trial, num_train_samples, start_time):
         check_weights(self.model, self.accelerator)
         output = super()._finalize_training(trial, num_train_samples, start_time)
-        if output.metrics["train_loss"] == 0:  # no cross-entropy of a token is
+        if self._step_losses.mean() == 0:  # no cross-entropy of a token is; None without a step
             raise InputError(
                 f"max_length for the training data: expected predicted tokens within it, got none within "
                 f"{self.args.max_length} tokens of any conversation. Raise it."
