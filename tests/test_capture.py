@@ -569,6 +569,28 @@ THINKS = (
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + THINKS
 
 
+def test_a_model_that_does_not_end_its_turns_is_named(tmp_path, folder, tiny_bpe, caplog):
+    class Decided(torch.nn.Module):  # a head that always, or never, has the end of turn among the first
+        def __init__(self, head, bias: float):
+            super().__init__()
+            self.head, self.bias = head, torch.nn.functional.one_hot(torch.tensor(2), len(tiny_bpe)) * bias
+
+        def forward(self, hidden):
+            return self.head(hidden) + self.bias
+
+    for bias, said in ((1e3, False), (-1e3, True)):
+        model = make_model("llama", len(tiny_bpe))
+        model.lm_head = Decided(model.lm_head, bias)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            stored = represent(model, folder / "data.json", tmp_path / f"{bias}", tokenizer=tiny_bpe)
+        counts = stored.manifest["counts"]
+        ends = sum(int((row["input_ids"][row["predicted"]] == 2).sum()) for row in stored)
+        assert (counts["ends"], counts["ends_kept"]) == (ends, 0 if said else ends)
+        text = f"At 0 of {ends} ends of turn the model has its own, '<|im_end|>'"
+        assert (text in caplog.text) == said
+
+
 def test_answers_that_are_context_only_are_counted_and_said(tmp_path, folder, caplog):
     (tmp_path / "t.jinja").write_text(THINKS)
     with caplog.at_level(logging.WARNING):

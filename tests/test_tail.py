@@ -12,7 +12,7 @@ from fusechat_fuse.alignment.single_id import single_id_rows
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.choice import fusion_distribution
-from tests.helpers.alignment_data import rows_for, write
+from tests.helpers.alignment_data import end_of_turn, rows_for, write
 from tests.helpers.fusion_rows import aligned_row
 
 # no kept path is the beginning of another: there the prefix mapping gives the shorter one its own probability alone
@@ -123,6 +123,25 @@ def test_align_marks_where_the_actual_token_was_not_kept(tmp_path, tiny_bpe, tin
     assert (marks >= 1).any()
     assert (marks == 0).any()
     assert ((marks == 0) | (marks == -1) | (marks >= 1) & (marks <= 2)).all()
+
+
+@pytest.mark.parametrize("mapping", ["prefix", "statistics"])
+def test_where_a_source_does_not_end_the_turn_the_label_stands_alone(tmp_path, tiny_bpe, tiny_unigram, mapping):
+    rows, ends = rows_for(tiny_unigram, seed=2), end_of_turn(tiny_unigram)
+    for number, row in enumerate(rows):
+        row["topk_ids"][row["topk_ids"] == ends] = -1
+        if number % 2:
+            row["topk_ids"][-1, -1] = ends
+    pivot, source = write(tmp_path / "pivot", tiny_bpe, rows_for(tiny_bpe)), write(tmp_path / "s", tiny_unigram, rows)
+    align(pivot.path, source.path, tmp_path / "a", mapping=mapping, cache_dir=tmp_path / "cache")
+    for number, row in enumerate(load_representation(tmp_path / "a")):
+        assert row["input_ids"][row["predicted"]][-1] == end_of_turn(tiny_bpe)
+        assert row["label_tail"][-1] == (0 if number % 2 else -1)
+        q, label = fusion_distribution(row, choice="source", tail="label"), end_of_turn(tiny_bpe)
+        given = dict(zip(q.ids[-1].tolist(), q.probs[-1].tolist(), strict=True))
+        assert given[label] == pytest.approx(1) if number % 2 == 0 else 0 < given[label] < 1
+        given.pop(label)
+        assert any(given.values()) == bool(number % 2)
 
 
 def test_rows_without_the_mark_are_refused_with_what_to_do():

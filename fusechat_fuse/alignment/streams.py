@@ -61,7 +61,11 @@ def _places(rows: list[dict], side: Side) -> tuple[dict[str, np.ndarray], np.nda
 def align_batch(
     batch: Batch, pair: TokenizerPair, vocab: Vocabularies, mapping: Mapping, safe_only: bool
 ) -> tuple[Correspondence, Mapped, np.ndarray]:
-    """What answers each pivot token, its row, and whether it is a safe start (bool [P]), of one batch."""
+    """What answers each pivot token, its row, and whether it is a safe start (bool [P]), of one batch.
+
+    Where a turn ends and the source does not keep its end of turn, the label is marked to stand alone: a base model, or
+    one that ends its turns otherwise, says there how the text goes on, and would teach the pivot not to stop.
+    """
     pivot, source = batch.pivot, batch.source
     match = correspond(pivot.start, pivot.end, source.start, source.end)
     follows = np.concatenate([[False], (pivot.start[1:] == pivot.end[:-1])])
@@ -76,6 +80,8 @@ def align_batch(
         pair.pivot.joined | pair.source.joined,
     )
     mapped = mapping.rows(pivot, source, match, vocab)
+    if pair.pivot.end_of_turn is not None:
+        mapped.label_tail[(pivot.ids == pair.pivot.end_of_turn) & (mapped.label_tail > 0)] = -1
     if safe_only:
         mapped.leave_out(~safe, one_hot=pivot.ids if mapping.renormalised else None)
     return match, mapped, safe

@@ -109,6 +109,7 @@ def compute(
                 "context_answers": sum(one.context_answers for one in shard.encoded),
                 "padded_tokens": runner.padded - padded,
                 "run_tokens": sum(len(one.input_ids) for one in shard.encoded),
+                "ends": _ends(rows, encoder.end_of_turn_id),
             }
             if written is not None:
                 written.result()
@@ -129,6 +130,12 @@ def _say_if_senseless(rows: list[dict]) -> None:
             "its weights were converted rightly, and whether tokenizer and template are its own.",
             bits,
         )
+
+
+def _ends(rows: list[dict], end_of_turn: int) -> list[int]:
+    """How many predicted tokens end a turn, and at how many of them that is among the kept entries."""
+    kept = [(row["topk_ids"] == end_of_turn).any(1)[row["input_ids"][row["predicted"]] == end_of_turn] for row in rows]
+    return [sum(map(len, kept)), int(sum(each.sum() for each in kept))]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def finish(
     check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
     context_answers = sum(info.get("context_answers", 0) for info in infos)
+    ends, ends_kept = (sum(info.get("ends", (0, 0))[n] for info in infos) for n in (0, 1))
     waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
     counts = {
         "rows_read": report.rows,
@@ -62,6 +63,8 @@ def finish(
         "repaired": count_reasons(report.repaired),
         "truncated": sum(info["truncated"] for info in infos),
         "context_answers": context_answers,
+        "ends": ends,
+        "ends_kept": ends_kept,
         "padding_share": waste,
     }
     save_tokenizer(encoder.tokenizer, writer.path)
@@ -79,6 +82,13 @@ def finish(
             "%d answers are context only: the chat template renders them otherwise once the conversation goes on. %s.",
             context_answers,
             OTHER_TEMPLATE,
+        )
+    if ends_kept < ends / 2:
+        logger.warning(
+            "At %d of %d ends of turn the model has its own, %r, among its %d most likely tokens: a base "
+            "model, or one that ends them otherwise (look at template and "
+            "tokenizer). Of a source the label stands at the others.",
+            *(ends_kept, ends, encoder.end_of_turn, writer.identity["options"]["top_k"]),
         )
     for detail, count in Counter(e["detail"] for e in skipped if e["reason"] == "template").most_common(1):
         logger.warning("%d conversations skipped, as %s. %s.", count, detail, OTHER_TEMPLATE)
