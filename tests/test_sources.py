@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusechat_fuse import models, represent
@@ -77,6 +77,65 @@ def test_a_gguf_pivot_is_trained_into_a_plain_target(made, tmp_path):
         represent(tmp_path / "target", data, tmp_path / "own", template="native").manifest["counts"]["conversations"]
         == 24
     )
+
+
+def quantised_on_disk(base, out, *, form: str):
+    """(checkpoint, the same weights dequantised) of a model whose projections are laid down in `form`."""
+    weights = load_file(base / "model.safetensors")
+    stored, meant = dict(weights), dict(weights)
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        w = weights[name].float()
+        if form == "fp8":  # blocks of 128 x 128
+            blocks = w.view(w.shape[0] // 128, 128, w.shape[1] // 128, 128)
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            stored[name] = (blocks / scale).to(torch.float8_e4m3fn).view(w.shape)
+            stored[name + "_scale_inv"] = scale[:, 0, :, 0].contiguous()
+            meant[name] = (stored[name].float().view(blocks.shape) * scale).view(w.shape)
+        elif form == "float-quantized":
+            scale = w.abs().amax(1, keepdim=True) / 448
+            stored[name] = (w / scale).to(torch.float8_e4m3fn)
+            stored[name + "_scale"] = scale
+            meant[name] = stored[name].float() * scale
+        else:  # four bits in groups of 32, eight to an int32, the lowest bits first
+            groups = w.view(w.shape[0], -1, 32)
+            scale = groups.abs().amax(2, keepdim=True) / 7
+            levels = (groups / scale).round().view(w.shape)
+            meant[name] = (levels.view(groups.shape) * scale).view(w.shape)
+            nibbles = (levels.to(torch.int64) + 8).view(w.shape[0], -1, 8) << (4 * torch.arange(8))
+            del stored[name]
+            packed = nibbles.sum(2)
+            stored[name + "_packed"] = torch.where(packed < 2**31, packed, packed - 2**32).to(torch.int32)
+            stored[name + "_scale"], stored[name + "_shape"] = scale[:, :, 0].contiguous(), torch.tensor(w.shape)
+    if form == "fp8":
+        how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    else:
+        of_weights = {"symmetric": True, "dynamic": False}
+        if form == "float-quantized":
+            of_weights |= {"num_bits": 8, "type": "float", "strategy": "channel"}
+        else:
+            of_weights |= {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+        how = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+        how |= {"ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": of_weights}}}
+    for place, tensors in ((out / form, stored), (out / "meant", meant)):
+        shutil.copytree(base, place)
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((base / "config.json").read_text())
+    (out / form / "config.json").write_text(json.dumps({**settings, "quantization_config": how}))
+    return out / form, out / "meant"
+
+
+@pytest.mark.parametrize("form", ["fp8", "float-quantized", "pack-quantized"])
+def test_a_checkpoint_that_is_quantised_is_run_as_it_is(tmp_path, form):
+    width = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    base = pivot_directory(tmp_path / "base", **width, num_attention_heads=4, num_key_value_heads=4)
+    checkpoint, meant = quantised_on_disk(base, tmp_path, form=form)
+    found = represent(checkpoint, CHATS, tmp_path / "r", template="native")
+    assert found.manifest["model"]["quantization"] == {"fp8": "fp8"}.get(form, "compressed-tensors")
+    expected = represent(meant, CHATS, tmp_path / "m", template="native", dtype="float32")
+    whole = represent(base, CHATS, tmp_path / "w", template="native")
+    for own, dequantised, without in zip(nats(found), nats(expected), nats(whole), strict=True):
+        assert own == pytest.approx(dequantised, abs=CE)
+        assert np.abs(own - without).max() > 0.01
 
 
 def test_what_a_gguf_file_is_known_by(made, tmp_path):
