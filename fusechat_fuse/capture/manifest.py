@@ -83,7 +83,7 @@ def finish(
             context_answers,
             OTHER_TEMPLATE,
         )
-    if ends_kept < ends / 2:
+    if ends_kept < ends / 10:
         logger.warning(
             "At %d of %d ends of turn the model has its own, %r, among its %d most likely tokens: a base "
             "model, or one that ends them otherwise (look at template and "
