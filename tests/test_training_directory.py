@@ -6,11 +6,13 @@ import logging
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import fusechat_fuse.training.run as run_module
 import fusechat_fuse.training.target as target_module
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError, as_sentence, writing
@@ -332,3 +334,30 @@ def test_what_shares_memory_goes_on_sharing_it():
     weights = cast_weights(tiny_model("Llama-tied").state_dict(), torch.bfloat16)
     assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
     assert len({id(tensor) for tensor in weights.values()}) == len(weights) - 1
+
+
+def test_a_target_is_whole_where_checkpoints_are_sharded(pivot, data, tmp_path, monkeypatch):
+    """FSDP by accelerate wants a GPU: here only what saving asks, as it is with SHARDED_STATE_DICT."""
+    save = run_module.save_target
+
+    def as_with_fsdp(trainer, *arguments):
+        trainer.is_fsdp_enabled = True
+        sharded = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", sharded, raising=False)  # shared by all trainers
+        save(trainer, *arguments)
+
+    train(pivot, data, config(tmp_path / "whole", max_steps=2))
+    monkeypatch.setattr(run_module, "save_target", as_with_fsdp)
+    train(pivot, data, config(tmp_path / "sharded", max_steps=2))
+    whole, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("stage", "gathers"), [(2, False), (3, True)])
+def test_zero_3_gathers_the_weights_for_the_target(stage, gathers):
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    target_module.prepare_saving(SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state)))
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is gathers

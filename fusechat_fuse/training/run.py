@@ -18,7 +18,7 @@ from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
-from fusechat_fuse.training.target import push_target, save_target
+from fusechat_fuse.training.target import prepare_saving, push_target, save_target
 from fusechat_fuse.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
             eval_dataset=eval_data,
             processing_class=pivot.tokenizer,
         )
+    prepare_saving(trainer)
     if trainer.args.should_save:
         run.claim()
     trainer.accelerator.wait_for_everyone()  # what an earlier run left is cleared before any process looks for it

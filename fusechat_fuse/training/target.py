@@ -15,6 +15,14 @@ logger = logging.getLogger(__name__)
 ASIDE = ".target.tmp"
 
 
+def prepare_saving(trainer) -> None:
+    """Before training: ZeRO-3 will gather the whole weights at the end, else there would be no target."""
+    if trainer.is_deepspeed_enabled:
+        of_zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        if of_zero.get("stage") == 3:
+            of_zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
 def save_target(trainer, pivot, arguments, metrics: dict) -> None:
     """Weights (adapters merged in), the pivot's own tokenizer files and the model card, into the output directory.
 
@@ -43,7 +51,10 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
                     trainer.model.save_pretrained(aside / "adapter")
                 whole = pivot.load_model(dtype=getattr(torch, arguments.dtype)) if arguments.load_in_4bit else None
                 trainer.merge_adapter(whole)
-            trainer.save_model(str(aside), _internal_call=True)
+            if trainer.is_fsdp_enabled:  # Trainer's save_model writes nothing where checkpoints are sharded
+                trainer._save(str(aside), trainer.accelerator.get_state_dict(trainer.model))
+            else:
+                trainer.save_model(str(aside), _internal_call=True)
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()
             if first:
