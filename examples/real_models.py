@@ -48,11 +48,13 @@ CHOICES = {  # of one conversation each
 MORE = {  # the paper's choice whole, and changes of one option; by regime
     (128, 1): {
         **CHOICES,
+        "ours, tail drop": {"fusion_tail": "drop"},
         "min_ce_slice, lambda 0.7": {**ALONE, "lm_loss_weight": 0.7},
         "min_ce_slice, label noise 0": {**ALONE, "label_noise": 0.0},
     },
     (48, 4): {
         **CHOICES,
+        "ours, tail drop": {"fusion_tail": "drop"},
         "ours, min_ce": {"fusion_function": "min_ce"},
         **{f"min_ce_slice, lambda {weight}": {**ALONE, "lm_loss_weight": weight} for weight in (0.1, 0.7, 0.9)},
         "min_ce_slice, label noise 0": {**ALONE, "label_noise": 0.0},
