@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import logging
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,20 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import read_json
 
 logger = logging.getLogger(__name__)
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError)  # what transformers raises for a model that cannot be read
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # files of weights that are not adapters
+_OF_QUANTISED = re.compile(r"_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$|lora_[AB]\.")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, without its full stop, to be put into a sentence."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+    """The first line of an error (two, where it ends in a colon), without its full stop, to be put into a sentence."""
+    lines = (str(error).strip() or type(error).__name__).split("\n")
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, after its kind where that is not an everyday one."""
+    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    return kind + first_line(error)
 
 
 def is_named(model) -> bool:
@@ -61,14 +70,32 @@ def with_gguf(model, gguf_file: str | None):
 
 
 def adapter_base(model) -> str | None:
-    """The base model that a directory of PEFT adapters names; None for other models."""
-    file = Path(model) / "adapter_config.json"
-    if not file.is_file() or (Path(model) / "config.json").is_file():
+    """The base model that a directory of PEFT adapters names; None for other models.
+
+    Raises: InputError where whole weights lie beside the adapters (transformers would lay these on top of them), or the
+        base is none that adapters can lie on.
+    """
+    folder = Path(model)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
         return None
+    if whole := next((p.name for form in _WHOLE for p in sorted(folder.glob(form))), None):
+        raise InputError(
+            f"model for {model}: expected adapters or whole weights, got both ({file.name} beside {whole}). Move away "
+            "what is not meant: the adapters, where they are merged."
+        )
     found = read_json(file, "adapter's configuration")
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     if not base:
         raise InputError(f"adapters for {model}: expected base_model_name_or_path in {file.name}, got none. Add it.")
+    there = Path(base)
+    lost = not there.exists() and (there.is_absolute() or str(base).startswith("."))
+    if lost or is_gguf(base) or (there / file.name).is_file():
+        got = "nothing there" if lost else "a GGUF file" if is_gguf(base) else "adapters"
+        raise InputError(
+            f"adapters for {model}: expected a whole model at base_model_name_or_path of {file.name}, got {got} "
+            f"({base}). Change it there."
+        )
     return str(base)
 
 
@@ -125,10 +152,11 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
     try:
         place, more = _for_transformers(model)
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
-    except _UNREADABLE as error:
+    except Exception as error:  # transformers and its readers raise many kinds
+        advice = "Look whether the file is whole" if is_gguf(model) else "Check the name, and config.json"
         raise InputError(
             f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
-            f"knows, got: {first_line(error)}. Check the name."
+            f"knows, got: {_said(error)}. {advice}."
         ) from error
 
 
@@ -219,6 +247,7 @@ def load_model(
     Raises: InputError where there is no such model, or its files lack a tensor of it (transformers would leave random
         numbers there), or a package is missing.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     place, more = _for_transformers(name_or_path)
@@ -229,23 +258,61 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(name_or_path, load_in, dtype)
     if adapter_base(name_or_path):
         require_package("peft", f"adapters ({name_or_path})")
+    _check_quantization(name_or_path)
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
         model, told = both
-    except _UNREADABLE as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers and its readers raise many kinds
         raise InputError(
-            f"weights for {name_or_path}: expected a causal language model, got {first_line(error)}. Check the model."
+            f"weights for {name_or_path}: expected a causal language model, got {_said(error)}. Check that its files "
+            "are whole and belong together."
         ) from error
     if missing := sorted(told["missing_keys"]):
-        more_missing = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
             f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
-            f"{', '.join(missing[:3])}{more_missing}. Give a whole checkpoint with its own config.json."
+            f"{_some(missing)}. Give a whole checkpoint with its own config.json."
         )
+    _check_all_taken(model, name_or_path, sorted(told["unexpected_keys"]))
     if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it no longer is, and can be saved
         model.hf_quantizer, model.is_quantized = None, False
     return model.eval()
+
+
+def _check_quantization(name) -> None:
+    """Raise InputError where a checkpoint names a quantisation that transformers would pass over."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = quantization_of(name)
+    if method not in (None, "gguf") and not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise InputError(
+            f"quantization_config for {name}: expected a quant_method that transformers knows, got {method}. Mend "
+            "config.json."
+        )
+
+
+def _check_all_taken(model, name, left: list[str]) -> None:
+    """Raise InputError where the files hold quantised weights or adapters that the model does not take.
+
+    Of other tensors that it does not take (further layers, heads) transformers warns.
+    """
+    import torch
+
+    bare = []  # FP8 that nothing scales
+    if quantization_of(name) in (None, "fp8"):
+        linear = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+        bare = [n for n, module in linear if module.weight.dtype.itemsize == 1]
+    if of_quantised := [*filter(_OF_QUANTISED.search, left), *(f"{n}.weight without its scale" for n in bare)]:
+        raise InputError(
+            f"weights for {name}: expected what the configuration describes, got also {_some(of_quantised)}. They are "
+            "quantised, or of adapters, in another way than it says: mend it (quantization_config, target_modules)."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bitsandbytes(name, load_in: str, dtype):

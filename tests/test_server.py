@@ -184,6 +184,8 @@ def changed(name, value):
             {"server": "localhost:8000"},
             r"server for represent: expected URLs such as .* got 'localhost:8000'",
         ),
+        (None, "vllm", {"server": ""}, "server for represent: expected URLs such as .* got ''"),
+        (None, "vllm", {"server": "http://127.0.0.1:abc"}, "server for represent: expected URLs such as .*:abc"),
         (
             None,
             "vllm",

@@ -138,6 +138,122 @@ def test_a_checkpoint_that_is_quantised_is_run_as_it_is(tmp_path, form):
         assert np.abs(own - without).max() > 0.01
 
 
+def edited(folder, name="config.json", **changes):
+    """A model directory whose JSON file has other entries; None takes one out."""
+    found = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+    return folder
+
+
+def cut(folder, name="model.safetensors", size=None):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2 if size is None else size])
+    return folder
+
+
+def unscaled(folder):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def of_gguf(folder, size):
+    shutil.copy(folder.parent / "tiny-F32.gguf", folder / "cut.gguf")
+    return cut(folder, "cut.gguf", size) / "cut.gguf"
+
+
+BROKEN = {
+    "a method that is none": (
+        ("fp8", lambda f: edited(f, quantization_config={"quant_method": "foo"})),
+        "quantization_config for .*fp8: expected a quant_method that transformers knows, got foo",
+    ),
+    "quantised, and not said": (
+        ("fp8", lambda f: edited(f, quantization_config=None)),
+        "weights for .*fp8: .* got also .*_scale_inv.* and 1. more. They are quantised",
+    ),
+    "without scales": (("fp8", unscaled), "weights for .*fp8: .* got also .*q_proj.weight without its scale"),
+    "cut": (("plain", cut), "weights for .*plain: expected a causal language model, got SafetensorError: .*are whole"),
+    "empty": (("plain", lambda f: cut(f, size=0)), "weights for .*plain: expected a causal language model, got "),
+    "of another size": (
+        ("plain", lambda f: edited(f, intermediate_size=72)),
+        "weights for .*plain: expected a causal language model, got RuntimeError: .*belong together",
+    ),
+    "a config of no sense": (
+        ("plain", lambda f: edited(f, hidden_size="x")),
+        "model for .*plain: expected a model directory .*Check the name, and config.json",
+    ),
+    "a GGUF file's head": (
+        ("plain", lambda f: of_gguf(f, 100)),
+        "for .*cut.gguf: expected .* whole|for .*cut.gguf: .*",
+    ),
+    "half a GGUF file": (("plain", lambda f: of_gguf(f, None)), "for .*cut.gguf: expected "),
+    "adapters of another rank": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", r=8)),
+        "weights for .*adapters: expected a causal language model, got RuntimeError: ",
+    ),
+    "adapters beside whole weights": (
+        ("adapters", lambda f: (shutil.copy(f.parent / "plain" / "model.safetensors", f), f)[1]),
+        "model for .*adapters: expected adapters or whole weights, got both .adapter_config.json beside model.safe",
+    ),
+    "adapters whose base has moved": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", base_model_name_or_path="/nowhere/base")),
+        "adapters for .*adapters: expected a whole model at base_model_name_or_path .* got nothing there ./nowhere",
+    ),
+    "adapters on themselves": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", base_model_name_or_path=str(f))),
+        "adapters for .*adapters: expected a whole model at base_model_name_or_path of .*, got adapters",
+    ),
+    "adapters over a GGUF file": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", base_model_name_or_path=str(f.parent / "tiny.gguf"))),
+        "adapters for .*adapters: expected a whole model .* got ",
+    ),
+    "adapters of no kind": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", peft_type=None)),
+        "weights for .*adapters: expected a causal language model, got ",
+    ),
+    "adapters that lie elsewhere": (
+        ("adapters", lambda f: edited(f, "adapter_config.json", target_modules=["q_proj"])),
+        "weights for .*adapters: .* got also .*v_proj.lora_",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(made, tmp_path_factory):
+    home = tmp_path_factory.mktemp("forms")
+    width = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    quantised_on_disk(
+        pivot_directory(home / "base", **width, num_attention_heads=4, num_key_value_heads=4), home, form="fp8"
+    )
+    shutil.copytree(made / "plain", home / "plain")
+    shutil.copy(made / "tiny-F32.gguf", home / "tiny-F32.gguf")
+    of = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(home / "plain")
+    peft.get_peft_model(model, of).save_pretrained(home / "adapters")
+    return home
+
+
+@pytest.mark.parametrize(("form", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_source_is_named_in_a_sentence(forms, tmp_path, form, message):
+    kind, change = form
+    for name in ("plain", kind):
+        shutil.copytree(forms / name, tmp_path / name, dirs_exist_ok=True)
+    shutil.copy(forms / "tiny-F32.gguf", tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        represent(change(tmp_path / kind), CHATS, tmp_path / "r", template="native")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 4}])
+def test_a_quantised_pivot_is_refused(forms, tmp_path, options):
+    data = aligned_directory(tmp_path / "aligned")
+    with pytest.raises(InputError, match=r"pivot for train: expected weights that are not quantised, got fp8 of .*fp8"):
+        train(forms / "fp8", data, config(tmp_path / "t"), **options)
+    assert not (tmp_path / "t").exists()
+
+
 def test_what_a_gguf_file_is_known_by(made, tmp_path):
     copy = shutil.copy(made / "tiny-F32.gguf", tmp_path / "other-name.gguf")
     assert identify(copy)["fingerprint"] != identify(made / "tiny-F32.gguf")["fingerprint"]  # the name belongs to it

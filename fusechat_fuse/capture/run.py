@@ -128,7 +128,7 @@ def represent(
         _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
     served = None
-    if server:
+    if server is not None:
         if load_in or device_map or gguf_file:
             raise InputError(
                 "load_in, device_map or gguf_file with a server: expected none. It is the server's business."

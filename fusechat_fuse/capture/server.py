@@ -45,12 +45,19 @@ def connect(
         tokenizer, top_k, requests: as `ServerRunner` takes them.
     """
     urls = [url for url in (server.split(",") if isinstance(server, str) else server) if url]
-    if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
+    if not urls or not all(map(_is_url, urls)):
         raise InputError(f"server for represent: expected URLs such as http://localhost:8000, got {server!r}.")
     if not isinstance(requests, int) or requests < 1:
         raise InputError(f"server_requests for represent: expected an integer from 1, got {requests!r}.")
     vocab_size = load_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
     return ServerRunner(urls, kind, tokenizer, top_k=top_k, requests=requests, vocab_size=vocab_size)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return bool(httpx.URL(text).host) and text.startswith(("http://", "https://"))
+    except httpx.InvalidURL:
+        return False
 
 
 class ServerRunner:
