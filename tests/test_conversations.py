@@ -459,15 +459,17 @@ def test_glob_over_several_splits_is_read_by_split_and_what_is_left_out_is_said(
         ids_in(f"{tmp_path}/*.jsonl", split="validation")
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("pattern", ["", "/*"])
-def test_file_beside_its_compressed_copy_is_refused(tmp_path, pattern):
+def test_file_beside_its_compressed_copy_is_refused(tmp_path, pattern, suffix):
     as_jsonl(tmp_path / "train.jsonl", named("a"))
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress((tmp_path / "train.jsonl").read_bytes()))
+    data, copy = (tmp_path / "train.jsonl").read_bytes(), tmp_path / f"train.jsonl{suffix}"
+    copy.write_bytes(gzip.compress(data) if suffix == ".gz" else pa.compress(data, codec="zstd", asbytes=True))
     with pytest.raises(
-        InputError, match=r"expected each file once, got train.jsonl and train.jsonl.gz. Give the files"
+        InputError, match=rf"expected each file once, got train.jsonl and train.jsonl{suffix}. Give the files"
     ):
         ids_in(f"{tmp_path}{pattern}")
-    assert ids_in(tmp_path / "train.jsonl.gz") == ["a"]
+    assert ids_in(copy) == ["a"]
 
 
 def test_split_that_one_file_or_data_set_does_not_have_is_refused(tmp_path):
@@ -616,6 +618,25 @@ def test_alpaca_rows_and_zstd_files_are_read(tmp_path):
     (tmp_path / "bad.jsonl.zst").write_bytes(b"no zstd")
     with pytest.raises(InputError, match=r"bad.jsonl.zst: expected a zstd file, got "):
         read_conversations(str(tmp_path / "bad.jsonl.zst"))
+
+
+def test_alpacas_history_is_the_turns_before():
+    history = [["Hi.", "Hello."], ("And?", "Well.")]
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": history, "system": "Be brief."}
+    found, report = read_conversations([row, {**row, "history": None}, {**row, "history": [["alone"]]}])
+    assert [[m["content"] for m in one.messages] for one in found] == [
+        ["Be brief.", "Hi.", "Hello.", "And?", "Well.", "Add.\n\n1 2", "3"],
+        ["Be brief.", "Add.\n\n1 2", "3"],
+    ]
+    assert [(e["reason"], e["detail"]) for e in report.skipped] == [
+        ("not_chat", "history: expected pairs of question and answer, got [['alone']]")
+    ]
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5])
+def test_a_shuffle_seed_that_is_none_is_refused(seed):
+    with pytest.raises(InputError, match=f"shuffle_seed for chat data: expected an integer from 0, got {seed}"):
+        read_conversations([], shuffle_seed=seed)
 
 
 def test_a_shuffled_part_is_drawn_from_all(tmp_path):

@@ -160,11 +160,23 @@ def _raw_messages(row: Any, column: str | None) -> list:
         asked, more = row["instruction"], row.get("input")
         if more:
             asked = f"{asked}\n\n{more}" if isinstance(asked, str) and isinstance(more, str) else [asked, more]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        return [
+            {"role": role, "content": content}
+            for turn in [*_history(row.get("history")), (asked, row["output"])]
+            for role, content in zip(("user", "assistant"), turn)
+        ]
     columns = ", ".join(map(str, row)) or "none"
     known = "a column messages, conversations, prompt and completion, or instruction and output"
     expected = f"a list in column {column}" if column else known
     raise Unusable("not_chat", f"expected {expected}, got {columns}")
+
+
+def _history(value: Any) -> list:
+    """Earlier turns, pairs of question and answer, as LLaMA-Factory lays them beside Alpaca's columns."""
+    turns = [] if value is None else [_listed(turn) for turn in _listed(value)]
+    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise Unusable("not_chat", f"history: expected pairs of question and answer, got {value!r:.80}")
+    return turns
 
 
 def _listed(value: Any) -> Any:
@@ -311,6 +323,8 @@ def read_conversations(
     """
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
+    if shuffle_seed is not None and (not isinstance(shuffle_seed, int) or shuffle_seed < 0):
+        raise InputError(f"shuffle_seed for chat data: expected an integer from 0, got {shuffle_seed!r}.")
     sources = _sources(data, split)
     named = [entry for entry in (data if isinstance(data, list | tuple) else [data]) if isinstance(entry, str | Path)]
     report = ReadReport(_name_of(data), strict, data=[shown_name(str(entry)) for entry in named])

@@ -241,7 +241,7 @@ def _directory(path: Path, split: str) -> list[Source]:
 def _each_once(name, files: list[Path]) -> list[Path]:
     """The files, none of them beside its own compressed copy."""
     for file in files:
-        if file.suffix.lower() == ".gz" and file.with_suffix("") in files:
+        if file.suffix.lower() in (".gz", ".zst") and file.with_suffix("") in files:
             both = f"{file.with_suffix('').name} and {file.name}"
             raise InputError(f"data for {name}: expected each file once, got {both}. Give the files to be read.")
     return files
