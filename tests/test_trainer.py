@@ -326,6 +326,8 @@ def test_accumulation_follows_from_the_total_batch_size(tmp_path, caplog, size, 
         ({"learning_rate": float("nan")}, "value for learning_rate: expected a number from 0"),
         ({"learning_rate": -1.0}, "value for learning_rate: expected a number from 0"),
         ({"label_smoothing_factor": 0.1}, "value for label_smoothing_factor: expected 0"),
+        ({"per_device_train_batch_size": 0}, "value for per_device_train_batch_size: expected at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "value for gradient_accumulation_steps: expected at least 1, got 0"),
         ({"remove_unused_columns": True}, "value for remove_unused_columns: expected False"),
     ],
 )

@@ -208,6 +208,10 @@ BAD_INPUT = {  # what is changed of pivot, data and options, given the pivot and
         "model for .*plain: expected .*directory.*, got one without",
     ),
     "no model": (lambda pivot, folder: {"pivot": folder / "absent"}, "model for .*absent: expected a model directory"),
+    "evaluation without data": (
+        lambda pivot, folder: {"config": {"eval_strategy": "epoch"}},
+        "eval_data_path: expected aligned data for eval_strategy epoch, got none",
+    ),
     "an unknown dtype": (
         lambda pivot, folder: {"options": {"dtype": "int8"}},
         "value for dtype: expected one of float32",
@@ -221,9 +225,9 @@ BAD_INPUT = {  # what is changed of pivot, data and options, given the pivot and
 
 @pytest.mark.parametrize(("change", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_found_before_any_work(pivot, data, tmp_path, change, message):
-    given = {"pivot": pivot, "data": data, "options": {}, **change(pivot, tmp_path)}
+    given = {"pivot": pivot, "data": data, "options": {}, "config": {}, **change(pivot, tmp_path)}
     with pytest.raises(InputError, match=message):
-        train(given["pivot"], given["data"], config(tmp_path / "never"), **given["options"])
+        train(given["pivot"], given["data"], config(tmp_path / "never", **given["config"]), **given["options"])
     assert not (tmp_path / "never").exists()
 
 

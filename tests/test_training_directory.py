@@ -361,3 +361,18 @@ def test_zero_3_gathers_the_weights_for_the_target(stage, gathers):
     state = SimpleNamespace(deepspeed_plugin=plugin)
     target_module.prepare_saving(SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state)))
     assert zero["stage3_gather_16bit_weights_on_model_save"] is gathers
+
+
+def test_a_run_killed_while_it_wrote_its_target_takes_no_step_more(pivot, data, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    run = lambda name: train(pivot, data, config(tmp_path / name, learning_rate=1e-2, **options))  # noqa: E731
+    run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "killed" / name).unlink()
+    about = json.loads((tmp_path / "killed" / "fusion_run.json").read_text())
+    (tmp_path / "killed" / "fusion_run.json").write_text(json.dumps({**about, "finished": False}))
+    run("killed")
+    assert not (tmp_path / "killed" / "checkpoint-4").exists()
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)

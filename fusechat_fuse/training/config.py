@@ -240,6 +240,9 @@ class FusionConfig(TrainingArguments):
             ("max_length", self.max_length >= 2, "at least 2"),
             ("head_chunks", self.head_chunks >= 1, "at least 1"),
             ("total_batch_size", self.total_batch_size >= 1, "at least 1"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps != 0, "at least 1"),
             ("remove_unused_columns", not self.remove_unused_columns, "False (the loss needs all columns)"),
             ("label_smoothing_factor", not self.label_smoothing_factor, "0 (the fusion distribution is the smoothing)"),
         ):

@@ -10,9 +10,10 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import quantization_of
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
@@ -111,7 +112,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     """
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
     _check_arguments(arguments)
-    _check_push(config)
+    _check_config(config, arguments)
     data = load_aligned(arguments.data_path)
     eval_data = load_aligned(arguments.eval_data_path) if arguments.eval_data_path else None
     pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
@@ -162,6 +163,12 @@ def _check_arguments(arguments: TrainArguments) -> None:
             "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
             "go wrong. Train in float32 with --fp16 for float16 arithmetic."
         )
+    pivot = arguments.model_name_or_path
+    if (quantised := quantization_of(pivot)) not in (None, "gguf"):
+        raise InputError(
+            f"pivot for train: expected weights that are not quantised, got {quantised} of {pivot}. "
+            "Train the model it was made of, with load_in_4bit and lora_r where memory is short."
+        )
     if arguments.load_in_4bit and not arguments.lora_r:
         raise InputError(
             "value for load_in_4bit: expected adapters above the 4-bit weights, got none. Give lora_r too."
@@ -170,12 +177,15 @@ def _check_arguments(arguments: TrainArguments) -> None:
         raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
 
 
-def _check_push(config: FusionConfig) -> None:
+def _check_config(config: FusionConfig, arguments: TrainArguments) -> None:
     if config.push_to_hub and (strategy := HubStrategy(config.hub_strategy).value) != "end":
         raise InputError(
             f"value for hub_strategy: expected end, got {strategy}, which lays half-trained weights into the target's "
             "directory. Leave it out, or push the checkpoint-* directories with hf upload."
         )
+    evaluates = IntervalStrategy(config.eval_strategy)
+    if evaluates != IntervalStrategy.NO and not arguments.eval_data_path:
+        raise InputError(f"eval_data_path: expected aligned data for eval_strategy {evaluates.value}, got none.")
 
 
 def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):

@@ -329,6 +329,13 @@ class FusionTrainer(Trainer):
         self._check_packing()
         return super()._get_dataloader(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        """As Trainer's, but no step more where a checkpoint of the last one, inside an epoch, is continued."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # -- logs, sampling, saving ---------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
