@@ -339,3 +339,12 @@ def quantization_of(model, load_in: str | None = None) -> str | None:
     found = getattr(load_config(model), "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return None if found is None else str(getattr(method, "value", method))
+
+
+def check_trainable(model) -> None:
+    """Raise InputError where a checkpoint is quantised: it can be a source, not a pivot."""
+    if (quantised := quantization_of(model)) not in (None, "gguf"):
+        raise InputError(
+            f"pivot for train: expected weights that are not quantised, got {quantised} of {model}. Train the model it "
+            "was made of, with load_in_4bit and lora_r where memory is short."
+        )

@@ -144,6 +144,16 @@ def test_a_value_that_a_stage_refuses_is_said(stage, option, planned):
     assert any(f"will fail: value for {option}: expected an integer from 1, got 0" in w for w in found["warnings"])
 
 
+def test_a_pivot_that_cannot_be_trained_is_said(recipe_models, planned, tmp_path):
+    shutil.copytree(recipe_models / "pivot", tmp_path / "fp8")
+    settings = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    (tmp_path / "fp8" / "config.json").write_text(
+        json.dumps({**settings, "quantization_config": {"quant_method": "fp8"}})
+    )
+    found = planned(pivot=str(tmp_path / "fp8"))
+    assert any("will fail: pivot for train: expected weights that are not quantised" in w for w in found["warnings"])
+
+
 def test_adapters_leave_a_whole_target_and_small_checkpoints(planned):
     kept = {"save_strategy": "epoch", "max_steps": 3}
     whole = row(planned(train={**kept}), "train target-one")

@@ -18,7 +18,7 @@ import yaml
 
 from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_config, model_file, with_gguf
+from fusechat_fuse.models import check_trainable, load_config, model_file, with_gguf
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
@@ -189,6 +189,7 @@ class _Planner:
         return row
 
     def _train(self, options: Options, device: str, ranks: int, sharded: bool) -> dict[str, Any]:
+        check_trainable(self.pivot)
         encoded, _ = self.of_pivot
         size = self._size(options)
         lengths = np.minimum(encoded.lengths, options["max_length"])

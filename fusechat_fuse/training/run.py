@@ -13,7 +13,7 @@ import torch
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import quantization_of
+from fusechat_fuse.models import check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
@@ -163,12 +163,7 @@ def _check_arguments(arguments: TrainArguments) -> None:
             "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
             "go wrong. Train in float32 with --fp16 for float16 arithmetic."
         )
-    pivot = arguments.model_name_or_path
-    if (quantised := quantization_of(pivot)) not in (None, "gguf"):
-        raise InputError(
-            f"pivot for train: expected weights that are not quantised, got {quantised} of {pivot}. "
-            "Train the model it was made of, with load_in_4bit and lora_r where memory is short."
-        )
+    check_trainable(arguments.model_name_or_path)
     if arguments.load_in_4bit and not arguments.lora_r:
         raise InputError(
             "value for load_in_4bit: expected adapters above the 4-bit weights, got none. Give lora_r too."
