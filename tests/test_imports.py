@@ -42,6 +42,7 @@ SHARED = (
     "text",
     "batches",
     "models",
+    "loading",
     "identity",
     "processes",
     "errors",

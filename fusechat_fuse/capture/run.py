@@ -23,13 +23,12 @@ from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.capture.server import connect
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.identity import Identity, identify
+from fusechat_fuse.loading import load_model, quantization_of
 from fusechat_fuse.models import (
     is_named,
     load_config,
     load_fast_tokenizer,
-    load_model,
     positions_of,
-    quantization_of,
     with_gguf,
 )
 from fusechat_fuse.processes import Process

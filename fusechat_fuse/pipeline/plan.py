@@ -18,7 +18,8 @@ import yaml
 
 from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import check_trainable, load_config, model_file, with_gguf
+from fusechat_fuse.loading import check_trainable
+from fusechat_fuse.models import load_config, model_file, with_gguf
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe

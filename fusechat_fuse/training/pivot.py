@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.identity import identify
-from fusechat_fuse.models import load_config, load_fast_tokenizer, load_model, model_file
+from fusechat_fuse.loading import load_model
+from fusechat_fuse.models import load_config, load_fast_tokenizer, model_file
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import load_tokenizer
 from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash
@@ -88,7 +89,7 @@ class PivotFiles:
         )
 
     def load_model(self, **loading):
-        """The causal language model with its weights, as `models.load_model` takes `loading`."""
+        """The causal language model with its weights, as `loading.load_model` takes `loading`."""
         return load_model(self.name, trust_remote_code=self.trust_remote_code, **loading)
 
     def copy_files(self, output: Path) -> None:

@@ -1,0 +1,135 @@
+"""Opening a model's weights: whole, as a GGUF file, below PEFT adapters, quantised on disk or on loading."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import adapter_base, for_transformers, is_gguf, load_config, require_package, said
+
+_OF_QUANTISED = re.compile(r"_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$|lora_[AB]\.")
+LOAD_IN = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
+
+
+def load_model(
+    name_or_path,
+    *,
+    dtype,
+    device_map: str | dict | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    load_in: str | None = None,
+) -> Any:
+    """The causal language model with its weights, in evaluation mode, on the CPU unless `device_map` says otherwise.
+
+    A GGUF file is dequantised, adapters lie beside the weights of their base, a checkpoint that is quantised stays so.
+
+    Args:
+        name_or_path: directory (of PEFT adapters, too), Hub name or GGUF file.
+        dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
+        load_in: 4bit (NF4) or 8bit, by bitsandbytes.
+    Raises: InputError where there is no such model, or its files lack a tensor of it (transformers would leave random
+        numbers there), or a package is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place, more = for_transformers(name_or_path)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **more}
+    options |= {"device_map": device_map} if device_map else {}
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if load_in:
+        options["quantization_config"] = _bitsandbytes(name_or_path, load_in, dtype)
+    if adapter_base(name_or_path):
+        require_package("peft", f"adapters ({name_or_path})")
+    _check_quantization(name_or_path)
+    try:
+        both: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        model, told = both
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers and its readers raise many kinds
+        raise InputError(
+            f"weights for {name_or_path}: expected a causal language model, got {said(error)}. Check that its files "
+            "are whole and belong together."
+        ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise InputError(
+            f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
+            f"{_some(missing)}. Give a whole checkpoint with its own config.json."
+        )
+    _check_all_taken(model, name_or_path, sorted(told["unexpected_keys"]))
+    if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it no longer is, and can be saved
+        model.hf_quantizer, model.is_quantized = None, False
+    return model.eval()
+
+
+def _check_quantization(name) -> None:
+    """Raise InputError where a checkpoint names a quantisation that transformers would pass over."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = quantization_of(name)
+    if method not in (None, "gguf") and not any(known.startswith(method) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise InputError(
+            f"quantization_config for {name}: expected a quant_method that transformers knows, got {method}. Mend "
+            "config.json."
+        )
+
+
+def _check_all_taken(model, name, left: list[str]) -> None:
+    """Raise InputError where the files hold quantised weights or adapters that the model does not take.
+
+    Of other tensors that it does not take (further layers, heads) transformers warns.
+    """
+    import torch
+
+    bare = []  # FP8 that nothing scales
+    if quantization_of(name) in (None, "fp8"):
+        linear = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+        bare = [n for n, module in linear if module.weight.dtype.itemsize == 1]
+    if of_quantised := [*filter(_OF_QUANTISED.search, left), *(f"{n}.weight without its scale" for n in bare)]:
+        raise InputError(
+            f"weights for {name}: expected what the configuration describes, got also {_some(of_quantised)}. They are "
+            "quantised, or of adapters, in another way than it says: mend it (quantization_config, target_modules)."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _bitsandbytes(name, load_in: str, dtype):
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    require_package("bitsandbytes", f"{LOAD_IN[load_in]} for {name}")
+    if is_gguf(name) or getattr(load_config(name), "quantization_config", None):
+        raise InputError(
+            f"{LOAD_IN[load_in]} for {name}: expected weights that are not quantised, got such. Leave it out."
+        )
+    compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    compute = torch.float32 if compute == "auto" else compute
+    more = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute} if load_in == "4bit" else {}
+    return BitsAndBytesConfig(**{LOAD_IN[load_in]: True}, **more)
+
+
+def quantization_of(model, load_in: str | None = None) -> str | None:
+    """How a model's weights are quantised, in words; None where they are not."""
+    if load_in:
+        return f"bitsandbytes {load_in}"
+    if is_gguf(model):
+        return "gguf"
+    found = getattr(load_config(model), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if found is None else str(getattr(method, "value", method))
+
+
+def check_trainable(model) -> None:
+    """Raise InputError where a checkpoint is quantised: it can be a source, not a pivot."""
+    if (quantised := quantization_of(model)) not in (None, "gguf"):
+        raise InputError(
+            f"pivot for train: expected weights that are not quantised, got {quantised} of {model}. Train the model it "
+            "was made of, with load_in_4bit and lora_r where memory is short."
+        )
