@@ -1,4 +1,4 @@
-"""The GPU benchmarks run whole on a CPU, on their small shapes, with their own checks."""
+"""The GPU benchmarks run whole on a CPU, on their small shapes, with their own checks (bench_sce takes minutes there)."""
 
 import importlib
 import json
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
     [
         ("loss", {"plain", "dense", "ours"}),
         ("step", {"none", "plain", "lean", "full", "dense"}),
-        ("sce", {"shipped", "ours"}),
         ("capture", {None}),
     ],
 )
