@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import adapter_base, for_transformers, is_gguf, load_config, require_package, said
+from fusechat_fuse.models import adapter_base, for_transformers, is_gguf, model_file, require_package, said
+from fusechat_fuse.store.files import read_json
 
 _OF_QUANTISED = re.compile(r"_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$|lora_[AB]\.")
 LOAD_IN = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
@@ -105,7 +106,7 @@ def _bitsandbytes(name, load_in: str, dtype):
     from transformers import BitsAndBytesConfig
 
     require_package("bitsandbytes", f"{LOAD_IN[load_in]} for {name}")
-    if is_gguf(name) or getattr(load_config(name), "quantization_config", None):
+    if quantization_of(name) is not None:
         raise InputError(
             f"{LOAD_IN[load_in]} for {name}: expected weights that are not quantised, got such. Leave it out."
         )
@@ -121,9 +122,10 @@ def quantization_of(model, load_in: str | None = None) -> str | None:
         return f"bitsandbytes {load_in}"
     if is_gguf(model):
         return "gguf"
-    found = getattr(load_config(model), "quantization_config", None)
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return None if found is None else str(getattr(method, "value", method))
+    file = model_file(adapter_base(model) or model, "config.json")
+    about = None if file is None else read_json(file, "configuration")
+    found = about.get("quantization_config") if isinstance(about, dict) else None
+    return None if found is None else str(found.get("quant_method") if isinstance(found, dict) else found)
 
 
 def check_trainable(model) -> None:

@@ -1,4 +1,4 @@
-"""The GPU benchmarks run whole on a CPU, on their small shapes, with their own checks (bench_sce takes minutes there)."""
+"""The GPU benchmarks run whole on a CPU, on their small shapes, with their own checks (bench_sce takes too long)."""
 
 import importlib
 import json

@@ -113,6 +113,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
     _check_arguments(arguments)
     _check_config(config, arguments)
+    check_trainable(arguments.model_name_or_path)
     data = load_aligned(arguments.data_path)
     eval_data = load_aligned(arguments.eval_data_path) if arguments.eval_data_path else None
     pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
@@ -163,7 +164,6 @@ def _check_arguments(arguments: TrainArguments) -> None:
             "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
             "go wrong. Train in float32 with --fp16 for float16 arithmetic."
         )
-    check_trainable(arguments.model_name_or_path)
     if arguments.load_in_4bit and not arguments.lora_r:
         raise InputError(
             "value for load_in_4bit: expected adapters above the 4-bit weights, got none. Give lora_r too."
