@@ -152,6 +152,8 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
     except Exception as error:  # transformers and its readers raise many kinds
         advice = "Look whether the file is whole" if is_gguf(model) else "Check the name, and config.json"
+        if "custom code" in str(error):
+            advice = "Read that code, and give trust_remote_code where you trust it"
         raise InputError(
             f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
             f"knows, got: {said(error)}. {advice}."

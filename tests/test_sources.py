@@ -254,6 +254,44 @@ def test_a_quantised_pivot_is_refused(forms, tmp_path, options):
     assert not (tmp_path / "t").exists()
 
 
+def with_own_code(folder):
+    """The model as a repository with its own classes."""
+    (folder / "configuration_ours.py").write_text(
+        'from transformers import LlamaConfig\n\n\nclass OursConfig(LlamaConfig):\n    model_type = "ours"\n'
+    )
+    (folder / "modeling_ours.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_ours import OursConfig\n\n\n"
+        "class OursForCausalLM(LlamaForCausalLM):\n    config_class = OursConfig\n"
+    )
+    classes = {"AutoConfig": "configuration_ours.OursConfig", "AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}
+    return edited(folder, model_type="ours", auto_map=classes, architectures=["OursForCausalLM"])
+
+
+def test_a_model_with_its_own_code_is_run_where_it_is_trusted(tmp_path):
+    plain = pivot_directory(tmp_path / "plain")
+    own = with_own_code(pivot_directory(tmp_path / "own"))
+    with pytest.raises(
+        InputError, match=r"model for .*own: .*custom code .*give trust_remote_code where you trust it\."
+    ):
+        represent(own, CHATS, tmp_path / "not", template="native")
+    found = represent(own, CHATS, tmp_path / "r", template="native", trust_remote_code=True)
+    for ours, expected in zip(
+        nats(found), nats(represent(plain, CHATS, tmp_path / "p", template="native")), strict=True
+    ):
+        assert ours == pytest.approx(expected, abs=CE)
+    data, options = aligned_directory(tmp_path / "aligned"), {"max_steps": 2, "learning_rate": 1e-3}
+    with pytest.raises(
+        InputError, match=r"model for .*own: .*custom code .*give trust_remote_code where you trust it\."
+    ):
+        train(own, data, config(tmp_path / "not", **options))
+    train(own, data, config(tmp_path / "t", **options), trust_remote_code=True)
+    train(plain, data, config(tmp_path / "u", **options))
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("t", "u"))
+    for name, tensor in expected.items():  # this class goes through its own logits
+        assert (ours[name] - tensor).abs().mean() < 2e-5
+    represent(tmp_path / "t", CHATS, tmp_path / "of-target", template="native", trust_remote_code=True)
+
+
 def test_what_a_gguf_file_is_known_by(made, tmp_path):
     copy = shutil.copy(made / "tiny-F32.gguf", tmp_path / "other-name.gguf")
     assert identify(copy)["fingerprint"] != identify(made / "tiny-F32.gguf")["fingerprint"]  # the name belongs to it
