@@ -9,7 +9,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.models import adapter_base, for_transformers, is_gguf, model_file, require_package, said
 from fusechat_fuse.store.files import read_json
 
-_OF_QUANTISED = re.compile(r"_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$|lora_[AB]\.")
+_OF_QUANTISED = re.compile(r"weight_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$")
+_OF_ADAPTERS = re.compile(r"lora_[AB]\.")
 LOAD_IN = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
 
 
@@ -60,7 +61,7 @@ def load_model(
             f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
             f"{_some(missing)}. Give a whole checkpoint with its own config.json."
         )
-    _check_all_taken(model, name_or_path, sorted(told["unexpected_keys"]))
+    _check_form(model, name_or_path, sorted(told["unexpected_keys"]))
     if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it no longer is, and can be saved
         model.hf_quantizer, model.is_quantized = None, False
@@ -79,20 +80,22 @@ def _check_quantization(name) -> None:
         )
 
 
-def _check_all_taken(model, name, left: list[str]) -> None:
+def _check_form(model, name, left: list[str]) -> None:
     """Raise InputError where the files hold quantised weights or adapters that the model does not take.
 
     Of other tensors that it does not take (further layers, heads) transformers warns.
     """
     import torch
 
-    bare = []  # FP8 that nothing scales
-    if quantization_of(name) in (None, "fp8"):
-        linear = [(n, m) for n, m in model.named_modules() if type(m) is torch.nn.Linear]
-        bare = [n for n, module in linear if module.weight.dtype.itemsize == 1]
-    if of_quantised := [*filter(_OF_QUANTISED.search, left), *(f"{n}.weight without its scale" for n in bare)]:
+    quantised, wrong = quantization_of(name), [*filter(_OF_ADAPTERS.search, left)]
+    if quantised is None:
+        wrong += filter(_OF_QUANTISED.search, left)
+    if quantised in (None, "fp8"):  # other methods keep such weights in Linear
+        linear = [(n, module) for n, module in model.named_modules() if type(module) is torch.nn.Linear]
+        wrong += [f"{n}.weight without its scale" for n, module in linear if module.weight.dtype.itemsize == 1]
+    if wrong:
         raise InputError(
-            f"weights for {name}: expected what the configuration describes, got also {_some(of_quantised)}. They are "
+            f"weights for {name}: expected what its configuration describes, got also {_some(wrong)}. They are "
             "quantised, or of adapters, in another way than it says: mend it (quantization_config, target_modules)."
         )
 
