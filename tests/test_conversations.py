@@ -623,13 +623,14 @@ def test_alpaca_rows_and_zstd_files_are_read(tmp_path):
 def test_alpacas_history_is_the_turns_before():
     history = [["Hi.", "Hello."], ("And?", "Well.")]
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": history, "system": "Be brief."}
-    found, report = read_conversations([row, {**row, "history": None}, {**row, "history": [["alone"]]}])
+    none, bad = [None, [], ""], [[["alone"]], float("nan"), 3, "before"]
+    found, report = read_conversations([{**row, "history": each} for each in (history, *none, *bad)])
     assert [[m["content"] for m in one.messages] for one in found] == [
         ["Be brief.", "Hi.", "Hello.", "And?", "Well.", "Add.\n\n1 2", "3"],
-        ["Be brief.", "Add.\n\n1 2", "3"],
+        *[["Be brief.", "Add.\n\n1 2", "3"]] * len(none),
     ]
     assert [(e["reason"], e["detail"]) for e in report.skipped] == [
-        ("not_chat", "history: expected pairs of question and answer, got [['alone']]")
+        ("not_chat", f"history: expected pairs of question and answer, got {each!r}") for each in bad
     ]
 
 

@@ -173,7 +173,8 @@ def _raw_messages(row: Any, column: str | None) -> list:
 
 def _history(value: Any) -> list:
     """Earlier turns, pairs of question and answer, as LLaMA-Factory lays them beside Alpaca's columns."""
-    turns = [] if value is None else [_listed(turn) for turn in _listed(value)]
+    turns = _listed("" if value is None else value)
+    turns = [_listed(turn) for turn in turns] if isinstance(turns, list | str) else [turns]
     if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise Unusable("not_chat", f"history: expected pairs of question and answer, got {value!r:.80}")
     return turns
