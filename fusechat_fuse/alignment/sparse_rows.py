@@ -20,7 +20,8 @@ class Mapped:
         kind: uint8 [P] as in Correspondence, NONE where not answered.
         label_tail: float64 [P], what becomes of the row where the actual token was not among the kept ones, so that the
             label stands for the tail: 0, it was among them (or no answer); 1 + m, the label gets that, m of it from
-            kept candidates; -1, the label alone stands (the row is conditional on what was read of the token).
+            kept candidates; -1, the label alone stands (the row is conditional on what was read of the token, or it is
+            an end of turn that the source did not keep).
         exact_actual: whether a row's probability of the actual token is the source's own, however small.
     """
 

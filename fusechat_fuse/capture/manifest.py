@@ -85,9 +85,8 @@ def finish(
         )
     if ends_kept < ends / 10:
         logger.warning(
-            "At %d of %d ends of turn the model has its own, %r, among its %d most likely tokens: a base "
-            "model, or one that ends them otherwise (look at template and "
-            "tokenizer). Of a source the label stands at the others.",
+            "At %d of %d ends of turn the model has its own, %r, among its %d most likely tokens: it is a base model, "
+            "or ends turns otherwise (look at template and tokenizer). Of a source the label stands at the others.",
             *(ends_kept, ends, encoder.end_of_turn, writer.identity["options"]["top_k"]),
         )
     for detail, count in Counter(e["detail"] for e in skipped if e["reason"] == "template").most_common(1):

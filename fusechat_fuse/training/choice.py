@@ -24,7 +24,7 @@ all but denied; with `label` the label y stands for it,
 and the others as they are, unnormalised. e is the *label noise*: of labels in the tail, about t / (t + e) are the
 source's own where a share e of all labels is wrong. With e = 0 and labels drawn from p, the mean of q' is p itself. At
 a position inside a source token, whose row is conditional on what was read of it, q' is the label alone there, for the
-same end.
+same end; so it is at an end of turn that the source did not keep, as else it would teach the pivot not to stop.
 
 CE is per token of each model's own tokenizer (the paper), or per byte of assistant text, which is comparable between
 tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".

@@ -232,6 +232,7 @@ class FusionConfig(TrainingArguments):
                 raise InputError(
                     f"value for {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}. Use one."
                 )
+        accumulated = self.gradient_accumulation_steps
         for name, good, expected in (
             ("lm_loss_weight", 0 <= self.lm_loss_weight <= 1, "0 to 1"),
             ("label_noise", 0 <= self.label_noise < 1, "0 to 1"),
@@ -242,7 +243,7 @@ class FusionConfig(TrainingArguments):
             ("total_batch_size", self.total_batch_size >= 1, "at least 1"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps != 0, "at least 1"),
+            ("gradient_accumulation_steps", (accumulated is None or accumulated >= 1), "at least 1"),
             ("remove_unused_columns", not self.remove_unused_columns, "False (the loss needs all columns)"),
             ("label_smoothing_factor", not self.label_smoothing_factor, "0 (the fusion distribution is the smoothing)"),
         ):

@@ -180,7 +180,10 @@ def _check_config(config: FusionConfig, arguments: TrainArguments) -> None:
         )
     evaluates = IntervalStrategy(config.eval_strategy)
     if evaluates != IntervalStrategy.NO and not arguments.eval_data_path:
-        raise InputError(f"eval_data_path: expected aligned data for eval_strategy {evaluates.value}, got none.")
+        raise InputError(
+            f"eval_data_path: expected aligned data for eval_strategy {evaluates.value}, got none. Give it, or leave "
+            "eval_strategy out."
+        )
 
 
 def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
