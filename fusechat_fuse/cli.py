@@ -191,7 +191,7 @@ def _inspect_flags(parser: FlagParser) -> None:
 
 
 def _inspect(options: dict[str, Any]) -> None:
-    from fusechat_fuse.alignment.inspection import inspect_path
+    from fusechat_fuse.inspection.run import inspect_path
 
     _say(inspect_path(options.pop("path"), **options))
 
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0 if argv else 2
     if argv[0] == "--version":
-        from fusechat_fuse.identity import library_versions
+        from fusechat_fuse.models.identity import library_versions
 
         print(", ".join(f"{name} {number}" for name, number in library_versions().items()))
         return 0

@@ -133,21 +133,10 @@ def _register(registry, name: str, module_name: str, attribute: str) -> None:
     registry._METHODS[name] = method
 
 
-def versions() -> tuple[str, str]:
-    """(fusechat's version, mergekit's version), "unknown" where a distribution is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for distribution in ("fusechat", "mergekit"):
-        try:
-            found.append(version(distribution))
-        except PackageNotFoundError:
-            found.append("unknown")
-    return found[0], found[1]
-
-
 def _warn(message: str) -> None:
     import warnings
+
+    from fusechat_merge.versions import versions
 
     ours, theirs = versions()
     warnings.warn(f"fusechat {ours} with mergekit {theirs}: {message}.", RuntimeWarning, stacklevel=2)

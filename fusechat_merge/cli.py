@@ -116,10 +116,11 @@ def _card(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     """Prints what serves the methods; 1 where the start-up hook is not active or mergekit's own `sce` is served."""
     from fusechat_merge import _autoload
+    from fusechat_merge.versions import versions
 
     active = _autoload.installed()
     switch = os.environ.get(_autoload.SWITCH)
-    ours, theirs = _autoload.versions()
+    ours, theirs = versions()
     print(f"fusechat {ours}, mergekit {theirs}, Python {sys.version.split()[0]} at {sys.prefix}")
     if active:
         print("start-up hook: active")

@@ -32,6 +32,7 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from fusechat_merge import _autoload, checkpoint, kernel, report
+from fusechat_merge.versions import versions
 
 logger = logging.getLogger(__name__)
 SLICE = re.compile(r"\.slices\[\d+\]$")  # mergekit's name of a slice that it plans
@@ -154,7 +155,7 @@ class PivotMerge(MergeMethod):
             _check_checkpoints(self.spec.name, models)
             if group_name.endswith(".slices[0]"):  # once for a planned output
                 _said.clear()
-                ours, theirs = _autoload.versions()
+                ours, theirs = versions()
                 logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):

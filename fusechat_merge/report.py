@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusechat_merge import _autoload
 from fusechat_merge.chunks import map_threads
 from fusechat_merge.kernel import Merge
+from fusechat_merge.versions import versions
 
 logger = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
@@ -154,7 +154,7 @@ class Report:
 
     def summary(self) -> dict:
         """Means over the tensors, weighted by their elements, and the norms of whole models."""
-        fusechat, mergekit = _autoload.versions()
+        fusechat, mergekit = versions()
         kinds = sorted({row["kind"] for row in self.rows})
         return {
             "method": self.method,

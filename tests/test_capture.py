@@ -28,13 +28,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.capture.distributions import PredictionHead
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.tokenizers import load_tokenizer
+from fusechat_fuse.text.batches import plan_batches
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import load_conversations
 from fusechat_fuse.text.templates import resolve_template
@@ -224,7 +224,7 @@ def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_re
 ENDS_WITH_WORKERS = """
 import os, signal, sys
 from fusechat_fuse.capture.computation import tokenizing
-from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations
 
@@ -711,7 +711,7 @@ from transformers import AutoModelForCausalLM
 from fusechat_fuse.capture import distributions
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.text.chat import encode_conversation
-from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer
 
 folder, data, out = sys.argv[1:4]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.alignment.combination import combine
-from fusechat_fuse.alignment.conversation_view import _row, conversation_view, readable
-from fusechat_fuse.alignment.inspection import inspect_path
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.inspection.conversation_view import _row, conversation_view, readable
+from fusechat_fuse.inspection.run import inspect_path
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import rows_for, write
 

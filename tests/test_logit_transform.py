@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fusechat_fuse.capture.distributions import PredictionHead
-from fusechat_fuse.logit_transform import FAMILIES, LogitTransform, possible_transforms, transform_of
+from fusechat_fuse.models.logit_transform import FAMILIES, LogitTransform, possible_transforms, transform_of
 from tests.helpers import tiny_models
 
 TRANSFORMS = [

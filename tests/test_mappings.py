@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment.fates import single_id_fates
-from fusechat_fuse.alignment.inspection import inspect_path
+from fusechat_fuse.alignment.candidate_outcomes import single_id_fates
 from fusechat_fuse.alignment.mappings import MAPPINGS, Mapping
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.alignment.single_id import single_id_rows
 from fusechat_fuse.cli import main
+from fusechat_fuse.inspection.run import inspect_path
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import rows_for, write
 
 
-def everything_to_seven(pair, counts, workers) -> np.ndarray:
+def everything_to_seven(source_bytes, pivot_bytes, by_bytes, counts, workers) -> np.ndarray:
     assert counts.counts.sum() > 0
-    return np.full(len(pair.source.bytes), 7, np.int32)
+    return np.full(len(source_bytes), 7, np.int32)
 
 
 @pytest.fixture

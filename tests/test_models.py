@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import identify
-from fusechat_fuse.loading import load_model
-from fusechat_fuse.models import load_config, load_fast_tokenizer, model_file
+from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_file
+from fusechat_fuse.models.identity import identify
+from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run import train

@@ -5,9 +5,9 @@ import doctest
 import numpy as np
 
 from fusechat_fuse.alignment import prefix
+from fusechat_fuse.alignment.candidate_outcomes import prefix_fates
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import EXACT, NONE, correspond
-from fusechat_fuse.alignment.fates import prefix_fates
 from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.prefix import prefix_rows
 from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids

@@ -17,7 +17,7 @@ from fusechat_fuse.capture import server as module
 from fusechat_fuse.capture.server_protocols import PROTOCOLS
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer
 from tests.helpers.inference_server import LONGEST, InferenceServer
 from tests.helpers.recipes import CHATS
 from tests.helpers.tiny_runs import pivot_directory

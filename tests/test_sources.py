@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fusechat_fuse import models, represent
+from fusechat_fuse import represent
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import identify
+from fusechat_fuse.models import files as models
+from fusechat_fuse.models.identity import identify
 from fusechat_fuse.training.run import train
 from tests.helpers.gguf_files import gguf_file
 from tests.helpers.real_tokenizers import tiny_bpe

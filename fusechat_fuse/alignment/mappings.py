@@ -7,20 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusechat_fuse.alignment.candidate_outcomes import Fate, prefix_fates, single_id_fates
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import Correspondence
-from fusechat_fuse.alignment.fates import Fate, prefix_fates, single_id_fates
 from fusechat_fuse.alignment.prefix import prefix_rows
 from fusechat_fuse.alignment.single_id import single_id_rows
 from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, exact_map, min_edit_map, statistics_map
-
-if TYPE_CHECKING:
-    from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,9 @@ class Mapping:
         summary: a few words for `--help`.
         rows: makes the rows of a batch.
         fates: says of each candidate what became of it.
-        to_pivot: builds the map from source id to pivot id (int32 [V_S], -1: none) of a tokenizer pair, from the counts
-            if it needs them, with so many threads; None: the rows need paths alone.
+        to_pivot: builds the map from source id to pivot id (int32 [V_S], -1: none) from the bytes of the source's and
+            the pivot's ids, the pivot's ids by their bytes, the counts if it needs them, and the number of threads;
+            None: the rows need paths alone.
         kept_on_disk: building that map takes minutes.
         needs_counts: how often ids were aligned over the corpus decides.
         renormalised: rows sum to 1, and a position without an answer takes the one-hot row of the actual token.
@@ -43,23 +40,23 @@ class Mapping:
     summary: str
     rows: Callable[[Stream, SourceStream, Correspondence, Vocabularies], Mapped]
     fates: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[Fate]]]
-    to_pivot: Callable[[TokenizerPair, AlignedCounts | None, int], np.ndarray] | None = None
+    to_pivot: Callable[[list, list, dict, AlignedCounts | None, int], np.ndarray] | None = None
     kept_on_disk: bool = False
     needs_counts: bool = False
     renormalised: bool = False
 
 
-def _exact(pair: TokenizerPair, counts: AlignedCounts | None, workers: int) -> np.ndarray:
-    return exact_map(pair.source.bytes, pair.by_bytes)
+def _exact(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
+    return exact_map(source_bytes, by_bytes)
 
 
-def _min_edit(pair: TokenizerPair, counts: AlignedCounts | None, workers: int) -> np.ndarray:
-    return min_edit_map(pair.source.bytes, pair.by_bytes, workers=workers)
+def _min_edit(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
+    return min_edit_map(source_bytes, by_bytes, workers=workers)
 
 
-def _statistics(pair: TokenizerPair, counts: AlignedCounts | None, workers: int) -> np.ndarray:
+def _statistics(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
     assert counts is not None
-    return statistics_map(pair.source.bytes, pair.pivot.bytes, pair.by_bytes, counts)
+    return statistics_map(source_bytes, pivot_bytes, by_bytes, counts)
 
 
 def _paper(name: str, summary: str, to_pivot, **more) -> Mapping:

@@ -9,8 +9,9 @@ import numpy as np
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import Correspondence, correspond, line_up, safe_starts
 from fusechat_fuse.alignment.mappings import Mapping
+from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.sparse_rows import Mapped
-from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair
+from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 
 
 @dataclass

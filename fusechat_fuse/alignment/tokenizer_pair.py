@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.candidates import Vocabularies
-from fusechat_fuse.alignment.correspondence import joined_bytes
 from fusechat_fuse.alignment.mappings import Mapping
 from fusechat_fuse.alignment.paths import PathTable
+from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, preferred_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import read_tokenizer
-from fusechat_fuse.text.tokens import same_vocabulary, token_table
+from fusechat_fuse.text.tokens import same_vocabulary
 
 logger = logging.getLogger(__name__)
 _CACHE_VERSION = 1
@@ -52,43 +52,6 @@ def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]])
     except OSError as error:
         logger.warning("vocabulary map not kept in %s: %s", folder, error)
     return arrays
-
-
-@dataclass
-class Side:
-    """One tokenizer as alignment sees it: bytes by id (None for what has a role only), padded to the embedding."""
-
-    bytes: list
-    pieces: list
-    sha256: str
-    end_of_turn: int | None
-    bos: int | None
-    lengths: np.ndarray  # [V] bytes of each id, 0 for special tokens
-    first_byte: np.ndarray  # [V] -1 for special tokens
-    last_byte: np.ndarray  # [V]
-    joined: np.ndarray  # bool [256, 256]
-
-    @classmethod
-    def of(cls, representation: Representation, tokenizer) -> Side:
-        about, table = representation.manifest["tokenizer"], token_table(tokenizer)
-        end_of_turn, bos = about.get("end_of_turn_id"), about.get("bos_id")
-        size = max(len(table.bytes), int(representation.manifest.get("model", {}).get("vocab_size") or 0))
-        spelled = table.bytes + [None] * (size - len(table.bytes))
-        for role in (end_of_turn, bos):
-            if role is not None:
-                spelled[role] = None
-        pad = lambda pick: np.array([pick(piece) if piece else -1 for piece in spelled], np.int64)  # noqa: E731
-        return cls(
-            bytes=spelled,
-            pieces=table.pieces + [None] * (size - len(table.pieces)),
-            sha256=about["sha256"],
-            end_of_turn=end_of_turn,
-            bos=bos,
-            lengths=np.maximum(pad(len), 0),
-            first_byte=pad(lambda piece: piece[0]),
-            last_byte=pad(lambda piece: piece[-1]),
-            joined=joined_bytes(spelled),
-        )
 
 
 @dataclass
@@ -169,9 +132,10 @@ class TokenizerPair:
         build = mapping.to_pivot
         if build is None:
             return None
+        make = lambda: build(self.source.bytes, self.pivot.bytes, self.by_bytes, counts, workers)  # noqa: E731
         if not mapping.kept_on_disk:
-            return build(self, counts, workers)
-        kept = _cached(self.folder, self._name(mapping.name), lambda: {"ids": build(self, counts, workers)})
+            return make()
+        kept = _cached(self.folder, self._name(mapping.name), lambda: {"ids": make()})
         cached = kept["ids"].astype(np.int32)
         ids = np.full(len(self.source.bytes), -1, np.int32)
         ids[: len(cached)] = cached[: len(ids)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.text.batches import plan_batches
 from fusechat_fuse.text.chat import Encoded
 
 logger = logging.getLogger(__name__)

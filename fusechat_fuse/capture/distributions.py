@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fusechat_fuse.capture.batches import TopK
-from fusechat_fuse.logit_transform import LogitTransform, possible_transforms, transform_of
+from fusechat_fuse.models.logit_transform import LogitTransform, possible_transforms, transform_of
 
 logger = logging.getLogger(__name__)
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}

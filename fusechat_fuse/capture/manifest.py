@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import Identity, library_versions
+from fusechat_fuse.models.identity import Identity, library_versions
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer

@@ -23,8 +23,8 @@ from fusechat_fuse.capture.computation import compute
 from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows, key_of
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import Identity
-from fusechat_fuse.models import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer
+from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations

@@ -22,15 +22,15 @@ from fusechat_fuse.capture.computation import Runner, compute
 from fusechat_fuse.capture.manifest import finish
 from fusechat_fuse.capture.server import connect
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import Identity, identify
-from fusechat_fuse.loading import load_model, quantization_of
-from fusechat_fuse.models import (
+from fusechat_fuse.models.files import (
     is_named,
     load_config,
     load_fast_tokenizer,
     positions_of,
     with_gguf,
 )
+from fusechat_fuse.models.identity import Identity, identify
+from fusechat_fuse.models.loading import load_model, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder

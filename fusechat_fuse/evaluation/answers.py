@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import identify
-from fusechat_fuse.loading import load_model
-from fusechat_fuse.models import is_named, load_fast_tokenizer, positions_of
+from fusechat_fuse.models.files import is_named, load_fast_tokenizer, positions_of
+from fusechat_fuse.models.identity import identify
+from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.text.conversations import load_conversations
 from fusechat_fuse.text.data_files import data_sources

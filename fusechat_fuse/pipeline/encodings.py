@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import load_config, load_fast_tokenizer, positions_of
+from fusechat_fuse.models.files import load_config, load_fast_tokenizer, positions_of
 from fusechat_fuse.store.rows import encode_row
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, Unusable, read_conversations

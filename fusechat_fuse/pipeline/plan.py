@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusechat_fuse.batches import plan_batches
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loading import check_trainable
-from fusechat_fuse.models import load_config, model_file, with_gguf
+from fusechat_fuse.models.files import load_config, model_file, with_gguf
+from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
 from fusechat_fuse.pipeline.run import RECORD
 from fusechat_fuse.pipeline.steps import Step, ranks_of, steps_of
 from fusechat_fuse.store.files import read_json
+from fusechat_fuse.text.batches import plan_batches
 
 Options = dict[str, Any]
 _SHARD, _ROW, _SOURCE_ROW = 3000, 80, 70  # bytes of a shard's headers, of a row's id, hash and offsets, of a source's

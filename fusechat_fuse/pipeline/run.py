@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import add_samples
-from fusechat_fuse.models import is_gguf
+from fusechat_fuse.models.files import is_gguf
+from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of

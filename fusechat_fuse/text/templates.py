@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import first_line
+from fusechat_fuse.models.files import first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.conversations import Unusable
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fusechat_fuse.identity import library_versions
+from fusechat_fuse.models.identity import library_versions
 from fusechat_fuse.store.card import card_table, card_text, hub_data, is_hub_name, shown_name
 from fusechat_fuse.training.dataset import tell_apart
 

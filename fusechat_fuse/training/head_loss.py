@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import ModelOutput
 
-from fusechat_fuse.logit_transform import LogitTransform
+from fusechat_fuse.models.logit_transform import LogitTransform
 from fusechat_fuse.training.loss import (
     check_ids,
     exp_to_gradient_,

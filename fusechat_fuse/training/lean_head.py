@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fusechat_fuse.logit_transform import FAMILIES, LogitTransform, transform_of
+from fusechat_fuse.models.logit_transform import FAMILIES, LogitTransform, transform_of
 from fusechat_fuse.training.head_loss import FusionOutput, LabelledRows
 from fusechat_fuse.training.loss import IGNORED
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.identity import identify
-from fusechat_fuse.loading import load_model
-from fusechat_fuse.models import load_config, load_fast_tokenizer, model_file
+from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_file
+from fusechat_fuse.models.identity import identify
+from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import load_tokenizer
 from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash

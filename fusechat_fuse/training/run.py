@@ -13,7 +13,7 @@ import torch
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.loading import check_trainable
+from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fusechat_fuse.errors import writing
-from fusechat_fuse.models import first_line
+from fusechat_fuse.models.files import first_line
 from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
 from fusechat_fuse.training.card import write_model_card
 

@@ -71,7 +71,7 @@ def encode_all(tokenizer, rows):
 
 
 def run_bare(model, tokenizer, rows, budget: int) -> dict:
-    from fusechat_fuse.batches import plan_batches
+    from fusechat_fuse.text.batches import plan_batches
 
     encoded = encode_all(tokenizer, rows)
     lengths = np.array([len(one.input_ids) for one in encoded])

@@ -22,7 +22,7 @@ BUDGET = 16_384
 
 
 def bare(model, tokenizer, rows) -> dict:
-    from fusechat_fuse.batches import plan_batches
+    from fusechat_fuse.text.batches import plan_batches
 
     encoded = bench_represent.encode_all(tokenizer, rows)
     lengths = np.array([len(one.input_ids) for one in encoded])

@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch.nn import functional as F
 
-from fusechat_fuse.logit_transform import LogitTransform
+from fusechat_fuse.models.logit_transform import LogitTransform
 from fusechat_fuse.training.head_loss import LabelledRows
 from fusechat_fuse.training.loss import fusion_loss
 from tests.benchmarks.gpu import card

@@ -1,6 +1,6 @@
 """Look into a representation or an alignment: figures, and one conversation token by token.
 
-`inspect_path` gives the text for a terminal and, with `html`, writes a page (`inspection_page`).
+`inspect_path` gives the text for a terminal and, with `html`, writes a page (`page`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from fusechat_fuse.alignment.certificate import summary_lines
 from fusechat_fuse.alignment.combination import combination_lines, source_names
-from fusechat_fuse.alignment.conversation_view import Names, conversation_view, stored_tokens
 from fusechat_fuse.errors import InputError, describe_os_error
+from fusechat_fuse.inspection.conversation_view import Names, conversation_view, stored_tokens
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
@@ -59,7 +59,7 @@ def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: 
 
 
 def _write_page(file: Path, view: dict, opened: Representation) -> None:
-    from fusechat_fuse.alignment.inspection_page import page
+    from fusechat_fuse.inspection.page import page
 
     if file.exists() and not file.is_file():
         raise InputError(f"page for {opened.path}: expected a file's name, got {file}. Choose another.")

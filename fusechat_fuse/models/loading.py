@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import adapter_base, for_transformers, is_gguf, model_file, require_package, said
+from fusechat_fuse.models.files import adapter_base, for_transformers, is_gguf, model_file, require_package, said
 from fusechat_fuse.store.files import read_json
 
 _OF_QUANTISED = re.compile(r"weight_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$")

@@ -10,7 +10,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models import adapter_base, is_gguf, is_named, model_file
+from fusechat_fuse.models.files import adapter_base, is_gguf, is_named, model_file
 
 
 class Identity(TypedDict):

@@ -1,0 +1,1 @@
+"""The `inspect` command: figures of a store directory, and one conversation token by token."""

@@ -1,0 +1,1 @@
+"""Models: their files and tokenizers, loading, which model is which, and what follows the output layer."""
