@@ -22,10 +22,23 @@ _SENTENCES = {
     errno.ENOENT: "path for {}: expected it to be there, got nothing. Check the path.",
     errno.ENOTDIR: _PLACE.format("{}", "directories on the way to it", "a file in place of one"),
     errno.EISDIR: _PLACE.format("{}", "a file", "a directory"),
-    errno.EACCES: _PLACE.format("{}", "leave to read and write there", "none"),
-    errno.EPERM: _PLACE.format("{}", "leave to read and write there", "none"),
+    errno.EACCES: _PLACE.format("{}", "read and write permission", "none"),
+    errno.EPERM: _PLACE.format("{}", "read and write permission", "none"),
     errno.ENAMETOOLONG: _PLACE.format("{}", "a shorter name", "one too long for the file system"),
 }
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text (two lines where it ends in a colon), without the full stop, to quote it within
+    a sentence."""
+    lines = (str(error).strip() or type(error).__name__).split("\n")
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")
+
+
+def describe_error(error: BaseException) -> str:
+    """The first line of an error, after its class where that is not an everyday one."""
+    name = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    return name + first_line(error)
 
 
 def describe_os_error(error: OSError) -> str:

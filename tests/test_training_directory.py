@@ -278,7 +278,7 @@ def test_a_run_file_that_is_none_is_named(pivot, data, copied, content):
         (errno.ENOSPC, "disk for /a/b: expected room to write, got none left", 1),
         (errno.EROFS, "path for /a/b: expected a place to write, got a read-only file system", 2),
         (errno.ENOTDIR, "path for /a/b: expected directories on the way to it, got a file in place of one", 2),
-        (errno.EACCES, "path for /a/b: expected leave to read and write there, got none", 2),
+        (errno.EACCES, "path for /a/b: expected read and write permission, got none", 2),
         (errno.EIO, "failed: OSError", 1),
     ],
 )

@@ -23,8 +23,8 @@ import orjson
 
 from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.server_protocols import PROTOCOLS, Answer
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line, load_config
+from fusechat_fuse.errors import InputError, first_line
+from fusechat_fuse.models.files import load_config
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.text.chat import Encoded
 

@@ -11,23 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, describe_error, first_line
 from fusechat_fuse.store.files import read_json
 
 logger = logging.getLogger(__name__)
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # files of weights that are not adapters
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error (two, where it ends in a colon), without its full stop, to be put into a sentence."""
-    lines = (str(error).strip() or type(error).__name__).split("\n")
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")
-
-
-def said(error: Exception) -> str:
-    """The first line of an error, after its kind where that is not an everyday one."""
-    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
-    return kind + first_line(error)
 
 
 def is_named(model) -> bool:
@@ -156,7 +144,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
             advice = "Read that code, and give trust_remote_code where you trust it"
         raise InputError(
             f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
-            f"knows, got: {said(error)}. {advice}."
+            f"knows, got: {describe_error(error)}. {advice}."
         ) from error
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import adapter_base, for_transformers, is_gguf, model_file, require_package, said
+from fusechat_fuse.errors import InputError, describe_error
+from fusechat_fuse.models.files import adapter_base, for_transformers, is_gguf, model_file, require_package
 from fusechat_fuse.store.files import read_json
 
 _OF_QUANTISED = re.compile(r"weight_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$")
@@ -47,21 +47,21 @@ def load_model(
         require_package("peft", f"adapters ({name_or_path})")
     _check_quantization(name_or_path)
     try:
-        both: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
-        model, told = both
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        model, loading_info = loaded
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers and its readers raise many kinds
         raise InputError(
-            f"weights for {name_or_path}: expected a causal language model, got {said(error)}. Check that its files "
-            "are whole and belong together."
+            f"weights for {name_or_path}: expected a causal language model, got {describe_error(error)}. Check that "
+            "its files are complete and belong together."
         ) from error
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise InputError(
             f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
             f"{_some(missing)}. Give a whole checkpoint with its own config.json."
         )
-    _check_form(model, name_or_path, sorted(told["unexpected_keys"]))
+    _check_form(model, name_or_path, sorted(loading_info["unexpected_keys"]))
     if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # it no longer is, and can be saved
         model.hf_quantizer, model.is_quantized = None, False

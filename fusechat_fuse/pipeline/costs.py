@@ -18,8 +18,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line, load_config
+from fusechat_fuse.errors import InputError, first_line
+from fusechat_fuse.models.files import load_config
 
 GPUS = {  # dense bfloat16 FLOPs a second, GiB (the vendor's data sheets)
     "v100": (125e12, 32),

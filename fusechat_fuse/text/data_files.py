@@ -20,8 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line
+from fusechat_fuse.errors import InputError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 _KINDS = f"{', '.join(SUFFIXES)} or .gz or .zst of these texts"

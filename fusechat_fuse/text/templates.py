@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line
+from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.conversations import Unusable
 

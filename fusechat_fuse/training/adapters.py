@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line
+from fusechat_fuse.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import first_line
+from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.training.lean_head import causal_model
 
 logger = logging.getLogger(__name__)

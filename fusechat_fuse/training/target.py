@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fusechat_fuse.errors import writing
-from fusechat_fuse.models.files import first_line
+from fusechat_fuse.errors import first_line, writing
 from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
 from fusechat_fuse.training.card import write_model_card
 
@@ -91,7 +90,7 @@ def push_target(config) -> None:
         )
     except Exception as error:  # of the network, of the Hub, of a token
         raise RuntimeError(
-            f"{folder} is finished, and could not be pushed to {name}: {first_line(error).rstrip('.')}. Push it by: "
+            f"{folder} is finished, and could not be pushed to {name}: {first_line(error)}. Push it by: "
             f"hf upload {name} {folder} . --exclude 'checkpoint-*'"
         ) from error
     logger.info("%s is at %s/%s", folder, api.endpoint, name)
