@@ -13,6 +13,16 @@ class InputError(ValueError):
     """Bad input, said in one sentence: what, for which file/row/option, what was expected, what to do."""
 
 
+def check_integer(what: str, value, least: int = 1) -> None:
+    """Raise InputError unless a value is an integer of at least `least` (True is none).
+
+    Args:
+        what: its name in the error, such as "limit for chat data".
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{what}: expected an integer from {least}, got {value!r}.")
+
+
 _FULL = "disk for {}: expected room to write, got none left. Free some, then run the same command again."
 _PLACE = "path for {}: expected {}, got {}. Choose another path."
 _SENTENCES = {

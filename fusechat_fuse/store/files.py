@@ -1,4 +1,4 @@
-"""Files that land whole or not at all, JSON whose bytes depend on its content alone, and checksums."""
+"""Files that land whole or not at all, JSON whose bytes depend on its content alone, YAML, and checksums."""
 
 from __future__ import annotations
 
@@ -80,6 +80,25 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{what} for {path}: expected JSON, got {error}. Make the directory anew.") from error
 
 
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        what: the file's name in the error, such as "recipe".
+    Raises: InputError where it cannot be read, or is no mapping of names to values.
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        got = " ".join(str(error).split())
+        raise InputError(f"{what} {path}: expected a readable YAML file, got: {got}. Correct it.") from error
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise InputError(f"{what} {path}: expected name: value pairs, got {entries!r:.80}. Correct it.")
+    return entries
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with keys joined by dots."""
     if not isinstance(value, dict):
@@ -91,3 +110,15 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_digest(content: bytes | str | hashlib._Hash) -> str:
+    """The first 16 hexadecimal digits of a SHA-256.
+
+    Args:
+        content: what to digest (a text as UTF-8), or a hashlib object that has read it.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    digest = hashlib.sha256(content) if isinstance(content, bytes) else content
+    return digest.hexdigest()[:16]

@@ -18,7 +18,6 @@ With `strict=True` each of them is an error that names file and row. Rows are co
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -31,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.store.card import shown_name
+from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.data_files import Source, data_sources
 from fusechat_fuse.text.spool import Spool
 
@@ -131,17 +131,13 @@ def count_reasons(entries: list[dict]) -> dict[str, int]:
 
 def content_hash(messages: list[dict[str, Any]]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (and weights of 0)."""
-    return _hash(_fields(messages))
+    return short_digest(_fields(messages))
 
 
 def _fields(messages: list[dict[str, Any]]) -> str:
     """Roles and contents (and weights of 0) as JSON in ASCII."""
     fields = [[m["role"], m["content"], *([0] if m.get("weight") == 0 else [])] for m in messages]
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
-
-
-def _hash(fields: str) -> str:
-    return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
 def _raw_messages(row: Any, column: str | None) -> list:
@@ -322,10 +318,10 @@ def read_conversations(
     Args:
         data: path, glob, Hub name, several of them, `datasets.Dataset` or `DatasetDict`, or an iterable of rows.
     """
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise InputError(f"limit for chat data: expected an integer from 1, got {limit!r}.")
-    if shuffle_seed is not None and (not isinstance(shuffle_seed, int) or shuffle_seed < 0):
-        raise InputError(f"shuffle_seed for chat data: expected an integer from 0, got {shuffle_seed!r}.")
+    if limit is not None:
+        check_integer("limit for chat data", limit)
+    if shuffle_seed is not None:
+        check_integer("shuffle_seed for chat data", shuffle_seed, least=0)
     sources = _sources(data, split)
     named = [entry for entry in (data if isinstance(data, list | tuple) else [data]) if isinstance(entry, str | Path)]
     report = ReadReport(_name_of(data), strict, data=[shown_name(str(entry)) for entry in named])
@@ -341,7 +337,7 @@ def read_conversations(
             report.note("skip", number, name, problem.reason, str(problem))
             continue
         fields = _fields(messages)
-        digest = _hash(fields)
+        digest = short_digest(fields)
         given = name = name or digest
         while name in seen:  # a given ID#2 may be there before the second ID is
             seen[given] += 1
