@@ -241,12 +241,11 @@ def _plan_flags(parser: FlagParser) -> None:
 
 
 def _plan(options: dict[str, Any]) -> None:
-    from fusechat_fuse.pipeline.plan import plan
-    from fusechat_fuse.pipeline.plan_table import plan_lines
+    from fusechat_fuse.pipeline.plan import format_plan, plan
 
     as_json = options.pop("json")
     found = plan(options.pop("recipe"), options_of=_options_of, **options)
-    _say(found if as_json else "\n".join(plan_lines(found)))
+    _say(found if as_json else format_plan(found))
 
 
 def _options_of(argv: list[str]) -> dict[str, Any]:

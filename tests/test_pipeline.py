@@ -15,12 +15,13 @@ import pytest
 
 from fusechat_fuse.cli import _options_of, main
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.pipeline import run as module
+from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
-from fusechat_fuse.pipeline.report import _page
+from fusechat_fuse.pipeline.report_page import report_page
 from fusechat_fuse.pipeline.run import run
 from fusechat_fuse.pipeline.steps import launched, steps_of
+from fusechat_fuse.pipeline.subprocesses import last_message
 from fusechat_fuse.store.files import file_sha256
 from tests.helpers.recipes import recipe_of, written
 from tests.test_inspect import CHROMIUM
@@ -114,7 +115,7 @@ def test_the_first_failure_stops_with_the_command_and_the_log(tmp_path):
         run(recipe)
     told = str(raised.value)
     log = tmp_path / "out" / "logs" / "represent-pivot.log"
-    assert f"all it said: {log}" in told
+    assert f"full log: {log}" in told
     assert "by hand: " + log.read_text().splitlines()[0].removeprefix("$ ") in told
 
 
@@ -146,7 +147,7 @@ def test_only_what_the_run_made_is_removed(tmp_path):
     train = next(step for step in steps_of(recipe) if step.key == "train plain")
     merge.output.mkdir(parents=True)
     (merge.output / "mine.txt").write_text("precious")
-    record = module._Record(tmp_path / "stages.json")
+    record = module.Record(tmp_path / "stages.json")
     assert not record.begin(merge)  # someone else's: the command refuses it
     assert record.begin(merge)  # ours, of a start that did not end
     assert not record.begin(train)
@@ -156,13 +157,13 @@ def test_only_what_the_run_made_is_removed(tmp_path):
     changed = next(step for step in other if step.key == "train plain")
     assert not record.is_done(changed)
     assert not record.begin(changed)  # targets are never removed: train refuses another run's directory
-    assert module._Record(tmp_path / "stages.json").entries == record.entries
+    assert module.Record(tmp_path / "stages.json").entries == record.entries
 
 
 def test_the_last_words_are_of_the_last_command(tmp_path):
     log = tmp_path / "x.log"
     log.write_text("$ first\nfusechat-fuse: error: old\n$ second\nreading\nKilled\n")
-    assert module._last_line(log) == "Killed."
+    assert last_message(log) == "Killed."
 
 
 FOUND = {
@@ -188,10 +189,10 @@ FOUND = {
 
 
 def test_the_page_holds_every_figure_and_asks_for_nothing():
-    page = _page("fused", FOUND)
+    page = report_page("fused", FOUND)
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Held-out bits per byte (lower is better)",
-        *("Alignment", "Training loss", "Who serves which slice", "Merge coefficients"),
+        *("Alignment", "Training loss", "Model selected for each slice", "Merge coefficients"),
     ]
     assert "<td>1.2500</td><td class=best>1.0000</td>" in page
     assert "<td>0.5000</td><td class=best>0.2500</td><td>one</td>" in page
@@ -207,7 +208,7 @@ def test_the_page_in_chromium(tmp_path):
     file = tmp_path / "report.html"
     look = "<script>document.title = [document.querySelectorAll('table').length, document.body.scrollWidth > "
     look += "document.documentElement.clientWidth, document.querySelector('svg').getBoundingClientRect().width > 300]"
-    page = re.sub("<meta http-equiv.*?>", "", _page("fused", FOUND))  # the policy forbids the script that looks
+    page = re.sub("<meta http-equiv.*?>", "", report_page("fused", FOUND))  # the policy forbids the script that looks
     file.write_text(page.replace("</body>", f"{look}.join(' ')</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
@@ -312,26 +313,26 @@ def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * 10)
-    first = module._digest(folder)
+    first = module.content_digest(folder)
     shutil.copytree(folder, tmp_path / "copy")
-    assert module._digest(tmp_path / "copy") == first
+    assert module.content_digest(tmp_path / "copy") == first
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "x").write_text("y")
-    assert module._digest(folder) == first
+    assert module.content_digest(folder) == first
     (folder / "config.json").write_text("{ }")
-    assert module._digest(folder) != first
-    assert module._digest(Path("some/hub-name")) == "name"
-    before = module._digest(folder)
+    assert module.content_digest(folder) != first
+    assert module.content_digest(Path("some/hub-name")) == "name"
+    before = module.content_digest(folder)
     (folder / "model.safetensors").write_bytes(b"y" * 10)  # of the same size: another merge, say
-    assert module._digest(folder) != before
+    assert module.content_digest(folder) != before
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"x" * 10)
     with monkeypatch.context() as patch:
         patch.setattr(module, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
-        before = module._digest(gguf)
+        before = module.content_digest(gguf)
         gguf.write_bytes(b"xy" * 5)
-        assert module._digest(gguf) != before
+        assert module.content_digest(gguf) != before
     pattern = tmp_path / "*" / "config.json"
-    before = module._digest(pattern)
+    before = module.content_digest(pattern)
     (folder / "config.json").write_text("[]")
-    assert module._digest(pattern) != before
+    assert module.content_digest(pattern) != before

@@ -73,7 +73,7 @@ def test_weights_are_counted_without_weights(family, tmp_path):
         p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "lm_head" not in name
     )
     idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) / 2  # two of four experts
-    assert size.met == layers - idle
+    assert size.active == layers - idle
 
 
 def test_a_model_of_real_size_on_a_named_gpu(recipe_models, planned, tmp_path):
@@ -218,7 +218,7 @@ def test_what_cannot_be_planned_is_a_sentence(recipe_models, planned, tmp_path):
     found = planned(merge={"sce": {"out_dtype": "int3"}})
     assert any("merge sce will fail: dtype of weights: expected one of float32" in w for w in found["warnings"])
     found = planned(pivot=without_weights(recipe_models, tmp_path / "vit", transformers.ViTConfig()))
-    assert any("expected one that can be counted, got " in warning for warning in found["warnings"])
+    assert any("expected one whose weights can be counted, got " in warning for warning in found["warnings"])
 
 
 def test_what_runs_no_model_is_planned_in_main_memory(planned):

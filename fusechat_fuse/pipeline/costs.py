@@ -1,12 +1,12 @@
-"""What a stage needs, from a model's configuration and counts of tokens alone. Sizes in bytes, arithmetic in FLOPs.
+"""Memory, disk space and FLOPs of a step, estimated from a model's configuration and token counts. Sizes are in bytes.
 
-FLOPs      forward: 2 a token and weight that it meets (the head: predicted tokens only); training 3 times that,
-           4 with activation checkpointing, 2 for adapters
-training   weights, gradients and Adam's two moments, 16 bytes a float32 weight; bfloat16's copy of the weights
-           under autocast; activations
-activations, per layer and token: 12 hidden + 4 intermediate sizes (a gated MLP with both norms, without attention
-           scores); under checkpointing one layer's, and one hidden size of each other
-seconds    FLOPs / (the GPU's peak x UTILIZATION)
+FLOPs       forward pass: 2 per token and active weight (the head's: predicted tokens only); a training step costs 3
+            forward passes, 4 with activation checkpointing, 2 with adapters
+training    memory: weights, gradients and Adam's two moments (16 bytes per float32 weight), the bfloat16 copy of the
+            weights under autocast, and activations
+activations per layer and token: 12 hidden + 4 intermediate sizes (a gated MLP and both norms, without attention
+            scores); with checkpointing those of one layer, and one hidden size for each other layer
+seconds     FLOPs / (the GPU's peak x UTILIZATION)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.models.files import load_config
 
-GPUS = {  # dense bfloat16 FLOPs a second, GiB (the vendor's data sheets)
+GPUS = {  # dense bfloat16 FLOPs per second, memory in GiB (vendors' data sheets)
     "v100": (125e12, 32),
     "a10": (125e12, 24),
     "a100-40": (312e12, 40),
@@ -33,40 +33,58 @@ GPUS = {  # dense bfloat16 FLOPs a second, GiB (the vendor's data sheets)
     "b200": (2250e12, 180),
 }
 UTILIZATION = 0.4
-BASE = {"align": 140 << 20, "combine": 130 << 20, "compare": 110 << 20}  # of a process on a CPU without torch, measured
+MEMORY_WITHOUT_TORCH = {
+    "align": 140 << 20,
+    "combine": 130 << 20,
+    "compare": 110 << 20,
+}  # of a process without torch, measured
+_SHARD, _ROW, _SOURCE_ROW = 3000, 80, 70  # disk: a shard's headers; a row's id, hash and offsets; the same of a source
+_COMPACT = 0.57  # size of the compact encoding relative to plain, measured on chat data
+_STORE, _TARGET = 8000, 12000  # disk: small files of a store; of a target, besides weights and tokenizer
+_KEPT = 0.7  # share of top_k entries that an aligned position keeps
 _IMPORTS = "import torch, datasets; from transformers import AutoModelForCausalLM, Trainer"
 _HEAD_CHUNK = {"represent": {"cpu": 128 << 20, "gpu": 1 << 30}, "train": {"cpu": 32 << 20, "gpu": 512 << 20}}
-_QUANTIZED = {"load_in_4bit": 0.56, "load_in_8bit": 1.03}  # bytes of a weight, with its scales
+_QUANTIZED = {"load_in_4bit": 0.56, "load_in_8bit": 1.03}  # bytes per weight, scales included
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of weights: all, those that a token meets below the head, the head's, the largest tensor's."""
+    """A model's weight counts and dimensions.
+
+    Attributes:
+        parameters: all weights. active: those below the head that one token uses (of experts, the routed ones).
+        head, largest: weights of the output head, of the largest tensor.
+        stored_bytes: bytes per weight in the checkpoint.
+    """
 
     parameters: int
-    met: int
+    active: int
     head: int
     largest: int
     hidden: int
     intermediate: int
     layers: int
     vocab_size: int
-    stored_bytes: int  # of a weight in the checkpoint
+    stored_bytes: int
 
     def forward_flops(self, tokens: float, predicted: float) -> float:
-        """Of one pass over so many tokens, padding included."""
-        return 2 * (self.met * tokens + self.head * predicted)
+        """FLOPs of one forward pass.
+
+        Args:
+            tokens: padding included. predicted: predicted tokens among them.
+        """
+        return 2 * (self.active * tokens + self.head * predicted)
 
     def layer_elements(self) -> int:
-        """Activations that one layer keeps of one token for its backward pass."""
+        """Activations (numbers) that one layer keeps per token for the backward pass."""
         return 12 * self.hidden + 4 * self.intermediate
 
 
 def size_of(model, *, trust_remote_code: bool = False) -> ModelSize:
-    """Build a model without weights and count.
+    """Count the weights of a model, built from its configuration on the meta device.
 
-    Raises: InputError where transformers cannot build it from its configuration.
+    Raises: InputError if transformers cannot build the model from its configuration.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -74,9 +92,12 @@ def size_of(model, *, trust_remote_code: bool = False) -> ModelSize:
     config = load_config(model, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            return _counted(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), config)
-    except Exception as error:  # whatever code of a model raises, or a configuration lacks
-        raise InputError(f"model for {model}: expected one that can be counted, got {first_line(error)}.") from error
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return _counted(built, config)
+    except Exception as error:  # a model's own code may raise anything
+        raise InputError(
+            f"model for {model}: expected one whose weights can be counted, got {first_line(error)}."
+        ) from error
 
 
 def _counted(built, config) -> ModelSize:
@@ -94,7 +115,7 @@ def _counted(built, config) -> ModelSize:
     hidden = int(text.hidden_size)
     return ModelSize(
         parameters=sum(counted.values()),
-        met=int(sum(counted.values()) - outside - experts * (1 - share)),
+        active=int(sum(counted.values()) - outside - experts * (1 - share)),
         head=embedding.numel() if head is None else head.weight.numel(),
         largest=max(counted.values()),
         hidden=hidden,
@@ -106,17 +127,17 @@ def _counted(built, config) -> ModelSize:
 
 
 def bytes_of(dtype: str) -> int:
-    """Of a weight in a dtype; raises InputError for one that is none."""
+    """Bytes per weight of a dtype; raises InputError for an unknown one."""
     if dtype not in BYTES:
         raise InputError(f"dtype of weights: expected one of {', '.join(BYTES)}, got {dtype!r}. Use one.")
     return BYTES[dtype]
 
 
 def represent_memory(size: ModelSize, options: dict[str, Any], tokens: int, predicted: int, device: str) -> int:
-    """Weights, a layer's activations of the largest batch, logits of a chunk.
+    """Memory of `represent`: weights, one layer's activations and one chunk of logits.
 
     Args:
-        tokens, predicted: of the largest batch. device: cpu or gpu.
+        options: of `represent`. tokens, predicted: of the largest batch. device: cpu or gpu.
     """
     of_weight = BYTES.get(options["dtype"], size.stored_bytes)
     activations = tokens * (6 * size.hidden + 3 * size.intermediate) * of_weight
@@ -125,16 +146,17 @@ def represent_memory(size: ModelSize, options: dict[str, Any], tokens: int, pred
 
 
 def _held(size: ModelSize, options: dict[str, Any], of_weight: int) -> int:
-    """Bytes of the weights, those of the layers quantised where the options say so."""
+    """Memory of the weights; layers are quantised if the options say so, the head never is."""
     of_layer = next((_QUANTIZED[name] for name in _QUANTIZED if options.get(name)), of_weight)
     return int((size.parameters - size.head) * of_layer) + size.head * of_weight
 
 
 def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: str, shards: int = 1) -> int:
-    """Of one rank: its part of the training state, activations of its batch, logits of a chunk.
+    """Memory of one rank in training: its share of the training state, activations, one chunk of logits.
 
     Args:
-        tokens: of the largest batch, padding included. shards: ranks that share the training state (FSDP, ZeRO-3).
+        options: of `train`. tokens: of the largest batch, padding included. device: cpu or gpu.
+        shards: ranks that share the training state (FSDP, ZeRO-3).
     """
     of_weight, bf16 = bytes_of(options["dtype"]), device == "gpu" and options["bf16"] is not False
     trained = 0 if options["lora_r"] else size.parameters
@@ -150,7 +172,7 @@ def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: 
 
 
 def train_factor(options: dict[str, Any]) -> int:
-    """Forward passes that a training step costs as much as."""
+    """The cost of a training step, in forward passes."""
     if options["lora_r"]:
         return 2
     return 4 if _checkpoints(options) else 3
@@ -160,22 +182,49 @@ def _checkpoints(options: dict[str, Any]) -> bool:
     return bool(options.get("activation_checkpointing") or options.get("gradient_checkpointing"))
 
 
-@functools.cache
-def base_of_models() -> int:
-    """Of a process on a CPU with torch and transformers, from one that has loaded them: builds differ by half a GiB.
+def store_disk(conversations: int, row_bytes: int, options: dict[str, Any]) -> int:
+    """Disk space of a representation without its tokenizer.
 
-    0 where Linux does not say.
+    Args:
+        row_bytes: of all rows in the plain encoding. options: of `represent`.
+    """
+    shards = -(-conversations // options["shard_size"])
+    rows = row_bytes * (_COMPACT if options["encoding"] == "compact" else 1)
+    return round(rows) + conversations * _ROW + shards * _SHARD + _STORE
+
+
+def source_disk(conversations: int, predicted: int, top_k: int, combined: bool) -> int:
+    """Disk space that a source's rows add to the pivot's in aligned data, or in a combination of several sources."""
+    per_token = _KEPT * top_k * 5 + 9 + (3 if combined else 0)
+    return round(predicted * per_token + conversations * _SOURCE_ROW)
+
+
+def target_disk(size: ModelSize, options: dict[str, Any]) -> int:
+    """Disk space of a target without its tokenizer, and of the checkpoints kept beside it (weights, Adam's moments)."""
+    saved = size.parameters * bytes_of(options["save_dtype"] or options["dtype"])
+    checkpoints = options["save_total_limit"] or int(options["num_train_epochs"])
+    if options["save_strategy"] == "no" or options["lora_r"]:  # an adapter is small
+        checkpoints = 0
+    state = size.parameters * (1 if options["save_only_model"] else 3) * bytes_of(options["dtype"])
+    return saved + checkpoints * state + _TARGET
+
+
+@functools.cache
+def memory_of_imports() -> int:
+    """Memory of a process that has imported torch and transformers, measured: builds differ by half a GiB.
+
+    0 where Linux does not report it.
     """
     code = f"{_IMPORTS}; print(open('/proc/self/status').read())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"VmHWM:\s*(\d+) kB", said)
+    status = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
     return int(1024 * 1.03 * int(found[1])) if found else 0
 
 
 def gpu_of(name: str) -> tuple[float, int]:
-    """FLOPs a second and bytes of a GPU.
+    """Peak FLOPs per second and memory in bytes of a GPU.
 
-    Raises: InputError for one that is not known.
+    Raises: InputError for an unknown one.
     """
     if name.lower() not in GPUS:
         raise InputError(f"gpu for plan: expected one of {', '.join(GPUS)}, got {name!r}. Use the nearest.")

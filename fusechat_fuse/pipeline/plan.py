@@ -1,8 +1,8 @@
-"""`plan`: what a recipe costs and what of it will fail, before any weights are read.
+"""`plan`: what each step of a recipe costs and which steps will fail, before any weights are read.
 
-Configurations, tokenizers and the data are read as the stages read them (`encodings.py`); sizes on disk follow from
-the counts by the format, memory and arithmetic by `costs.py`, times by what `run` measured of this recipe's steps or by
-a GPU's peak.
+Configurations, tokenizers and data are read as the stages read them (`encodings.py`). Disk space follows from counts
+and the file formats, memory and FLOPs from `costs.py`, times from what `run` measured of this recipe or from a GPU's
+peak.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
-from fusechat_fuse.pipeline.run import RECORD
+from fusechat_fuse.pipeline.record import RECORD_FILE
 from fusechat_fuse.pipeline.steps import Step, ranks_of, steps_of
 from fusechat_fuse.store.files import read_json
 from fusechat_fuse.text.batches import plan_batches
 
 Options = dict[str, Any]
-_SHARD, _ROW, _SOURCE_ROW = 3000, 80, 70  # bytes of a shard's headers, of a row's id, hash and offsets, of a source's
-_COMPACT = 0.57  # of plain's bytes, measured on chat data
-_STORE, _TARGET = 8000, 12000  # of a store's other files, of a target's beside weights and tokenizer
-_KEPT = 0.7  # of top_k entries, those of an aligned position that an alignment keeps
 _COUNTS = ("top_k", "max_length", "shard_size", "tokens_per_batch", "per_device_train_batch_size", "total_batch_size")
-_OF_TOKENIZER = 13  # times its file, in memory with the vocabulary map that is made of it
+_TOKENIZER_MEMORY = 13  # memory of a tokenizer and its vocabulary map, relative to the tokenizer's file
 
 
 def plan(
     recipe, *, options_of: Callable[[list[str]], Options], gpu: str | None = None, sample: int = 10_000
 ) -> dict[str, Any]:
-    """Tokens, disk, memory, arithmetic and time of every step of a recipe, and what is wrong with it.
+    """Tokens, disk space, memory, FLOPs and time of every step of a recipe, and what is wrong with it.
 
     Args:
         recipe: path of the YAML file, see `pipeline.recipe`.
-        options_of: a subcommand's arguments -> all its options; raises InputError for bad ones.
-        gpu: one of `costs.GPUS`; None: main memory of processes without a GPU, and times only as measured.
-        sample: conversations encoded of each data set, at even distances; tokens are exact where it has no more.
+        options_of: the arguments of a subcommand -> all its options; raises InputError for bad ones.
+        gpu: one of `costs.GPUS`; None: main memory of processes without a GPU, and only times that were measured.
+        sample: at most this many conversations of each data set are encoded, evenly spaced; counts are exact if it has
+            no more.
 
-    Returns: `steps`: of each step its `step` and where known `conversations`, `predicted_tokens`, `tokens`,
-        `padding_share`, `disk_bytes`, `memory_bytes` (of one rank; of a GPU where `gpu` is given and a model runs),
-        `ranks`, `gpus`, `flops`, `seconds`, `measured` (whether the time is), and of what has run
-        `measured_disk_bytes`, `measured_memory_bytes` (main memory of its largest process); `totals`; `warnings`,
-        sentences, also on steps that will fail, which have no figures; `exact`, whether every conversation was encoded.
+    Returns:
+        steps: one entry per step: `step` and, where known, `conversations`, `predicted_tokens`, `tokens`,
+            `padding_share`, `disk_bytes`, `memory_bytes` (per rank; of a GPU if `gpu` is given and the step runs a
+            model), `ranks`, `gpus`, `flops`, `seconds`, `measured` (whether `seconds` is); of a step that has run also
+            `measured_disk_bytes` and `measured_memory_bytes` (main memory of its largest process). A step that will
+            fail has no figures.
+        totals: of `disk_bytes`, `flops`, `seconds`, and `gpu_seconds`.
+        warnings: sentences, also about steps that will fail. exact: whether every conversation was encoded.
 
-    Raises: InputError for a bad recipe, an unknown GPU.
+    Raises: InputError for a bad recipe or an unknown GPU.
     """
     if not isinstance(sample, int) or sample < 1:
         raise InputError(f"sample for plan: expected an integer from 1, got {sample!r}.")
     planner = _Planner(read_recipe(recipe), options_of, gpu, DataReader(sample))
     rows = [planner.row(step) for step in planner.steps]
     planner.add_seconds(rows)
-    planner.warn_of_room(rows)
+    planner.warn_of_full_disk(rows)
     totals = {key: sum(row.get(key, 0) for row in rows) for key in ("disk_bytes", "flops", "seconds")}
     totals["gpu_seconds"] = sum(row.get("seconds", 0) * row["gpus"] for row in rows)
     warnings = [*planner.data.warnings, *planner.warnings]
@@ -70,8 +70,9 @@ def plan(
 class _Planner:
     def __init__(self, recipe: Recipe, options_of: Callable[[list[str]], Options], gpu: str | None, data: DataReader):
         self.recipe, self.options_of, self.gpu, self.data = recipe, options_of, gpu, data
-        self.peak, self.room = (None, None) if gpu is None else costs.gpu_of(gpu)
-        self.record = read_json(recipe.output_dir / RECORD, "record of the run") or {}
+        self.peak_flops, self.gpu_memory = (None, None) if gpu is None else costs.gpu_of(gpu)
+        self.device = "cpu" if gpu is None else "gpu"
+        self.record = read_json(recipe.output_dir / RECORD_FILE, "record of the run") or {}
         self.steps = steps_of(recipe)
         self.warnings: list[str] = []
         self.sizes: dict[str, costs.ModelSize] = {}
@@ -79,18 +80,18 @@ class _Planner:
         self.pivot = recipe.pivot.model
 
     def row(self, step: Step) -> dict[str, Any]:
-        """What one step costs; nothing but a warning where it will fail."""
+        """What one step costs; only a warning if it will fail."""
         row: dict[str, Any] = {"step": step.key, "ranks": ranks_of(step.command)[0], "gpus": 0, "disk_bytes": 0}
         row |= self._measured(step)
         try:
             return row | self._figures(step)
         except InputError as error:
-            if not any(warning.endswith(str(error)) for warning in self.warnings):  # what a step before stumbles over
+            if not any(warning.endswith(str(error)) for warning in self.warnings):  # an earlier step fails of the same
                 self.warnings.append(f"{step.key} will fail: {error}")
             return row
 
     def _measured(self, step: Step) -> dict[str, int]:
-        """What a step that has run took, beside which its plan can be looked at."""
+        """The measured disk space and memory of a step that has run, to stand beside its estimates."""
         entry = self.record.get(step.key, {})
         if "output" not in entry:
             return {}
@@ -101,41 +102,42 @@ class _Planner:
     def _figures(self, step: Step) -> dict[str, Any]:
         options = {} if step.stage == "merge" else self._options(step)
         ranks, sharded = ranks_of(step.command)
-        spread = self.gpus if options.get("device_map") else 1  # GPUs under one rank
-        device = "cpu" if self.gpu is None else "gpu"
         row: dict[str, Any] = {}
         if step.arguments[0] == "represent":
-            row |= self._represent(step, options, device)
+            row |= self._represent(step, options)
         elif step.stage in ("align", "combine"):
             row |= self._aligned(step)
         elif step.stage == "train":
-            row |= self._train(options, device, ranks, sharded)
+            row |= self._train(options, ranks, sharded)
         elif step.stage == "merge":
             row |= self._merge(step)
         memory = row.get("memory_bytes", 0)
         if self.gpu is None or "flops" not in row:  # main memory
-            row["memory_bytes"] = memory + (costs.BASE.get(step.arguments[0]) or costs.base_of_models())
-            return row
-        memory //= spread
-        row |= {"gpus": ranks * spread, "memory_bytes": memory}
-        if self.room and memory > self.room:
-            self.warnings.append(
-                f"{step.key} needs about {memory / 2**30:.0f} GiB on each GPU, and {self.gpu} has "
-                f"{self.room >> 30}: give more ranks that share the state, activation_checkpointing, a smaller "
-                "batch, or a device_map."
-            )
+            process = costs.MEMORY_WITHOUT_TORCH.get(step.arguments[0]) or costs.memory_of_imports()
+            return row | {"memory_bytes": memory + process}
+        gpus_per_rank = self.gpus if options.get("device_map") else 1
+        row |= {"gpus": ranks * gpus_per_rank, "memory_bytes": memory // gpus_per_rank}
+        self._warn_of_full_gpu(step, row["memory_bytes"])
         return row
 
+    def _warn_of_full_gpu(self, step: Step, memory: int) -> None:
+        if self.gpu_memory and memory > self.gpu_memory:
+            self.warnings.append(
+                f"{step.key} needs about {memory / 2**30:.0f} GiB on each GPU, and {self.gpu} has "
+                f"{self.gpu_memory >> 30}: use more ranks that share the training state, activation_checkpointing, a "
+                "smaller batch, or a device_map."
+            )
+
     def _size(self, options: Options) -> costs.ModelSize:
-        model, trust = self._known(options), options["trust_remote_code"]
+        model, trust = self._model_of(options), options["trust_remote_code"]
         if model not in self.sizes:
             self.sizes[model] = costs.size_of(model, trust_remote_code=trust)
             self._warn_of_architecture(model, trust)
         return self.sizes[model]
 
     @cached_property
-    def of_pivot(self) -> tuple[Encodings, Options]:
-        """The training conversations as the pivot sees them, which what is aligned and trained on is made of."""
+    def pivot_data(self) -> tuple[Encodings, Options]:
+        """The training conversations in the pivot's tokens, which aligned data and trainings consist of."""
         step = next(step for step in self.steps if step.key == "represent pivot")
         options = self._options(step)
         return self._encodings(step, options), options
@@ -147,110 +149,93 @@ class _Planner:
                 raise InputError(f"value for {name}: expected an integer from 1, got {options[name]}.")
         return options
 
-    def _represent(self, step: Step, options: Options, device: str) -> dict[str, Any]:
+    def _represent(self, step: Step, options: Options) -> dict[str, Any]:
         encoded, size = self._encodings(step, options), self._size(options)
         batches = self._batches(encoded.lengths, options)
         padded = sum(len(batch) * int(encoded.lengths[batch].max()) for batch in batches)
         largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max())
         of_largest = len(largest) * int(encoded.lengths[largest].max()), int(encoded.predicted[largest].sum())
         predicted, tokens = encoded.total(encoded.predicted), encoded.total(encoded.lengths)
-        stored = {**self._tokens(encoded), "disk_bytes": self._stored_bytes(encoded, options)}
-        if options["server"]:  # the model, its memory and its time are the server's
-            return stored
+        row = {**self._counts(encoded), "disk_bytes": self._representation_disk(encoded, options)}
+        if options["server"]:  # its model, memory and time are not this machine's
+            return row
         return {
-            **stored,
+            **row,
             "padding_share": 1 - encoded.lengths.sum() / padded,
-            "memory_bytes": costs.represent_memory(size, options, *of_largest, device),
+            "memory_bytes": costs.represent_memory(size, options, *of_largest, self.device),
             "flops": size.forward_flops(tokens / encoded.lengths.sum() * padded, predicted),
         }
 
     @staticmethod
     def _batches(lengths: np.ndarray, options: Options) -> list[np.ndarray]:
-        """Batches as they are made, shard by shard."""
+        """The batches of `represent`, which are made shard by shard."""
         found = []
         for first in range(0, len(lengths), options["shard_size"]):
             part = lengths[first : first + options["shard_size"]]
             found += [batch + first for batch in plan_batches(part, options["tokens_per_batch"])]
         return found
 
-    def _stored_bytes(self, encoded: Encodings, options: Options) -> int:
-        shards = -(-encoded.conversations // options["shard_size"])
-        rows = encoded.total(encoded.row_bytes) * (_COMPACT if options["encoding"] == "compact" else 1)
-        tokenizer = self._tokenizer_bytes(self._known(options))
-        return round(rows) + encoded.conversations * _ROW + shards * _SHARD + _STORE + tokenizer
+    def _representation_disk(self, encoded: Encodings, options: Options) -> int:
+        rows = costs.store_disk(encoded.conversations, encoded.total(encoded.row_bytes), options)
+        return rows + _tokenizer_bytes(self._model_of(options))
 
     def _aligned(self, step: Step) -> dict[str, Any]:
-        encoded, options = self.of_pivot
-        a_token = _KEPT * options["top_k"] * 5 + 9 + (3 if step.stage == "combine" else 0)
-        more = encoded.total(encoded.predicted) * a_token + encoded.conversations * _SOURCE_ROW
-        row = {**self._tokens(encoded), "disk_bytes": self._stored_bytes(encoded, options) + round(more)}
-        if step.stage == "align":
+        encoded, options = self.pivot_data
+        predicted, combined = encoded.total(encoded.predicted), step.stage == "combine"
+        added = costs.source_disk(encoded.conversations, predicted, options["top_k"], combined)
+        row = {**self._counts(encoded), "disk_bytes": self._representation_disk(encoded, options) + added}
+        if not combined:
             tokenizers = (self.pivot, self.recipe.sources[step.name].model)
-            row["memory_bytes"] = _OF_TOKENIZER * sum(self._tokenizer_bytes(model) for model in tokenizers)
+            row["memory_bytes"] = _TOKENIZER_MEMORY * sum(map(_tokenizer_bytes, tokenizers))
         return row
 
-    def _train(self, options: Options, device: str, ranks: int, sharded: bool) -> dict[str, Any]:
+    def _train(self, options: Options, ranks: int, sharded: bool) -> dict[str, Any]:
         check_trainable(self.pivot)
-        encoded, _ = self.of_pivot
+        encoded, _ = self.pivot_data
         size = self._size(options)
         lengths = np.minimum(encoded.lengths, options["max_length"])
         batch = options["per_device_train_batch_size"]
         order = np.random.default_rng(0).permutation(len(lengths))
         rows = [lengths[order[n : n + batch]] for n in range(0, len(lengths), batch)]
         padded = lengths.sum() if options["packing"] else sum(len(row) * int(row.max()) for row in rows)
-        conversations = encoded.conversations
         epochs = float(options["num_train_epochs"])
         if options["max_steps"] > 0:
             accumulated = options["gradient_accumulation_steps"]
-            of_step = batch * ranks * accumulated if accumulated else options["total_batch_size"]
-            epochs = options["max_steps"] * of_step / conversations
+            per_step = batch * ranks * accumulated if accumulated else options["total_batch_size"]
+            epochs = options["max_steps"] * per_step / encoded.conversations
         forward = size.forward_flops(padded * encoded.scale, encoded.total(encoded.predicted))
         largest = batch * (options["max_length"] if options["packing"] else int(lengths.max()))
         return {
-            **self._tokens(encoded),
+            **self._counts(encoded),
             "padding_share": float(1 - lengths.sum() / padded),
             "epochs": round(epochs, 2),
-            "disk_bytes": self._trained_bytes(size, options),
-            "memory_bytes": costs.train_memory(size, options, largest, device, ranks if sharded else 1),
+            "disk_bytes": costs.target_disk(size, options) + _tokenizer_bytes(self.pivot),
+            "memory_bytes": costs.train_memory(size, options, largest, self.device, ranks if sharded else 1),
             "flops": forward * epochs * costs.train_factor(options),
         }
 
-    def _trained_bytes(self, size: costs.ModelSize, options: Options) -> int:
-        """The target, and the checkpoints that stay beside it: weights and Adam's two moments."""
-        saved = size.parameters * costs.bytes_of(options["save_dtype"] or options["dtype"])
-        kept = options["save_total_limit"] or int(options["num_train_epochs"])
-        kept = 0 if options["save_strategy"] == "no" or options["lora_r"] else kept  # an adapter is small
-        moments = 1 if options["save_only_model"] else 3
-        state = size.parameters * moments * costs.bytes_of(options["dtype"])
-        return saved + kept * state + _TARGET + self._tokenizer_bytes(self.pivot)
-
     def _merge(self, step: Step) -> dict[str, Any]:
-        size = self._size(self.of_pivot[1])
+        size = self._size(self.pivot_data[1])
         config = next(iter(yaml.safe_load(text) for text in step.files.values()))
-        written = config.get("out_dtype") or config["dtype"]
+        dtype = config.get("out_dtype") or config["dtype"]
         models = len(config["models"]) + 1
         return {
-            "disk_bytes": size.parameters * costs.bytes_of(written) + self._tokenizer_bytes(self.pivot),
+            "disk_bytes": size.parameters * costs.bytes_of(dtype) + _tokenizer_bytes(self.pivot),
             "memory_bytes": size.largest * 4 * (models + 2),
         }
 
-    def _tokens(self, encoded: Encodings) -> dict[str, int]:
+    def _counts(self, encoded: Encodings) -> dict[str, int]:
         return {
             "conversations": encoded.conversations,
             "predicted_tokens": encoded.total(encoded.predicted),
             "tokens": encoded.total(encoded.lengths),
         }
 
-    @staticmethod
-    def _tokenizer_bytes(model: str) -> int:
-        file = model_file(model, "tokenizer.json")
-        return file.stat().st_size if file else 0
-
     def _encodings(self, step: Step, options: Options) -> Encodings:
-        return self.data.encodings(step.key, self._known(options), options)
+        return self.data.encodings(step.key, self._model_of(options), options)
 
-    def _known(self, options: Options) -> str:
-        """The model of a step; the pivot for what this recipe makes of it."""
+    def _model_of(self, options: Options) -> str:
+        """The model that a step runs; the pivot in place of a model that this recipe makes."""
         model = str(with_gguf(options["model_name_or_path"], options.get("gguf_file")))
         return self.pivot if Path(model).is_relative_to(self.recipe.output_dir) else model
 
@@ -262,25 +247,25 @@ class _Planner:
         if model == self.pivot and self.recipe.merges and not known:
             self.warnings.append(
                 f"merge: mergekit does not know {(config.architectures or ['an unnamed architecture'])[0]} and goes by "
-                "the names in its files; `fusechat-merge inspect` says what it would make of them."
+                "the tensor names in its files; `fusechat-merge inspect` shows what it would merge."
             )
 
-    def warn_of_room(self, rows: list[dict]) -> None:
-        """Warn where the disk has not what is still to be written."""
-        left = sum(row["disk_bytes"] for row in rows if "output" not in self.record.get(row["step"], {}))
+    def warn_of_full_disk(self, rows: list[dict]) -> None:
+        """Warn if the disk has too little space for what is still to be written."""
+        needed = sum(row["disk_bytes"] for row in rows if "output" not in self.record.get(row["step"], {}))
         place = self.recipe.output_dir.resolve()
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
-        if left > free:
+        if needed > free:
             self.warnings.append(
-                f"disk: {left / 1e9:.1f} GB are still to be written below {self.recipe.output_dir}, and "
-                f"{free / 1e9:.1f} are free."
+                f"disk: {needed / 1e9:.1f} GB are still to be written below {self.recipe.output_dir}, and "
+                f"{free / 1e9:.1f} GB are free."
             )
 
     def add_seconds(self, rows: list[dict]) -> None:
-        """Times: as measured, by what like steps took for their FLOPs or tokens, or by the GPU's peak."""
-        rates: dict[str, list[float]] = {}
+        """Add times: measured, or else from the rate of measured steps of the stage, or else from the GPU's peak."""
+        rates: dict[str, list[float]] = {}  # seconds per FLOP or token, by stage
         for row in rows:
             measured = self.record.get(row["step"], {}).get("seconds")
             row["measured"] = measured is not None
@@ -289,10 +274,60 @@ class _Planner:
                 if amount := row.get("flops") or row.get("tokens"):
                     rates.setdefault(row["step"].split()[0], []).append(measured / amount)
         for row in rows:
-            amount, like = row.get("flops") or row.get("tokens"), rates.get(row["step"].split()[0])
+            amount, of_stage = row.get("flops") or row.get("tokens"), rates.get(row["step"].split()[0])
             if row["measured"] or not amount:
                 continue
-            if like:
-                row["seconds"] = amount * float(np.median(like))
-            elif self.peak and "flops" in row:
-                row["seconds"] = row["flops"] / (self.peak * costs.UTILIZATION * row["gpus"])
+            if of_stage:
+                row["seconds"] = amount * float(np.median(of_stage))
+            elif self.peak_flops and "flops" in row:
+                row["seconds"] = row["flops"] / (self.peak_flops * costs.UTILIZATION * row["gpus"])
+
+
+def _tokenizer_bytes(model: str) -> int:
+    file = model_file(model, "tokenizer.json")
+    return file.stat().st_size if file else 0
+
+
+def format_plan(found: dict[str, Any]) -> str:
+    """What `plan` returns as text: a table with one row per step, the totals, how they were obtained, the warnings."""
+    head = ["step", "conversations", "predicted", "padding", "disk", "memory/rank", "FLOPs", "time", "GPU hours"]
+    table = [[*cells[: len(head) - (found["gpu"] is None)]] for cells in (head, *map(_cells, found["steps"]))]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in table]
+    totals, gpu = found["totals"], found["gpu"]
+    total = f"total: {totals['disk_bytes'] / 1e9:.2f} GB on disk, {totals['flops']:.1e} FLOPs"
+    if totals["seconds"]:
+        total += f", {totals['seconds'] / 3600:.2f} hours"
+    if gpu:
+        total += f" ({totals['gpu_seconds'] / 3600:.2f} GPU hours)"
+    counted = "every conversation was encoded" if found["exact"] else "estimated from a sample of the conversations"
+    times = "* measured"
+    times += (
+        f"; others at {costs.UTILIZATION:.0%} of the bfloat16 peak of {gpu}, one stage after the other" if gpu else ""
+    )
+    memory = f"of {gpu} if the step runs a model, else main memory" if gpu else "without a GPU; --gpu NAME for one"
+    if any("measured_disk_bytes" in row for row in found["steps"]):
+        memory += "; measured values in brackets (memory: main memory of the largest process)"
+    lines += ["", f"{total}; {counted}.", f"Memory: {memory}. Times: {times}."]
+    return "\n".join([*lines, *(f"WARNING  {warning}" for warning in found["warnings"])])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, form: str, scale: int | float = 1) -> str:
+        return form.format(row[key] if scale == 1 else row[key] / scale) if row.get(key) else "-"
+
+    def measured(key: str, form: str, scale: int | float) -> str:
+        return f" ({form.format(row[key] / scale)})" if key in row else ""
+
+    hours = row.get("seconds", 0) * row["gpus"] / 3600
+    return [
+        f"{row['step']} x {row['ranks']}" if row["ranks"] > 1 else row["step"],
+        cell("conversations", "{:,}"),
+        cell("predicted_tokens", "{:,}"),
+        cell("padding_share", "{:.1%}"),
+        cell("disk_bytes", "{:,.2f}", 1e6) + measured("measured_disk_bytes", "{:,.2f}", 1e6) + " MB",
+        cell("memory_bytes", "{:.2f}", 2**30) + measured("measured_memory_bytes", "{:.2f}", 2**30) + " GiB",
+        cell("flops", "{:.1e}"),
+        cell("seconds", "{:,.0f} s") + ("*" if row["measured"] else ""),
+        f"{hours:.2f}" if hours else "-",
+    ]
