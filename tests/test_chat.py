@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.built_in_templates import BUILT_IN
 from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
-from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import bos_of, end_of_turn_of, native_template, resolve_template
 from tests.helpers.real_tokenizers import tiny_bpe

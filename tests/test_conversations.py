@@ -15,7 +15,8 @@ import pytest
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.card import hub_data
-from fusechat_fuse.text.conversations import content_hash, load_conversations, read_conversations
+from fusechat_fuse.text.conversations import load_conversations, read_conversations
+from fusechat_fuse.text.messages import content_hash
 
 USER, ANSWER = {"role": "user", "content": "Hello 你好"}, {"role": "assistant", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}

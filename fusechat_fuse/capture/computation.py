@@ -27,7 +27,8 @@ from fusechat_fuse.capture.manifest import check_finite
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
-from fusechat_fuse.text.conversations import Conversation, Unusable
+from fusechat_fuse.text.conversations import Conversation
+from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template
 
 logger = logging.getLogger(__name__)

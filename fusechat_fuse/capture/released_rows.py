@@ -12,7 +12,7 @@ import numpy as np
 
 from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
-from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.messages import Unusable
 
 FUSED = ("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce")
 TOLERANCE = 0.02  # of a log-sum-exp from float16 logits

@@ -34,7 +34,8 @@ from fusechat_fuse.models.loading import load_model, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.text.conversations import Conversation, ReadReport, Unusable, read_conversations
+from fusechat_fuse.text.conversations import Conversation, ReadReport, read_conversations
+from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template, resolve_template
 from fusechat_fuse.text.tokens import tokenizer_hash
 

@@ -12,7 +12,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_config, load_fast_tokenizer, positions_of
 from fusechat_fuse.store.rows import encode_row
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
-from fusechat_fuse.text.conversations import Conversation, Unusable, read_conversations
+from fusechat_fuse.text.conversations import Conversation, read_conversations
+from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template, resolve_template
 
 _READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")

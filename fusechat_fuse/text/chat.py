@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import (
     ChatTemplate,

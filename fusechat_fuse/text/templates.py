@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
-from fusechat_fuse.text.conversations import Unusable
+from fusechat_fuse.text.messages import Unusable
 
 MAX_TEMPLATE_SHARE = 0.1
 OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps them"
