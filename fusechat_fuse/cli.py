@@ -161,7 +161,7 @@ def _train_flags(parser: FlagParser) -> None:
     from transformers import HfArgumentParser
 
     from fusechat_fuse.training.config import FusionConfig
-    from fusechat_fuse.training.run import SECTIONS, TrainArguments
+    from fusechat_fuse.training.options import SECTIONS, TrainArguments
 
     classes = [TrainArguments, FusionConfig]
     given = HfArgumentParser(classes, add_help=False, conflict_handler="resolve")  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ from typing import Any
 
 from fusechat_fuse.errors import InputError
 
+LOSS_KINDS = ("ce", "kl")
 PRESETS = {
     "fusechat": {
         "mapping": "prefix",

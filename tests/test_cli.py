@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from fusechat_fuse import load_representation
 from fusechat_fuse.cli import COMMANDS, main, parser_of
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.run import TrainArguments
+from fusechat_fuse.training.options import TrainArguments
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.card import _metadata
-from fusechat_fuse.training.run import TrainArguments, train
+from fusechat_fuse.training.options import TrainArguments
+from fusechat_fuse.training.run import train
 from tests.helpers import real_tokenizers
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, logged, pivot_directory, tokenizer

@@ -3,24 +3,24 @@
 import logging
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.presets import PRESETS, or_preset
+from fusechat_fuse.presets import LOSS_KINDS, or_preset
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
-from fusechat_fuse.training.loss import LOSS_KINDS
+from fusechat_fuse.training.options import FusionOptions
 
 logger = logging.getLogger(__name__)
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 2e-4  # of all weights (the paper), of low-rank adapters
 
 
 @dataclass
-class FusionConfig(TrainingArguments):
+class FusionConfig(FusionOptions, TrainingArguments):
     """Arguments of `FusionTrainer` and of `fusechat-fuse train`.
 
     L = lm_loss_weight * L_LM + (1 - lm_loss_weight) * L_fusion, means over the labelled tokens of the whole
@@ -34,119 +34,6 @@ class FusionConfig(TrainingArguments):
     Raises: InputError for a value that fusion cannot use, before anything starts.
     Source: FuseChat (arXiv 2408.07990), training details.
     """
-
-    preset: str = field(
-        default="fusechat",
-        metadata={
-            "help": "Where an option below says preset: fusechat (ours) or paper (FuseChat's settings).",
-            "choices": list(PRESETS),
-        },
-    )
-    lm_loss_weight: float = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
-        },
-    )
-    fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(LOSS_KINDS)})
-    fusion_function: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Which distribution to train on: avg_ce_slice (for each slice of the data, by the median "
-            "cross-entropies, source and pivot mixed where the source's is lower), min_ce_slice (there the source's "
-            "alone), min_ce (lower cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token (per "
-            "token), source (always the source's) (preset: avg_ce_slice, paper min_ce).",
-            "choices": list(CHOICES),
-        },
-    )
-    fusion_fallback: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Where a min_ce choice does not take the source: label (no fusion: the label carries the whole "
-            "weight) or pivot (its own distribution) (preset: label, paper pivot).",
-            "choices": list(FALLBACKS),
-        },
-    )
-    fusion_tail: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "What stands for the entries of a distribution that were not kept: label (where the label is one "
-            "of them) or drop (nothing) (preset: label, paper drop).",
-            "choices": list(TAILS),
-        },
-    )
-    label_noise: float = field(
-        default=0.05,
-        metadata={
-            "help": "For fusion_tail label: the share of labels that may be wrong; the label's weight is t / (t + it), "
-            "where t is the mass that was not kept. 0: an unbiased estimate, for labels that are the source's own."
-        },
-    )
-    slice_column: str = field(
-        default="slice",
-        metadata={
-            "help": "What names the slices of a choice by slice: slice (the data's own) or auto (prompt clusters)."
-        },
-    )
-    slice_pattern: str | None = field(
-        default=None, metadata={"help": "A regular expression on the ids that names the slices instead."}
-    )
-    fuse_temperature: float = field(
-        default=1.0, metadata={"help": "T of the fusion distribution; rescales its shape, keeps its mass."}
-    )
-    ce_unit: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Compare cross-entropies per byte of text, which is comparable between tokenizers, or per token "
-            "(preset: byte, paper token).",
-            "choices": list(CE_UNITS),
-        },
-    )
-    max_length: int = field(default=2048, metadata={"help": "Tokens kept of a conversation."})
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put the conversations of a batch into one row without padding (FlashAttention: no waste)."},
-    )
-    lean_head: bool = field(
-        default=True,
-        metadata={"help": "Compute lm_head and loss for labelled positions only, in chunks, where the model allows."},
-    )
-    head_chunks: int = field(
-        default=8,
-        metadata={"help": "Calls of lm_head per batch where it is not a plain Linear (adapters): equal on every rank."},
-    )
-    total_batch_size: int = field(
-        default=128,
-        metadata={
-            "help": "Conversations per optimizer step over all devices; gives gradient_accumulation_steps where that "
-            "is not set."
-        },
-    )
-    gradient_accumulation_steps: int | None = field(
-        default=None,
-        metadata={"help": "Batches per optimizer step on each device; unset: from total_batch_size."},
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Total number of training epochs."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; unset: 5e-6, and 2e-4 for LoRA adapters."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 their ratio."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Conversations per device and batch."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Conversations per device in evaluation."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast; unset: where the GPU has it. Weights stay float32."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not numbers."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: end, the finished target."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the loss needs all columns."}
-    )
-    length_column_name: str = field(default="num_tokens", metadata={"help": "Column for group_by_length."})
 
     def __post_init__(self):
         names = {"lm_loss_weight": "lm_loss_weight", "ce_unit": "ce_unit"}

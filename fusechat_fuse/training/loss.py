@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import LOSS_KINDS
 
-LOSS_KINDS = ("ce", "kl")
 IGNORED = -100
 Number = TypeVar("Number", float, Tensor)
 _ROW_BUDGET = {"cpu": 1 << 23, "other": 1 << 27}  # logits held in float32 at a time

@@ -7,7 +7,6 @@ vocabulary, so all targets of one pivot merge.
 """
 
 import logging
-from dataclasses import dataclass, field
 
 import torch
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
@@ -17,76 +16,13 @@ from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
+from fusechat_fuse.training.options import DTYPES, TrainArguments
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
 from fusechat_fuse.training.target import prepare_saving, push_target, save_target
 from fusechat_fuse.training.trainer import FusionTrainer
 
 logger = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-# The flags that `train --help` shows, by section; `--help-all` has the rest.
-SECTIONS = {
-    "what goes in and out": [
-        *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
-        *("dtype", "save_dtype", "attn_implementation", "trust_remote_code"),
-    ],
-    "fusion": [
-        *("preset", "lm_loss_weight", "fusion_loss_type", "fusion_function", "fusion_fallback", "fusion_tail"),
-        *("label_noise", "slice_column", "slice_pattern", "fuse_temperature", "ce_unit"),
-    ],
-    "training": [
-        *("learning_rate", "num_train_epochs", "max_steps", "total_batch_size", "per_device_train_batch_size"),
-        *("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "bf16", "activation_checkpointing"),
-        *("packing", "lean_head", "head_chunks", "deepspeed"),
-    ],
-    "adapters and quantisation": ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"],
-    "checkpoints and logs": [
-        *(
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "resume_from_checkpoint",
-            "logging_steps",
-            "eval_strategy",
-        ),
-        *("eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
-    ],
-}
-
-
-@dataclass
-class TrainArguments:
-    """What `fusechat-fuse train` takes beside FusionConfig."""
-
-    model_name_or_path: str = field(metadata={"help": "The pivot: a directory or a Hub name."})
-    data_path: str = field(metadata={"help": "Aligned or combined data, a directory that align or combine wrote."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Aligned data to evaluate on."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Precision of the trained weights; steps of 5e-6 vanish in bfloat16, which autocast uses anyway.",
-            "choices": list(DTYPES),
-        },
-    )
-    save_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Precision of the saved target; unset: as trained, so that small task vectors survive."},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters (needs peft); 0 trains all weights."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "Modules with adapters: all-linear or names with commas."}
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: the pivot's weights in 4 bits (bitsandbytes) below the adapters."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Start anew in a directory that holds another run."})
 
 
 def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dict:
