@@ -65,7 +65,6 @@ def _represent_flags(parser: FlagParser) -> None:
     add_flag(parser, "shuffle_seed", type=int, help="shuffle the conversations by it, before the limit counts")
     add_flag(parser, "messages_column", help="holds the messages, where it is not messages or conversations")
     add_flag(parser, "strict", False, help="rows that would be skipped or repaired are errors")
-    add_flag(parser, "encoding_processes", 0, help="that tokenize ahead of the model; 0: a thread")
 
 
 def _represent(options: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,17 +180,6 @@ def test_batches_do_not_change_what_is_stored(tmp_path, folder):
     assert stores[0].manifest["counts"]["padding_share"] == 0
 
 
-def test_processes_that_tokenize_do_not_change_what_is_stored(tmp_path, folder, one_thread):
-    (tmp_path / "t.jinja").write_text(NO_SYSTEM)  # so a refused shape goes to the processes with the encoder
-    rows = [row for row in conversations() if row["messages"][0]["role"] != "system"]
-    rows.append(conversations()[0])
-    options = {"shard_size": 4, "template": str(tmp_path / "t.jinja")}
-    for count in (0, 2):
-        represent(folder / "m", rows, tmp_path / f"by-{count}", encoding_processes=count, **options)
-    assert files(tmp_path / "by-0") == files(tmp_path / "by-2")
-    assert json.loads((tmp_path / "by-2" / "manifest.json").read_text())["counts"]["skipped"] == {"template": 1}
-
-
 @pytest.mark.parametrize("refused", [2, 8])
 def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_refused(
     tmp_path, folder, monkeypatch, refused
@@ -219,44 +206,6 @@ def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_re
     asked.clear()
     represent(folder / "m", [row for n, row in enumerate(rows) if n not in with_system], tmp_path / "w", **options)
     assert len(asked) == 5
-
-
-ENDS_WITH_WORKERS = """
-import os, signal, sys
-from fusechat_fuse.capture.computation import tokenizing
-from fusechat_fuse.models.files import load_fast_tokenizer
-from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.text.conversations import read_conversations
-
-if __name__ == "__main__":
-    encoder = ConversationEncoder(load_fast_tokenizer(sys.argv[1], False))
-    found, _ = read_conversations(sys.argv[2])
-    with tokenizing(encoder, 2) as tokenize:
-        [future.result() for future in [tokenize(found) for _ in range(4)]]
-        for child in __import__("multiprocessing").active_children():
-            print(child.pid, flush=True)
-        if sys.argv[3] == "parent":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(child.pid, signal.SIGKILL)
-        tokenize(found).result()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["parent", "worker"])
-def test_processes_that_tokenize_end_with_their_parent_and_their_end_is_said(tmp_path, folder, killed):
-    (tmp_path / "run.py").write_text(ENDS_WITH_WORKERS)
-    command = [sys.executable, str(tmp_path / "run.py"), str(folder / "m"), str(folder / "data.json"), killed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    workers = [int(line) for line in done.stdout.split()]
-    assert workers
-    for _ in range(200):
-        left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
-    assert (killed == "parent") != ("RuntimeError: A process that tokenizes ended" in done.stderr)
 
 
 def test_plan_keeps_the_budget_and_pads_little():

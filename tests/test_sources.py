@@ -403,11 +403,11 @@ def test_a_package_that_is_not_there_is_named(package, made, tmp_path, monkeypat
         represent(model, CHATS, tmp_path / "r", template="native", **more)
 
 
-def test_a_model_worse_than_drawn_bytes_is_told(tmp_path, caplog):
+def test_a_model_worse_than_random_bytes_gets_a_warning(tmp_path, caplog):
     pivot = pivot_directory(tmp_path / "pivot", initializer_range=1.0)
     caplog.set_level(logging.WARNING)
     represent(pivot, CHATS, tmp_path / "r", template="native")
-    assert "more than bytes drawn at random would take" in caplog.text
+    assert "bits per byte, worse than random bytes (8)" in caplog.text
 
 
 def test_the_command_wants_a_model(tmp_path, capsys):

@@ -71,7 +71,6 @@ def represent(
     server: str | list[str] | None = None,
     server_kind: str = "vllm",
     server_requests: int = 32,
-    encoding_processes: int = 0,
 ) -> Representation:
     """Write a model's top-k next-token distributions on the answers of a data set.
 
@@ -105,8 +104,6 @@ def represent(
         server: URLs (a list, or with commas) of inference servers that run the model; `model` then gives tokenizer,
             template and configuration.
         server_kind: vllm or sglang. server_requests: in flight at each server.
-        encoding_processes: that tokenize ahead of the model; 0: a thread, enough for up to 1,000 conversations a
-            second. They are spawned: a script of your own then needs `if __name__ == "__main__":`.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -120,7 +117,7 @@ def represent(
     if load_in:
         options["load_in"] = load_in
     process = Process.current()
-    _check_options(options, tokens_per_batch, encoding_processes, device_map, process)
+    _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
@@ -155,7 +152,7 @@ def represent(
             loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
             loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
             runner = served or _batch_runner(_loaded(model, process.device, **loading), top_k, tokens_per_batch)
-            compute(runner, encoder, shards, mine, writer, show=process.first, encoding_processes=encoding_processes)
+            compute(runner, encoder, shards, mine, writer, show=process.first)
         process.wait()
         if process.first:
             finish(writer, len(shards), report, encoder, made_from, template_of)
@@ -167,13 +164,12 @@ def represent(
     return load_representation(output_dir)
 
 
-def _check_options(options: dict, tokens_per_batch, encoding_processes, device_map, process: Process) -> None:
-    numbers = {**options, "tokens_per_batch": tokens_per_batch, "encoding_processes": encoding_processes}
+def _check_options(options: dict, tokens_per_batch, device_map, process: Process) -> None:
+    numbers = {**options, "tokens_per_batch": tokens_per_batch}
     dtype, _ = numbers.pop("dtype"), numbers.pop("load_in", None)
     for name, value in numbers.items():
-        least = int(name != "encoding_processes")
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} for represent: expected an integer from {least}, got {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} for represent: expected an integer from 1, got {value!r}.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
     if device_map and process.count > 1:
