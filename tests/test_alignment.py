@@ -21,6 +21,7 @@ from fusechat_fuse.alignment.run import align
 from fusechat_fuse.alignment.streams import align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store import shard_writer
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import end_of_turn, files_of, make_row, rows_for, write
 
@@ -78,7 +79,7 @@ def test_align_writes_the_contract(mapping, two, tmp_path):
             assert (row["source_ids"][hot, 0] == row["input_ids"][row["predicted"]][hot]).all()
             assert (row["source_ids"][hot, 1:] == -1).all()
     whole = manifest["certificate"]["all"]
-    assert whole["predicted_tokens"] == two[0].num_predicted.sum()
+    assert whole["predicted_tokens"] == two[0].manifest["counts"]["predicted_tokens"]
     if mapping == "prefix":
         assert whole["coverage"] == 1
         assert abs(whole["gap_bits_per_byte"]) < 1e-6
@@ -244,7 +245,7 @@ def test_slices_and_worst_conversations(tiny_bpe, tiny_unigram, tmp_path):
 
 @pytest.mark.parametrize("mapping", ["prefix", "statistics"])
 def test_processes_do_not_change_a_byte(mapping, two, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "SHARD", 3)
+    monkeypatch.setattr(shard_writer, "ROWS_PER_SHARD", 3)
     align(two[0].path, two[1].path, tmp_path / "1", mapping=mapping)
     align(two[0].path, two[1].path, tmp_path / "2", mapping=mapping, num_proc=2)
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
@@ -253,7 +254,7 @@ def test_processes_do_not_change_a_byte(mapping, two, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mapping", ["prefix", "statistics"])
 def test_shards_and_batches_do_not_change_the_rows(mapping, two, tmp_path, monkeypatch):
     align(two[0].path, two[1].path, tmp_path / "whole", mapping=mapping)
-    monkeypatch.setattr(job, "SHARD", 3)
+    monkeypatch.setattr(shard_writer, "ROWS_PER_SHARD", 3)
     monkeypatch.setattr(job, "_BATCH_TOKENS", 1)
     align(two[0].path, two[1].path, tmp_path / "apart", mapping=mapping)
     whole, apart = load_representation(tmp_path / "whole"), load_representation(tmp_path / "apart")
@@ -267,7 +268,7 @@ def test_shards_and_batches_do_not_change_the_rows(mapping, two, tmp_path, monke
 
 
 def test_damaged_shard_is_made_again(two, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(job, "SHARD", 3)
+    monkeypatch.setattr(shard_writer, "ROWS_PER_SHARD", 3)
     align(two[0].path, two[1].path, tmp_path / "out", mapping="prefix")
     whole = files_of(tmp_path / "out")
     shard = tmp_path / "out" / "shard-00001.arrow"
@@ -300,7 +301,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path
         "import sys, time\n"
         "from fusechat_fuse.alignment import job\n"
         "from fusechat_fuse.alignment.run import align\n"
-        "job.SHARD = 2\n"
+        "from fusechat_fuse.store import shard_writer\n"
+        "shard_writer.ROWS_PER_SHARD = 2\n"
         "whole = job.Job.aligned\n"
         "def slow(self, shard):\n"
         "    time.sleep(float(sys.argv[2]))\n"

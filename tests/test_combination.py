@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment import combination
 from fusechat_fuse.alignment.combination import average, combine
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store import shard_writer
 from fusechat_fuse.store.cross_entropy import source_cross_entropy
 from fusechat_fuse.store.shards import load_representation
 from tests.helpers.alignment_data import files_of, rows_for, write
@@ -153,7 +153,7 @@ def test_average_leaves_out_what_has_no_cross_entropy():
 
 
 def test_combining_goes_on_and_refuses_another_run(three, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(combination, "SHARD", 3)
+    monkeypatch.setattr(shard_writer, "ROWS_PER_SHARD", 3)
     caplog.set_level(logging.INFO)
     combine(three, tmp_path / "out")
     whole = files_of(tmp_path / "out")

@@ -10,7 +10,7 @@ from fusechat_fuse import compare
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.evaluation.comparison import table_lines
-from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter
 from tests.helpers.tiny_runs import aligned_directory
 
 SLICES = ("code", "code", "code", "prose")
@@ -85,7 +85,7 @@ def test_what_is_not_the_same_text_everywhere_is_left_out_and_counted(tmp_path, 
 
 def test_equal_names_are_told_apart(tmp_path):
     paths = [write(tmp_path / name, "llama", [row("c", None, bits)]) for name, bits in (("a", 4), ("b", 8))]
-    assert compare(paths)["models"] == ["a", "b"]
+    assert compare(paths)["models"] == ["llama#1", "llama#2"]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_of_a_combination_it_shows_the_combination_and_who_won(function, aligned
     write(tmp_path / "source2", tiny_unigram, rows)
     align(aligned / "pivot", tmp_path / "source2", tmp_path / "other", cache_dir=aligned / "cache")
     manifest = combine([aligned / "prefix", tmp_path / "other"], tmp_path / "both", function=function, ce_unit="token")
-    names, opened, won = ["made up #0", "made up #1"], load_representation(tmp_path / "both"), set()
+    names, opened, won = ["made up#1", "made up#2"], load_representation(tmp_path / "both"), set()
     for n, row in enumerate(opened):
         text = inspect_path(tmp_path / "both", row=n, tokens=3)
         index = int(row["source_index"][0])

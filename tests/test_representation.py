@@ -13,7 +13,8 @@ from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.fields import decode_ids, encode_ids
 from fusechat_fuse.store.files import file_sha256
 from fusechat_fuse.store.rows import _decode_source, _encode_source, decode_row
-from fusechat_fuse.store.shards import ShardWriter, _sha256_once, load_representation
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import _sha256_once, load_representation
 from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
 
 
@@ -112,7 +113,6 @@ def test_roundtrip_of_every_column(tmp_path, aligned):
     assert len(stored) == 6
     assert stored.ids == [row["id"] for row in rows]
     assert list(stored.num_tokens) == [len(row["input_ids"]) for row in rows]
-    assert list(stored.num_predicted) == [len(row["ce"]) for row in rows]
     # float16 logarithms: an error of 2**-11 |log p| in the logarithm is relative in p
     tolerance = {"source_probs": {"rtol": 2**-11 * 90, "atol": 0}}
     for got, want in zip(stored, rows):
@@ -220,7 +220,7 @@ def test_only_missing_shards_are_written_again(tmp_path):
     ShardWriter(tmp_path / "part", {"options": {"top_k": 10}}, kind="representation").write(0, rows[:4], {"skipped": 0})
     (tmp_path / "part" / ".shard-00001.arrow.99.tmp").write_bytes(b"half")
     before = (tmp_path / "part" / "shard-00000.arrow").stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"no manifest.json in it. Run the command that makes it once more"):
+    with pytest.raises(InputError, match=r"no manifest.json in it. Repeat the command that writes it"):
         load_representation(tmp_path / "part")
     write(tmp_path / "part", rows)
     assert (tmp_path / "part" / "shard-00000.arrow").stat().st_mtime_ns == before
@@ -244,7 +244,6 @@ def test_damaged_shard_is_named_and_written_again(tmp_path, caplog, damage):
     else:
         file.with_suffix(".json").write_text("{")
     if damage != "json":
-        assert load_representation(tmp_path).verify() == ["shard-00001.arrow"]
         for read in (lambda store: store[5], lambda store: store.check()):
             with pytest.raises(InputError, match=r"shard-00001.arrow: expected the file the manifest lists"):
                 read(load_representation(tmp_path))
@@ -292,7 +291,7 @@ def test_directory_without_a_row_is_free_and_its_earlier_owner_is_told(tmp_path)
     first.write(0, [], {"skipped": []})
     second = ShardWriter(tmp_path / "r", {"top_k": 10}, kind="representation")
     assert not second.holds(0)
-    with pytest.raises(InputError, match="expected this run's, got another's"):
+    with pytest.raises(InputError, match="expected this run's identity, got another run's"):
         first.write(1, [make_row(rng, "a")])
     second.write(0, [make_row(rng, "a")])
     second.release()  # nothing to give up any more

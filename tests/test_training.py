@@ -115,16 +115,16 @@ def test_the_model_card_tells_the_story(pivot, data, tmp_path):
     assert "num_train_epochs" not in text
     assert "| epochs | 0.1667 |" in text
     twins = [{"model": "solar", "mapping": ["prefix"], "certificate": {"coverage": c}} for c in (0.25, 0.75)]
-    taken = {"solar #0": 4, "solar #1": 20}
+    taken = {"solar#1": 4, "solar#2": 20}
     combined = aligned_directory(tmp_path / "d", kind="combined", sources=twins, taken=taken)
     train(pivot, combined, config(tmp_path / "twins", max_steps=1))
     told = (tmp_path / "twins" / "README.md").read_text()
     for row in (
-        "| source | solar#0, solar#1 |",
-        "| solar#0: coverage | 0.25 |",
-        "| solar#1: coverage | 0.75 |",
-        "| solar#0: conversations taken | 4 |",
-        "| solar#1: conversations taken | 20 |",
+        "| source | solar#1, solar#2 |",
+        "| solar#1: coverage | 0.25 |",
+        "| solar#2: coverage | 0.75 |",
+        "| solar#1: conversations taken | 4 |",
+        "| solar#2: conversations taken | 20 |",
     ):
         assert row in told
     assert str(tmp_path) not in text + both + told

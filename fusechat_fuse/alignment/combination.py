@@ -1,41 +1,48 @@
 """`combine`: several aligned sources become one, conversation by conversation.
 
-    min_ce   the source with the lowest cross-entropy; of equal ones the first
-    avg_ce   q = sum_j w_j q_j,   w_j = exp(-CE_j) / sum_i exp(-CE_i)
+    min_ce         the source with the lowest cross-entropy; of equal ones the first
+    avg_ce         q = sum_j w_j q_j,   w_j = exp(-CE_j) / sum_i exp(-CE_i)
     min_ce_slice   for all conversations of a slice, the source with the lowest median CE over them
 
 Combining is associative: a combination stands for its sources. For avg_ce a row keeps `source_log_weight` =
 log sum_j exp(-CE_j), its weight when more sources are added; its `source_ce` is the weighted mean of the sources'.
+
+min_ce_slice compares the pivot too, so that the table of medians shows where no source should be fused. The rows are
+the best source's even there; training decides by the table whether it uses them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusechat_fuse.alignment.slice_combination import choose_sources, serving
 from fusechat_fuse.alignment.sparse_rows import add_up_equal_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
+from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.claim import first_difference
-from fusechat_fuse.store.cross_entropy import CE_UNITS, source_cross_entropy
-from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.cross_entropy import CE_UNITS, pivot_cross_entropy, source_cross_entropy
+from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
+from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.slices import AUTO, SliceChoice, choose_by_slice, name_slices
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
-SHARD = 256
-_OF_SOURCE = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "label_tail", "source_ce", "source_bytes")
-_OF_SOURCE += ("source_tokens", "source_index", "source_log_weight", "source_best_ce")
+_SOURCE_FIELDS = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "label_tail", "source_ce")
+_SOURCE_FIELDS += ("source_bytes", "source_tokens", "source_index", "source_log_weight", "source_best_ce")
 logger = logging.getLogger(__name__)
 
 
 def combine(
-    aligned_dirs,
-    output_dir,
+    aligned_dirs: Sequence[str | Path],
+    output_dir: str | Path,
     *,
     function: str | None = None,
     ce_unit: str | None = None,
@@ -45,30 +52,47 @@ def combine(
 ) -> dict:
     """Combine representations of several sources that were aligned to one pivot.
 
-    A combination can be combined again: adding one source to it equals combining all at once (for avg_ce to the
-    float16 of the stored log-probabilities). A conversation that some sources lack is combined from
-    the others. A repeated call goes on where a killed one stopped.
+    A combination can be combined again: adding one source to it equals combining all at once (for avg_ce up to the
+    float16 of the stored log-probabilities). A conversation that some sources lack is combined from the others. A
+    repeated call continues an interrupted one.
 
     Args:
-        aligned_dirs: at least two directories that `align` or `combine` wrote, same pivot representation.
+        aligned_dirs: at least two directories that `align` or `combine` wrote, of the same pivot representation.
         output_dir: new, or an earlier start of the same run.
-        function: min_ce, avg_ce or min_ce_slice (equations in the module's text); None: the preset's.
+        function: min_ce, avg_ce or min_ce_slice (equations in the module's docstring); None: the preset's.
         ce_unit: token (nats per token of each source's own tokenizer, the paper) or byte (nats per byte of text,
             comparable between tokenizers); None: the preset's.
         preset: fusechat (min_ce_slice by byte) or paper (min_ce by token).
-        slice_column, slice_pattern: for min_ce_slice, as `store.slices.name_slices` takes them; the rows' `slice`
-            becomes the name that was used.
+        slice_column, slice_pattern: for min_ce_slice, as in `store.slices.name_slices`; the name that was used becomes
+            the rows' `slice`.
 
     Returns:
-        The manifest that was written: `sources` names them, `taken` counts the conversations each one won (not avg_ce);
-        a row's `source_index` [1] points into `sources` (-1: a mixture). Of min_ce_slice also `slices`: the table of
-        medians, the pivot's first, and `slice_models`, whose they are.
+        The manifest that was written: `sources` describes them, `taken` counts the conversations taken from each (none
+        for avg_ce); a row's `source_index` [1] points into `sources` (-1: a mixture). For min_ce_slice also `slices`,
+        the table of medians, the pivot's first, and `slice_models`, the models they belong to.
 
     Raises:
         InputError: fewer than two directories, another pivot, another function in an earlier combination.
 
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
+    options = _options(preset, function, ce_unit, slice_column, slice_pattern)
+    parts = _open_all(aligned_dirs, options)
+    places = _places(parts)
+    combination = Combination(parts, places, options, _slices(parts, places, options))
+    writer = ShardWriter(output_dir, combination.identity, kind="combined")
+    copy_tokenizer(parts[0].path, writer.path)
+    shards = shard_ranges(len(combination.places))
+    for shard in writer.left(range(len(shards))):
+        rows = [combination.row(c) for c in shards[shard]]
+        taken = Counter(str(int(row["source_index"][0])) for row in rows)
+        writer.write(shard, rows, {"taken": dict(sorted(taken.items()))})
+    infos = [writer.info(shard)["info"] for shard in range(len(shards))]
+    writer.finish(len(shards), combination.manifest(sum((Counter(info["taken"]) for info in infos), Counter())))
+    return load_representation(writer.path).manifest
+
+
+def _options(preset: str, function: str | None, ce_unit: str | None, slice_column: str, slice_pattern) -> dict:
     function, ce_unit = or_preset(preset, combination=function, ce_unit=ce_unit).values()
     if function not in COMBINATIONS:
         raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
@@ -77,97 +101,7 @@ def combine(
     options = {"function": function, "ce_unit": ce_unit}
     if function == "min_ce_slice":
         options |= {"slice_column": slice_column, "slice_pattern": slice_pattern}
-    parts = _open_all(aligned_dirs, options)
-    lists = [_sources(part) for part in parts]
-    sources = [source for several in lists for source in several]
-    _check_distinct(sources)
-    offsets = np.cumsum([0, *(len(several) for several in lists)])
-    rows = _join(parts)
-    identity = {
-        "options": options,
-        "pivot": parts[0].manifest["pivot"],
-        "sources": [_key(source) for source in sources],
-    }
-    writer = ShardWriter(output_dir, identity, kind="combined")
-    copy_tokenizer(parts[0].path, writer.path)
-    slices, choice = [], None
-    if function == "min_ce_slice":
-        slices, choice = choose_sources(parts, rows, ce_unit=ce_unit, column=slice_column, pattern=slice_pattern)
-    shards = range(-(-len(rows) // SHARD))
-    for shard in writer.left(shards):
-        combined, taken = [], Counter()
-        for c in range(shard * SHARD, min((shard + 1) * SHARD, len(rows))):
-            candidates = [_numbered(parts[n][i], int(offsets[n])) for n, i in rows[c]]
-            if choice is None:
-                row = _combined(candidates, function, ce_unit)
-            else:
-                row = candidates[serving(choice, slices[c], rows[c])]
-                row["slice"] = slices[c] or None
-            taken[str(int(row["source_index"][0]))] += 1
-            combined.append(row)
-        writer.write(shard, combined, {"taken": dict(sorted(taken.items()))})
-    taken = sum((Counter(writer.info(shard)["info"]["taken"]) for shard in shards), Counter())
-    first = parts[0].manifest
-    manifest = {
-        **identity,
-        "sources": sources,
-        "taken": {name: taken[str(n)] for n, name in enumerate(source_names(sources))},
-    }
-    if choice is not None:
-        own = (source_names(several)[0] if len(several) == 1 else None for several in lists)
-        labels = [name or part.path.name for name, part in zip(own, parts)]
-        manifest |= {"slices": choice.table, "slice_models": ["pivot", *labels]}
-    manifest |= {key: first.get(key) for key in ("model", "datasets", "tokenizer", "template", "versions")}
-    writer.finish(len(shards), manifest)
-    return load_representation(writer.path).manifest
-
-
-def source_names(sources: list[dict]) -> list[str]:
-    """Names of a combination's sources, as `taken` has them; equal ones are told apart by their number."""
-    names = [str(source.get("model")) for source in sources]
-    return [name + (f" #{n}" if names.count(name) > 1 else "") for n, name in enumerate(names)]
-
-
-def combination_lines(manifest: dict) -> list[str]:
-    """A combination for a terminal: how much there is, and what each source gave."""
-    options, counts = manifest["options"], manifest["counts"]
-    lines = [
-        f"{options['function']} by {options['ce_unit']} of {len(manifest['sources'])} sources: "
-        f"{counts['conversations']} conversations, {counts['predicted_tokens']} predicted tokens"
-    ]
-    for n, name in enumerate(source_names(manifest["sources"])):
-        taken = "mixed" if options["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
-        lines.append(f"source {n}: {name}, {taken}")
-    return lines
-
-
-def _check_distinct(sources: list[dict]) -> None:
-    keys = [_key(source) for source in sources]
-    twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
-    if twice is not None:
-        raise InputError(
-            f"sources for combine: expected each once, got {twice['model']} with the same mapping and data twice. "
-            "Leave one out."
-        )
-
-
-def _key(source: dict) -> dict:
-    return {name: source.get(name) for name in ("model", "model_fingerprint", "tokenizer", "data", "mapping")}
-
-
-def _sources(part: Representation) -> list[dict]:
-    """What is in an aligned or combined directory: one description a source."""
-    manifest = part.manifest
-    if manifest["kind"] == "combined":
-        return manifest["sources"]
-    options = manifest["options"]
-    return [
-        {
-            **manifest["source"],
-            "mapping": [options["mapping"], options["safe_only"], options.get("counts")],
-            "certificate": manifest["certificate"]["all"],
-        }
-    ]
+    return options
 
 
 def _open_all(aligned_dirs, options: dict) -> list[Representation]:
@@ -192,11 +126,44 @@ def _open_all(aligned_dirs, options: dict) -> list[Representation]:
             raise InputError(
                 f"combination for {part.path}: expected one made with the same options, got {difference}. Use the same."
             )
+    _check_distinct([source for part in parts for source in _sources(part)])
     return [part.check() for part in parts]
 
 
-def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:
-    """For each conversation, in the order of first sight: its (directory, row) places."""
+def _sources(part: Representation) -> list[dict]:
+    """One description for each source of an aligned or combined directory."""
+    manifest = part.manifest
+    if manifest["kind"] == "combined":
+        return manifest["sources"]
+    options = manifest["options"]
+    return [
+        {
+            **manifest["source"],
+            "mapping": [options["mapping"], options["safe_only"], options.get("counts")],
+            "certificate": manifest["certificate"]["all"],
+        }
+    ]
+
+
+def _key(source: dict) -> dict:
+    return {name: source.get(name) for name in ("model", "model_fingerprint", "tokenizer", "data", "mapping")}
+
+
+def _check_distinct(sources: list[dict]) -> None:
+    keys = [_key(source) for source in sources]
+    twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+    if twice is not None:
+        raise InputError(
+            f"sources for combine: expected each once, got {twice['model']} with the same mapping and data twice. "
+            "Leave one out."
+        )
+
+
+Places = list[tuple[int, int]]  # (directory, row) of one conversation in each directory that holds it
+
+
+def _places(parts: list[Representation]) -> list[Places]:
+    """The places of each conversation, in the order of its first occurrence."""
     places, seen = defaultdict(list), defaultdict(Counter)
     for n, part in enumerate(parts):
         for i, key in enumerate(zip(part.ids, part.column("content_hash"))):
@@ -209,18 +176,90 @@ def _join(parts: list[Representation]) -> list[list[tuple[int, int]]]:
     return list(places.values())
 
 
-def _numbered(row: dict[str, Any], offset: int) -> dict[str, Any]:
-    index = row.get("source_index")
-    index = np.zeros(1, np.int32) if index is None else np.asarray(index, np.int32)[:1]
-    return row | {"source_index": np.where(index >= 0, index + offset, -1).astype(np.int32)}
+def _slices(parts: list[Representation], places: list[Places], options: dict) -> list[str]:
+    """The slice of every conversation, for min_ce_slice; clusters (auto) are found in the first directory, and a
+    conversation that it lacks belongs to none."""
+    if options["function"] != "min_ce_slice":
+        return []
+    column, pattern = options["slice_column"], options["slice_pattern"]
+    named = parts[: 1 if column == AUTO else None]
+    names = [name_slices(part, column=column, pattern=pattern) for part in named]
+    return [next((names[n][i] for n, i in found if n < len(names)), "") for found in places]
 
 
-def _combined(rows: list[dict], function: str, ce_unit: str) -> dict:
-    """One conversation out of its rows from several sources."""
-    ces = [source_cross_entropy(row, ce_unit) for row in rows]
-    if function == "min_ce":
-        return rows[int(np.argmin(np.where(np.isnan(ces), np.inf, ces)))]
-    return average(rows, ces)
+@dataclass
+class Combination:
+    """The work of one run of `combine`.
+
+    Attributes:
+        parts: the aligned or combined directories.
+        places: (directory, row) of each conversation in them.
+        options: function, ce_unit and, for min_ce_slice, slice_column and slice_pattern.
+        slices: for min_ce_slice, the slice of each conversation.
+    """
+
+    parts: list[Representation]
+    places: list[Places]
+    options: dict
+    slices: list[str]
+
+    @cached_property
+    def sources(self) -> list[dict]:
+        """One description for each source of all parts, in their order."""
+        return [source for part in self.parts for source in _sources(part)]
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where the sources of each part begin among all sources, and their number."""
+        return np.cumsum([0, *(len(_sources(part)) for part in self.parts)]).tolist()
+
+    @property
+    def identity(self) -> dict:
+        """What decides the content."""
+        pivot = self.parts[0].manifest["pivot"]
+        return {"options": self.options, "pivot": pivot, "sources": [_key(source) for source in self.sources]}
+
+    @cached_property
+    def choice(self) -> SliceChoice | None:
+        """The best model of each slice, for min_ce_slice: 0 is the pivot, n + 1 the source of directory n."""
+        if self.options["function"] != "min_ce_slice":
+            return None
+        ces, ce_unit = np.full((1 + len(self.parts), len(self.places)), np.inf), self.options["ce_unit"]
+        for c, places in enumerate(self.places):
+            for n, i in places:
+                row = self.parts[n][i]
+                ces[0, c], ces[n + 1, c] = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
+        return choose_by_slice(self.slices, ces)
+
+    def row(self, c: int) -> dict:
+        """The combined row of conversation number c."""
+        places, ce_unit = self.places[c], self.options["ce_unit"]
+        if self.choice is not None:
+            medians = self.choice.medians(self.slices[c])
+            best = places[int(np.argmin([medians[n + 1] for n, _ in places]))]
+            return self._numbered(*best) | {"slice": self.slices[c] or None}
+        rows = [self._numbered(n, i) for n, i in places]
+        ces = [source_cross_entropy(row, ce_unit) for row in rows]
+        if self.options["function"] == "min_ce":
+            return rows[int(np.argmin(np.where(np.isnan(ces), np.inf, ces)))]
+        return average(rows, ces)
+
+    def _numbered(self, n: int, i: int) -> dict[str, Any]:
+        """Row i of directory n, with `source_index` pointing into the sources of all directories."""
+        row = self.parts[n][i]
+        index = row.get("source_index")
+        index = np.zeros(1, np.int32) if index is None else np.asarray(index, np.int32)[:1]
+        return row | {"source_index": np.where(index >= 0, index + self.offsets[n], -1).astype(np.int32)}
+
+    def manifest(self, taken: Counter) -> dict:
+        """The manifest, from how often each source was taken."""
+        names, pivot = source_names({"sources": self.sources}), self.parts[0].manifest
+        made = self.identity | {"sources": self.sources, "taken": {name: taken[str(n)] for n, name in enumerate(names)}}
+        if self.choice is not None:
+            own = zip(self.parts, self.offsets, self.offsets[1:])
+            labels = [names[first] if end - first == 1 else part.path.name for part, first, end in own]
+            made |= {"slices": self.choice.table, "slice_models": ["pivot", *labels]}
+        return made | {key: pivot.get(key) for key in ("model", "datasets", "tokenizer", "template", "versions")}
 
 
 def average(rows: list[dict], ces: list[float]) -> dict:
@@ -266,4 +305,17 @@ def average(rows: list[dict], ces: list[float]) -> dict:
         "source_log_weight": float(total),
         "source_best_ce": float(min(best_ce)),
     }
-    return {key: value for key, value in rows[0].items() if key not in _OF_SOURCE} | mixed
+    return {key: value for key, value in rows[0].items() if key not in _SOURCE_FIELDS} | mixed
+
+
+def combination_lines(manifest: dict) -> list[str]:
+    """A combination for a terminal: how much there is, and what each source gave."""
+    options, counts = manifest["options"], manifest["counts"]
+    lines = [
+        f"{options['function']} by {options['ce_unit']} of {len(manifest['sources'])} sources: "
+        f"{counts['conversations']} conversations, {counts['predicted_tokens']} predicted tokens"
+    ]
+    for n, name in enumerate(source_names(manifest)):
+        taken = "mixed" if options["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
+        lines.append(f"source {n}: {name}, {taken}")
+    return lines

@@ -1,6 +1,6 @@
 """The work of one run of `align`, shard by shard, in this process or several: aligned rows, and counts of ids.
 
-A shard holds SHARD conversations of the joined ones, in order; what it gives depends on nothing else.
+A shard holds some of the joined conversations, in order (`shard_ranges`); what it gives depends on nothing else.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts, save_counts
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
-from fusechat_fuse.store.shards import Representation, ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
+from fusechat_fuse.store.shards import Representation
 
-SHARD = 256
 _BATCH_TOKENS = 8192
 _LEAST_MASS = 6e-8  # of an answered position: what float16 can tell from 0, which means no answer
 
@@ -53,12 +53,13 @@ class Job:
     @property
     def shards(self) -> range:
         """Numbers of the shards."""
-        return range(-(-len(self.joined) // SHARD))
+        return range(len(shard_ranges(len(self.joined))))
 
     def batches(self, shard: int) -> Iterator[tuple[list[dict], list[dict]]]:
         """Conversations of one shard, (pivot rows, source rows) of about _BATCH_TOKENS pivot tokens at once."""
         pivot_rows, source_rows, tokens = [], [], 0
-        for p, q in self.joined[shard * SHARD : (shard + 1) * SHARD]:
+        for n in shard_ranges(len(self.joined))[shard]:
+            p, q = self.joined[n]
             pivot_rows.append(self.pivot[p])
             source_rows.append(self.source[q])
             tokens += len(pivot_rows[-1]["predicted"])

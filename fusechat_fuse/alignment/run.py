@@ -19,7 +19,8 @@ from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
-from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.manifest import check_finite
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation
 from fusechat_fuse.text.messages import Unusable

@@ -9,7 +9,7 @@ from collections import Counter
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.identity import Identity, library_versions
 from fusechat_fuse.store.files import write_atomic
-from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import ReadReport, count_reasons

@@ -25,7 +25,8 @@ from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows, key_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.models.identity import Identity
-from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.templates import resolve_template

@@ -32,7 +32,8 @@ from fusechat_fuse.models.files import (
 from fusechat_fuse.models.identity import Identity, identify
 from fusechat_fuse.models.loading import load_model, quantization_of
 from fusechat_fuse.processes import Process
-from fusechat_fuse.store.shards import Representation, ShardWriter, load_representation
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, read_conversations
 from fusechat_fuse.text.messages import Unusable

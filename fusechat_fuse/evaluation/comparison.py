@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.card import distinct_names
 from fusechat_fuse.store.files import json_bytes, write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 
@@ -70,11 +71,7 @@ def _open(representation_dirs: Sequence) -> list[Representation]:
 
 
 def _names(opened: list[Representation]) -> list[str]:
-    """Model names; where two are equal, the directories' names."""
-    names = [str((one.manifest.get("model") or {}).get("name") or one.path.name) for one in opened]
-    folders = [one.path.resolve().name for one in opened]
-    names = [folder if names.count(name) > 1 else name for name, folder in zip(names, folders)]
-    return [f"{name}#{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+    return distinct_names([str((one.manifest.get("model") or {}).get("name") or one.path.name) for one in opened])
 
 
 def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray, np.ndarray, int]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.certificate import summary_lines
-from fusechat_fuse.alignment.combination import combination_lines, source_names
+from fusechat_fuse.alignment.combination import combination_lines
 from fusechat_fuse.errors import InputError, describe_os_error
 from fusechat_fuse.inspection.conversation_view import Names, conversation_view, stored_tokens
+from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
@@ -117,7 +118,7 @@ def _representation_lines(opened: Representation, row: dict, tokens: int) -> lis
 
 def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
     """Who gave the conversation, at which cross-entropy, and the distributions that training takes from it."""
-    names, ce_unit, n = source_names(opened.manifest["sources"]), opened.manifest["options"]["ce_unit"], -1
+    names, ce_unit, n = source_names(opened.manifest), opened.manifest["options"]["ce_unit"], -1
     if row.get("source_index") is not None:
         n = int(row["source_index"][0])
     who = f"taken from source {n}, {names[n]}" if n >= 0 else "a mixture of its sources"

@@ -27,6 +27,18 @@ def shown_name(name: str) -> str:
     return name if is_hub_name(name) else os.path.basename(os.path.abspath(name))
 
 
+def distinct_names(models: list[str]) -> list[str]:
+    """The last part of each model's name; equal ones are numbered from 1: chat#1, chat#2."""
+    names = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return [f"{name}#{names[: n + 1].count(name)}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+
+def source_names(manifest: dict[str, Any]) -> list[str]:
+    """The name of each source of aligned or combined data, as every report shows it."""
+    sources = manifest.get("sources") or [manifest.get("source") or {}]
+    return distinct_names([str(source.get("model") or "source") for source in sources])
+
+
 def hub_data(names: list[str]) -> list[str]:
     """The Hub's data sets among the names of data, without their configurations."""
     return list(dict.fromkeys(name.partition(":")[0] for name in names if is_hub_name(name)))

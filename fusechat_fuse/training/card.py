@@ -3,8 +3,15 @@
 from pathlib import Path
 
 from fusechat_fuse.models.identity import library_versions
-from fusechat_fuse.store.card import card_table, card_text, hub_data, is_hub_name, shown_name
-from fusechat_fuse.training.dataset import tell_apart
+from fusechat_fuse.store.card import (
+    card_table,
+    card_text,
+    distinct_names,
+    hub_data,
+    is_hub_name,
+    shown_name,
+    source_names,
+)
 
 PAPER = "https://arxiv.org/abs/2408.07990"
 CITATION = """@article{wan2024fusechat,
@@ -39,7 +46,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         metrics: what the run returned.
     """
     config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
-    pivot_name, sources = shown_name(pivot.name), tell_apart([shown_name(name) for name in trainer.sources])
+    pivot_name, sources = shown_name(pivot.name), distinct_names(trainer.sources)
     data = manifest.get("datasets") or []
     metadata = _metadata(pivot.name, data, plain=config.lm_loss_weight == 1)
     source_list = ", ".join(sources)
@@ -123,13 +130,9 @@ def _alignment(manifest: dict) -> dict:
     rows = {name.replace("_", " "): counts[name] for name in ("conversations", "predicted_tokens") if name in counts}
     if "sources" in manifest:
         rows["combined by"] = " per ".join(str(value) for value in manifest.get("options", {}).values())
-        models = [str(source.get("model")) for source in manifest["sources"]]
-        for n, (model, source) in enumerate(zip(models, manifest["sources"])):
-            same = models.count(model) > 1  # the manifest tells them apart by their number
-            name = tell_apart([shown_name(one) for one in models])[n]
+        for name, source in zip(source_names(manifest), manifest["sources"]):
             rows |= _certificate(source.get("certificate"), str((source.get("mapping") or ["?"])[0]), f"{name}: ")
-            key = f"{model} #{n}" if same else model
-            if (taken := (manifest.get("taken") or {}).get(key)) is not None:
+            if (taken := (manifest.get("taken") or {}).get(name)) is not None:
                 rows[f"{name}: conversations taken"] = taken
         return rows
     return rows | _certificate(

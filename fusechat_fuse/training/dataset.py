@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.shards import Representation, load_representation
 
 
@@ -62,19 +63,11 @@ def check_rows(dataset, collate) -> None:
         collate([dataset[0]])
 
 
-def source_names(dataset) -> list[str]:
-    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it does not."""
+def sources_of(dataset) -> list[str]:
+    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it has none."""
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()), None)
-    manifest = getattr(dataset, "manifest", {})
-    sources = manifest.get("sources") or [manifest.get("source") or {}]
-    names = [os.path.basename(str(source["model"]).rstrip("/")) for source in sources if source.get("model")]
-    return tell_apart(names) or ["source"]
-
-
-def tell_apart(names: list[str]) -> list[str]:
-    """The names, those that occur several times with their number behind them."""
-    return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
+    return source_names(getattr(dataset, "manifest", {}))
 
 
 def _must_be_aligned(data: Representation) -> Representation:

@@ -25,7 +25,7 @@ from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, first_conversations
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import check_length, check_rows, open_dataset, source_names
+from fusechat_fuse.training.dataset import check_length, check_rows, open_dataset, sources_of
 from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import causal_model, install_lean_head, takes_kept_logits, why_not_lean
 from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
@@ -88,7 +88,7 @@ class FusionTrainer(Trainer):
             )
         train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
         check_length(train_dataset, args.max_steps)
-        self.sources = list(sources or source_names(train_dataset if train_dataset is not None else eval_dataset))
+        self.sources = list(sources or sources_of(train_dataset if train_dataset is not None else eval_dataset))
         self.meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
         if kwargs.get("compute_loss_func") is not None:
             raise InputError(

@@ -30,7 +30,8 @@ from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.streams import make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
 from fusechat_fuse.alignment.vocabulary_maps import exact_map, min_edit_map
-from fusechat_fuse.store.shards import Representation, ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import Representation
 from tests.helpers import real_tokenizers
 from tests.helpers.alignment_data import end_of_turn, make_row, write_representation
 
@@ -91,7 +92,7 @@ class Setting:
             self.opened.append(
                 write_representation(path, tokenizer, rows, end_of_turn=end_of_turn(tokenizer), shard=256)
             )
-        self.tokens = int(self.opened[0].num_predicted.sum())
+        self.tokens = self.opened[0].manifest["counts"]["predicted_tokens"]
 
     def align(self, pair: TokenizerPair, mapping: str, vocab, processes: int = 1, counts: bool = False) -> None:
         """Both passes of `align` with reading and writing, without start-up and vocabulary maps."""

@@ -142,7 +142,8 @@ def one_step(way: str, trainer, model, rows, batch: dict, count, V: int) -> floa
 def measure_input(shape: dict) -> dict:
     """Reading and collating from disk by the default choice, source and pivot mixed in every conversation, one core:
     predicted tokens a second and seconds a batch."""
-    from fusechat_fuse.store.shards import ShardWriter, load_representation
+    from fusechat_fuse.store.shard_writer import ShardWriter
+    from fusechat_fuse.store.shards import load_representation
     from fusechat_fuse.training.collator import FusionCollator
 
     torch.set_num_threads(1)

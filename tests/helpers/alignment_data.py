@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat_fuse.store.shards import ShardWriter, load_representation
+from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import token_bytes, tokenizer_hash

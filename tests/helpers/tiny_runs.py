@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from fusechat_fuse.store.shards import ShardWriter
+from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.tokens import tokenizer_hash
 from fusechat_fuse.training.config import FusionConfig
