@@ -363,7 +363,7 @@ def test_adapters_over_4_bit_weights_are_merged_into_whole_ones(tmp_path):
         update = adapters[f"{stem}.lora_B.weight"] @ adapters[f"{stem}.lora_A.weight"] * (16 / 4)
         assert torch.allclose(after[name], before[name] + update, atol=1e-6)
     assert "4-bit" in (tmp_path / "target" / "README.md").read_text()
-    with pytest.raises(InputError, match="value for load_in_4bit: expected adapters above the 4-bit weights"):
+    with pytest.raises(InputError, match="value for load_in_4bit: expected LoRA adapters to train, got none"):
         train(pivot, data, config(tmp_path / "none"), load_in_4bit=True)
 
 

@@ -1,4 +1,4 @@
-"""FusionConfig: transformers' TrainingArguments plus what pairwise fusion needs; defaults by a preset."""
+"""FusionConfig: transformers' TrainingArguments and the options of pairwise fusion, with defaults from a preset."""
 
 import logging
 import math
@@ -126,7 +126,6 @@ class FusionConfig(FusionOptions, TrainingArguments):
             ("fuse_temperature", 0 < self.fuse_temperature < math.inf, "more than 0"),
             ("learning_rate", 0 <= (self.learning_rate or 0) < math.inf, "a number from 0"),
             ("max_length", self.max_length >= 2, "at least 2"),
-            ("head_chunks", self.head_chunks >= 1, "at least 1"),
             ("total_batch_size", self.total_batch_size >= 1, "at least 1"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),

@@ -27,6 +27,8 @@ from fusechat_fuse.models.logit_transform import FAMILIES, LogitTransform, trans
 from fusechat_fuse.training.head_loss import FusionOutput, LabelledRows
 from fusechat_fuse.training.loss import IGNORED
 
+HEAD_CALLS = 8  # of an lm_head that is not a plain Linear, per batch: the same number on every rank
+
 
 def causal_model(model) -> PreTrainedModel:
     """The causal language model inside a PEFT model, or the model itself."""
@@ -54,12 +56,11 @@ def takes_kept_logits(model: nn.Module) -> bool:
         return False
 
 
-def install_lean_head(model: nn.Module, *, chunks: int = 8) -> None:
+def install_lean_head(model: nn.Module) -> None:
     """Put the lean forward in front of the model's own (once); see the module's text.
 
     Args:
         model: a causal language model of a known family (`why_not_lean` is None), or a PEFT model around one; changed.
-        chunks: calls of lm_head where it is not a plain Linear.
 
     The installed forward takes, beside the model's own arguments: `shift_labels` [B, T], `target_ids` and
     `target_probs` [B, T, K], `lm_loss_weight`, `fusion_loss_type`; and then returns a `FusionOutput` of sums.
@@ -70,7 +71,7 @@ def install_lean_head(model: nn.Module, *, chunks: int = 8) -> None:
     lm_head = inner.get_submodule("lm_head")
     if is_plain_linear(lm_head):
         _bind(lm_head, _linear_forward)
-    _bind(inner, _causal_forward, _lean_head=(transform_of(inner), chunks))
+    _bind(inner, _causal_forward, _lean_head=transform_of(inner))
 
 
 def is_plain_linear(lm_head: nn.Module) -> bool:
@@ -103,7 +104,7 @@ def _causal_forward(self, *args, shift_labels=None, target_ids=None, target_prob
     weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
     hidden = self.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
     columns = shift_labels, target_ids, target_probs
-    return _head_loss(self.lm_head, *self._lean_head, hidden, *columns, weight, kind)  # pyright: ignore[reportCallIssue]
+    return _head_loss(self.lm_head, self._lean_head, hidden, *columns, weight, kind)  # pyright: ignore[reportCallIssue]
 
 
 def _linear_forward(self, hidden, rows=None):
@@ -116,7 +117,6 @@ def _linear_forward(self, hidden, rows=None):
 def _head_loss(
     lm_head: nn.Module,
     transform: LogitTransform,
-    chunks: int,
     hidden_BTD: Tensor,
     labels: Tensor,
     ids: Tensor,
@@ -131,4 +131,4 @@ def _head_loss(
     rows = LabelledRows(labels_N, ids_NK, probs_NK, lm_loss_weight, kind, transform)
     if _is_bound(getattr(lm_head, "_fsdp_wrapped_module", lm_head)):
         return FusionOutput(*lm_head(hidden, rows=rows))
-    return rows.recomputed(lm_head, hidden, chunks)
+    return rows.recomputed(lm_head, hidden, HEAD_CALLS)

@@ -3,13 +3,13 @@ transformers, so that the command's help and its checks start at once."""
 
 from dataclasses import dataclass, field
 
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import LOSS_KINDS, PRESETS
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-# The flags that `train --help` shows, by section; `--help-all` has the rest.
+# The flags that `train --help` shows, by section; `--help-all` shows the others too.
 SECTIONS = {
     "what goes in and out": [
         *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
@@ -22,19 +22,12 @@ SECTIONS = {
     "training": [
         *("learning_rate", "num_train_epochs", "max_steps", "total_batch_size", "per_device_train_batch_size"),
         *("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "bf16", "activation_checkpointing"),
-        *("packing", "lean_head", "head_chunks", "deepspeed"),
+        *("packing", "lean_head", "deepspeed"),
     ],
     "adapters and quantisation": ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit"],
     "checkpoints and logs": [
-        *(
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "resume_from_checkpoint",
-            "logging_steps",
-            "eval_strategy",
-        ),
-        *("eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
+        *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "logging_steps"),
+        *("eval_strategy", "eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
     ],
 }
 
@@ -44,147 +37,192 @@ class TrainArguments:
     """What `fusechat-fuse train` takes beside FusionConfig."""
 
     model_name_or_path: str = field(metadata={"help": "The pivot: a directory or a Hub name."})
-    data_path: str = field(metadata={"help": "Aligned or combined data, a directory that align or combine wrote."})
+    data_path: str = field(metadata={"help": "Aligned or combined data: a directory that align or combine wrote."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Aligned data to evaluate on."})
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Precision of the trained weights; steps of 5e-6 vanish in bfloat16, which autocast uses anyway.",
+            "help": "Precision of the trained weights; bfloat16 would round steps of 5e-6 away, and autocast computes "
+            "in it anyway.",
             "choices": list(DTYPES),
         },
     )
     save_dtype: str | None = field(
         default=None,
-        metadata={"help": "Precision of the saved target; unset: as trained, so that small task vectors survive."},
+        metadata={"help": "Precision of the saved target; unset: as trained, which keeps small task vectors exact."},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 or another."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters (needs peft); 0 trains all weights."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters (needs peft); 0: train all weights."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "Modules with adapters: all-linear or names with commas."}
+        default="all-linear",
+        metadata={"help": "Modules that get adapters: all-linear, or names separated by commas."},
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "QLoRA: the pivot's weights in 4 bits (bitsandbytes) below the adapters."},
+        metadata={"help": "QLoRA: quantise the pivot's frozen weights to 4 bits (bitsandbytes)."},
     )
-    overwrite: bool = field(default=False, metadata={"help": "Start anew in a directory that holds another run."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start anew in a directory that holds another training run."}
+    )
+
+    def check(self) -> None:
+        """Raise InputError for a value, or a combination of values, that no run can use."""
+        for name, allowed in (("dtype", DTYPES), ("save_dtype", (None, *DTYPES))):
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"value for {name}: expected one of {', '.join(DTYPES)}, got {value!r}. Use one.")
+        if self.dtype == "float16" and not self.lora_r:
+            raise InputError(
+                "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's "
+                "steps go wrong. Train in float32 with --fp16 for float16 arithmetic."
+            )
+        if self.load_in_4bit and not self.lora_r:
+            raise InputError("value for load_in_4bit: expected LoRA adapters to train, got none. Set lora_r too.")
+        if self.lora_r < 0:
+            raise InputError(f"value for lora_r: expected 0 or more, got {self.lora_r}. Use 0 to train all weights.")
 
 
 @dataclass
 class FusionOptions:
     """The fields of FusionConfig that transformers' TrainingArguments lacks, or has with another default."""
 
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory for the target: new, or an interrupted run's, which is continued."},
+    )
     preset: str = field(
         default="fusechat",
         metadata={
-            "help": "Where an option below says preset: fusechat (ours) or paper (FuseChat's settings).",
+            "help": "Default values of the options whose help names a preset: fusechat (ours) or paper (FuseChat's).",
             "choices": list(PRESETS),
         },
     )
     lm_loss_weight: float = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "lambda, weight of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
+            "help": "Weight lambda of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
         },
     )
-    fusion_loss_type: str = field(default="ce", metadata={"help": "ce or kl.", "choices": list(LOSS_KINDS)})
+    fusion_loss_type: str = field(
+        default="ce",
+        metadata={
+            "help": "Fusion loss: ce (cross-entropy) or kl (Kullback-Leibler divergence).",
+            "choices": list(LOSS_KINDS),
+        },
+    )
     fusion_function: str = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Which distribution to train on: avg_ce_slice (for each slice of the data, by the median "
-            "cross-entropies, source and pivot mixed where the source's is lower), min_ce_slice (there the source's "
-            "alone), min_ce (lower cross-entropy per conversation), avg_ce (weights exp(-CE)), min_ce_token (per "
-            "token), source (always the source's) (preset: avg_ce_slice, paper min_ce).",
+            "help": "Distribution to train on: avg_ce_slice (in each slice whose median cross-entropy is lower for "
+            "the source, a mixture of source and pivot), min_ce_slice (in these slices the source's alone), min_ce "
+            "(of each conversation, that of the lower cross-entropy), avg_ce (of each conversation, a mixture with "
+            "weights exp(-CE)), min_ce_token (min_ce token by token), source (always the source's) "
+            "(preset: avg_ce_slice, paper min_ce).",
             "choices": list(CHOICES),
         },
     )
     fusion_fallback: str = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Where a min_ce choice does not take the source: label (no fusion: the label carries the whole "
-            "weight) or pivot (its own distribution) (preset: label, paper pivot).",
+            "help": "Distribution where the source's is not chosen: label (all weight on the label, as in plain "
+            "fine-tuning) or pivot (the pivot's own distribution) (preset: label, paper pivot).",
             "choices": list(FALLBACKS),
         },
     )
     fusion_tail: str = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "What stands for the entries of a distribution that were not kept: label (where the label is one "
-            "of them) or drop (nothing) (preset: label, paper drop).",
+            "help": "What replaces the tail of a distribution, the entries that top-k did not keep: label (the label, "
+            "where it is one of them) or drop (nothing) (preset: label, paper drop).",
             "choices": list(TAILS),
         },
     )
     label_noise: float = field(
         default=0.05,
         metadata={
-            "help": "For fusion_tail label: the share of labels that may be wrong; the label's weight is t / (t + it), "
-            "where t is the mass that was not kept. 0: an unbiased estimate, for labels that are the source's own."
+            "help": "Share e of labels that may be wrong, for fusion_tail label: the label gets weight t / (t + e), "
+            "where t is the mass of the tail; 0 is unbiased where the source itself wrote the labels."
         },
     )
     slice_column: str = field(
         default="slice",
         metadata={
-            "help": "What names the slices of a choice by slice: slice (the data's own) or auto (prompt clusters)."
+            "help": "Slices of avg_ce_slice and min_ce_slice: slice (the data's own column) or auto (prompt clusters)."
         },
     )
     slice_pattern: str | None = field(
-        default=None, metadata={"help": "A regular expression on the ids that names the slices instead."}
+        default=None,
+        metadata={"help": "Regular expression on the ids that names the slices, in place of slice_column."},
     )
     fuse_temperature: float = field(
-        default=1.0, metadata={"help": "T of the fusion distribution; rescales its shape, keeps its mass."}
+        default=1.0, metadata={"help": "Temperature of the fusion distribution; changes its shape, not its mass."}
     )
     ce_unit: str = field(
         default=None,  # pyright: ignore[reportAssignmentType]
         metadata={
-            "help": "Compare cross-entropies per byte of text, which is comparable between tokenizers, or per token "
+            "help": "Unit of the cross-entropies that are compared: byte (comparable between tokenizers) or token "
             "(preset: byte, paper token).",
             "choices": list(CE_UNITS),
         },
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens kept of a conversation."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Tokens kept of each conversation; later ones are cut off."}
+    )
     packing: bool = field(
         default=False,
-        metadata={"help": "Put the conversations of a batch into one row without padding (FlashAttention: no waste)."},
+        metadata={"help": "Put the conversations of a batch into one row without padding (best with FlashAttention)."},
     )
     lean_head: bool = field(
         default=True,
-        metadata={"help": "Compute lm_head and loss for labelled positions only, in chunks, where the model allows."},
-    )
-    head_chunks: int = field(
-        default=8,
-        metadata={"help": "Calls of lm_head per batch where it is not a plain Linear (adapters): equal on every rank."},
+        metadata={
+            "help": "Compute lm_head and the loss in chunks and at labelled positions only, where the model allows it."
+        },
     )
     total_batch_size: int = field(
         default=128,
         metadata={
-            "help": "Conversations per optimizer step over all devices; gives gradient_accumulation_steps where that "
-            "is not set."
+            "help": "Conversations per optimizer step over all devices; sets gradient_accumulation_steps unless that "
+            "is given."
         },
     )
     gradient_accumulation_steps: int | None = field(
         default=None,
-        metadata={"help": "Batches per optimizer step on each device; unset: from total_batch_size."},
+        metadata={"help": "Batches per optimizer step on each device; unset: derived from total_batch_size."},
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Total number of training epochs."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; unset: 5e-6, and 2e-4 for LoRA adapters."}
+        default=None, metadata={"help": "Peak learning rate; unset: 5e-6, or 2e-4 for LoRA adapters."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of linear warm-up, or below 1 their ratio."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Conversations per device and batch."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Conversations per device in evaluation."})
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast; unset: where the GPU has it. Weights stay float32."}
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of linear warm-up; below 1: as a ratio of all steps."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not numbers."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Conversations per device and batch in training."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=4, metadata={"help": "Conversations per device and batch in evaluation."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; unset: where the GPU supports it. Weights stay float32."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs."}
+    )
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: end, the finished target."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints kept."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When --push_to_hub uploads: end (the finished target)."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the loss needs all columns."}
     )
-    length_column_name: str = field(default="num_tokens", metadata={"help": "Column for group_by_length."})
+    length_column_name: str = field(
+        default="num_tokens", metadata={"help": "Column with the lengths for group_by_length."}
+    )

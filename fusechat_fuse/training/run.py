@@ -16,7 +16,7 @@ from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
-from fusechat_fuse.training.options import DTYPES, TrainArguments
+from fusechat_fuse.training.options import TrainArguments
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
 from fusechat_fuse.training.target import prepare_saving, push_target, save_target
@@ -47,7 +47,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     Source: FuseChat (arXiv 2408.07990), pairwise fusion.
     """
     arguments = TrainArguments(str(model_name_or_path), str(data_path), **options)
-    _check_arguments(arguments)
+    arguments.check()
     _check_config(config, arguments)
     check_trainable(arguments.model_name_or_path)
     data = load_aligned(arguments.data_path)
@@ -88,24 +88,6 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
             push_target(config)
     trainer.accelerator.wait_for_everyone()
     return metrics
-
-
-def _check_arguments(arguments: TrainArguments) -> None:
-    for name in ("dtype", "save_dtype"):
-        value = getattr(arguments, name)
-        if value not in (*DTYPES, *([None] if name == "save_dtype" else [])):
-            raise InputError(f"value for {name}: expected one of {', '.join(DTYPES)}, got {value!r}. Use one.")
-    if arguments.dtype == "float16" and not arguments.lora_r:
-        raise InputError(
-            "value for dtype: expected float32 or bfloat16 to train all weights, got float16, in which AdamW's steps "
-            "go wrong. Train in float32 with --fp16 for float16 arithmetic."
-        )
-    if arguments.load_in_4bit and not arguments.lora_r:
-        raise InputError(
-            "value for load_in_4bit: expected adapters above the 4-bit weights, got none. Give lora_r too."
-        )
-    if arguments.lora_r < 0:
-        raise InputError(f"value for lora_r: expected 0 or more, got {arguments.lora_r}. Use 0 to train all weights.")
 
 
 def _check_config(config: FusionConfig, arguments: TrainArguments) -> None:

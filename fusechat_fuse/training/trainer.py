@@ -146,7 +146,7 @@ class FusionTrainer(Trainer):
         self._pivot_config = {name: getattr(model.config, name, None) for name in PIVOT_CONFIG}
         if reason is None:
             self.loss_path = "lean"
-            install_lean_head(model, chunks=args.head_chunks)
+            install_lean_head(model)
         else:
             self.loss_path = "kept" if args.lean_head and args.n_gpu <= 1 and takes_kept_logits(model) else "full"
             which = {"kept": "the model's own logits of all labelled positions", "full": "full logits"}[self.loss_path]

@@ -78,7 +78,7 @@ def fsdp1(output: Path, own_head: bool) -> dict:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = tiny_model()
-    install_lean_head(model, chunks=3)
+    install_lean_head(model)
     units = [*model.model.layers, *([model.lm_head] if own_head else [])]
     wrapped = FullyShardedDataParallel(
         model,
@@ -101,7 +101,7 @@ def fully_shard(output: Path, own_head: bool) -> dict:
     from torch.distributed.fsdp import fully_shard as shard
 
     model = tiny_model()
-    install_lean_head(model, chunks=3)
+    install_lean_head(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         shard(layer, mesh=mesh)
@@ -124,7 +124,7 @@ def zero3(output: Path, own_head: bool) -> dict:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo will do; this would be compiled first
     model = tiny_model()
-    install_lean_head(model, chunks=3)
+    install_lean_head(model)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
