@@ -80,7 +80,7 @@ def test_what_is_not_the_same_text_everywhere_is_left_out_and_counted(tmp_path, 
     source = [row("same", "x", 2), row("shorter", "x", 2, num_bytes=3), row("changed", "x", 2, content_hash="other")]
     result = compare([write(tmp_path / "p", "p", pivot), write(tmp_path / "s", "s", source)])
     assert (result["conversations"], result["left_out"]) == (1, 4)
-    assert "4 conversations are not in every representation" in caplog.text
+    assert "4 conversations are left out: not every representation has them" in caplog.text
 
 
 def test_equal_names_are_told_apart(tmp_path):
@@ -93,7 +93,7 @@ def test_equal_names_are_told_apart(tmp_path):
     [
         (("one",), "expected at least two directories"),
         (("one", "aligned"), "expected what represent wrote, got aligned data"),
-        (("one", "other"), "expected some that all of them hold, got none"),
+        (("one", "other"), "expected some that all of them have, got none"),
         (("one", "nothing"), "expected a finished directory"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,

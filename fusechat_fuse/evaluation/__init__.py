@@ -1,1 +1,1 @@
-"""What is worth fusing, and what came of it: models compared on one data set, by bits per byte."""
+"""Evaluation: models compared by bits per byte, and a model's answers to benchmarks' questions."""

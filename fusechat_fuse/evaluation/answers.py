@@ -2,14 +2,14 @@
 
     mt_bench     questions (JSONL): question_id, category, turns, reference?
                  answers (JSONL): question_id, answer_id, model_id, choices [{index, turns}], tstamp; model_id is the
-                 file's name. Temperature by category.
+                 file's name without .jsonl. The temperature depends on the category.
     alpaca_eval  questions (JSON list): instruction, dataset?
                  answers (JSON list): instruction, output, generator, dataset
-    chat         questions: chat data as represent reads them, the last answer left out
+    chat         questions: chat data as `represent` reads them; the last answer is generated anew
                  answers (JSONL): id, messages
 
-Generation is batched, in the model's own chat template. What is answered is kept in a hidden file beside the output,
-batch by batch: a killed run goes on with the same command and ends with the same answers.
+Generation is batched, in the model's own chat template. Finished answers are kept in a hidden file beside the output,
+batch by batch: the same command continues a killed run and ends with the same answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import is_named, load_fast_tokenizer, positions_of
 from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import load_model
-from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.text.conversations import load_conversations
 from fusechat_fuse.text.data_files import data_sources
 from fusechat_fuse.text.templates import added_texts, native_template
@@ -35,17 +35,22 @@ from fusechat_fuse.text.templates import added_texts, native_template
 logger = logging.getLogger(__name__)
 TEMPERATURES = dict.fromkeys(("writing", "roleplay"), 0.7) | dict.fromkeys(("stem", "humanities"), 0.1)
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
-OTHER_CATEGORY = 0.7
-NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "chat": 1024}  # the judges' own limits
-_MARK = "QZ1ZQ"
+TEMPERATURE_OF_OTHERS = 0.7
+MAX_NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "chat": 1024}  # the judges' own limits
+_PLACEHOLDER = "QZ1ZQ"  # stands for the answer in a rendered prompt
 
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to be answered turn by turn: what was said before, the user's turns, the row it came from."""
+    """One conversation to be answered turn by turn.
+
+    Attributes:
+        key: unique in its file. history: messages before the first turn. turns: the user's messages to answer.
+        row: the row of the file.
+    """
 
     key: str
-    before: list[dict[str, str]]
+    history: list[dict[str, str]]
     turns: list[str]
     temperature: float
     row: dict[str, Any]
@@ -71,17 +76,19 @@ def answer(
     Args:
         model: directory, Hub name, or a loaded causal language model (then give `tokenizer`).
         questions: the benchmark's file; for chat anything `load_conversations` takes.
-        output: the answers' file; for mt_bench its name without .jsonl is the model's for the judge.
+        output: the answers' file; for mt_bench the judge takes its name without .jsonl as the model's name.
         benchmark: mt_bench, alpaca_eval or chat.
-        temperature: of all questions; 0 is greedy. None: mt_bench's by category, else greedy.
-        max_new_tokens: of an answer; None: 1024, alpaca_eval 2048. A model's positions cut it short.
-        batch_size: questions generated at once. seed: of what is drawn at temperatures above 0.
-        dtype, device_map, trust_remote_code: as transformers takes them; without a map the GPU if there is one.
-    Returns: counts: questions, answered before, empty answers.
-    Raises: InputError for a bad file or option, a model without chat template, or another run's answers at `output`.
+        temperature: for all questions; 0 is greedy. None: by category for mt_bench, else greedy.
+        max_new_tokens: per answer; None: 1024, for alpaca_eval 2048; fewer if the model's positions run out.
+        batch_size: questions answered at once. seed: for sampling at temperatures above 0.
+        dtype, device_map, trust_remote_code: as transformers takes them; without a device_map, the GPU if there is one.
+    Returns: counts: questions, answered_before, empty_answers.
+    Raises: InputError for a bad file or option, a model without a chat template, or another run's answers at `output`.
     """
-    if benchmark not in NEW_TOKENS:
-        raise InputError(f"value for benchmark: expected one of {', '.join(NEW_TOKENS)}, got {benchmark!r}. Use one.")
+    if benchmark not in MAX_NEW_TOKENS:
+        raise InputError(
+            f"value for benchmark: expected one of {', '.join(MAX_NEW_TOKENS)}, got {benchmark!r}. Use one."
+        )
     if (max_new_tokens is not None and max_new_tokens < 1) or batch_size < 1 or (temperature or 0) < 0:
         raise InputError(
             "values for answer: expected max_new_tokens and batch_size from 1 and a temperature from 0, got "
@@ -90,33 +97,35 @@ def answer(
     output, asked = Path(output), list(_questions(benchmark, questions, temperature))
     if not asked:
         raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
-    options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or NEW_TOKENS[benchmark], "seed": seed}
+    options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
     identity = identify(model)
-    told = hashlib.sha256(json.dumps([asdict(question) for question in asked]).encode()).hexdigest()[:16]
-    kept = _Kept(output, {**options, **identity, "questions": told, "batch_size": batch_size})
+    digest = short_digest(json.dumps([asdict(question) for question in asked]))
+    kept = _Kept(output, {**options, **identity, "questions": digest, "batch_size": batch_size})
     batches = [batch for batch in _batches(asked, batch_size) if any(q.key not in kept.answers for q in batch)]
     before = len(kept.answers)
     if batches:
         if is_named(model):
             tokenizer = tokenizer or load_fast_tokenizer(model, trust_remote_code)
-            model = _on_device(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        speaker = _Speaker(model, tokenizer, options["max_new_tokens"])
-        _generate(speaker, batches, kept, seed)
+            model = _load_to_device(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        _answer_batches(_Generator(model, tokenizer, options["max_new_tokens"]), batches, kept, seed)
     _write(benchmark, output, identity["name"], asked, kept.answers)
     empty = sum(not turn.strip() for question in asked for turn in kept.answers[question.key]["turns"])
     if empty:
-        logger.warning("%d answers are empty: no room was left for them, or the model ended at once.", empty)
+        logger.warning(
+            "%d answers are empty: the prompt left no positions for them, or the model ended its turn at once.", empty
+        )
     return {"questions": len(asked), "answered_before": before, "empty_answers": empty}
 
 
 def _questions(benchmark: str, path, temperature: float | None) -> Iterator[Question]:
-    """The questions of a file, each with the temperature it is answered at."""
+    """The questions of a file, with their temperatures."""
     if benchmark == "chat":
         rows: Any = load_conversations(path)
         for row in rows:
             messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-            at = max(n for n, message in enumerate(messages) if message["role"] == "user")
-            yield Question(row["id"], messages[:at], [messages[at]["content"]], temperature or 0.0, {"id": row["id"]})
+            last = max(n for n, message in enumerate(messages) if message["role"] == "user")
+            turns = [messages[last]["content"]]
+            yield Question(row["id"], messages[:last], turns, temperature or 0.0, {"id": row["id"]})
         return
     seen = set()
     for name, rows in data_sources(str(path), "train"):
@@ -132,8 +141,7 @@ def _question(benchmark: str, where: str, row: Any, temperature: float | None) -
     if benchmark == "alpaca_eval":
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
             raise InputError(f"{where}: expected an instruction (text), got {str(row)[:80]!r}. Correct the file.")
-        key = hashlib.sha256(row["instruction"].encode()).hexdigest()[:16]
-        return Question(key, [], [row["instruction"]], temperature or 0.0, row)
+        return Question(short_digest(row["instruction"]), [], [row["instruction"]], temperature or 0.0, row)
     turns = row.get("turns") if isinstance(row, dict) else None
     if (
         not isinstance(turns, list)
@@ -143,62 +151,62 @@ def _question(benchmark: str, where: str, row: Any, temperature: float | None) -
         or not isinstance(row.get("category", ""), str)
     ):
         raise InputError(f"{where}: expected question_id, category and turns, got {str(row)[:80]!r}. Correct the file.")
-    by_category = TEMPERATURES.get(row.get("category", ""), OTHER_CATEGORY)
+    by_category = TEMPERATURES.get(row.get("category", ""), TEMPERATURE_OF_OTHERS)
     return Question(str(row["question_id"]), [], turns, by_category if temperature is None else temperature, row)
 
 
 def _batches(asked: list[Question], size: int) -> list[list[Question]]:
-    """Questions of one temperature together, in their order: the same batches in every start."""
+    """Batches of questions with one temperature, in the file's order; the same in every start."""
     found = []
     for temperature in sorted({question.temperature for question in asked}):
-        alike = [question for question in asked if question.temperature == temperature]
-        found += [alike[at : at + size] for at in range(0, len(alike), size)]
+        group = [question for question in asked if question.temperature == temperature]
+        found += [group[first : first + size] for first in range(0, len(group), size)]
     return found
 
 
 class _Kept:
-    """The answers so far: a line what run they are of, then a line each."""
+    """The file of finished answers: a line that identifies the run, then one line per answer."""
 
     def __init__(self, output: Path, run: dict[str, Any]):
         self.path, self.answers = output.with_name(f".{output.name}.answers"), {}
-        head = json.dumps({"run": run}, sort_keys=True)
+        header = json.dumps({"run": run}, sort_keys=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             if output.exists():
                 raise InputError(
                     f"output {output}: expected none or this run's, got a file. Name another or remove it."
                 )
-            write_atomic(self.path, f"{head}\n".encode())
+            write_atomic(self.path, f"{header}\n".encode())
             return
         text = self.path.read_text(encoding="utf-8")
-        lines = text.split("\n")  # not splitlines: an answer may hold the other ends of line that Unicode knows
-        if lines[0] != head:
+        lines = text.split("\n")  # not splitlines: an answer may hold the other line ends of Unicode
+        if lines[0] != header:
             raise InputError(
-                f"answers in {self.path}: expected this run's ({head}), got another's ({lines[0]}). Name "
+                f"answers in {self.path}: expected this run's ({header}), got another's ({lines[0]}). Name "
                 "another output, or remove that file."
             )
-        if lines[-1]:  # a kill cut it
+        if lines[-1]:  # cut off by a kill
             write_atomic(self.path, text[: -len(lines[-1])].encode())
         for line in lines[1:-1]:
             entry = json.loads(line)
             self.answers[entry["key"]] = entry
 
     def add(self, entries: list[dict]) -> None:
-        """Keep a batch."""
+        """Append the answers of a batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         self.answers |= {entry["key"]: entry for entry in entries}
 
 
-def _on_device(model, **loading):
+def _load_to_device(model, **loading):
     import torch
 
     loaded = load_model(model, **loading)
     return loaded.cuda() if loading["device_map"] is None and torch.cuda.is_available() else loaded
 
 
-class _Speaker:
-    """A model with its template: texts in, answers out."""
+class _Generator:
+    """A model with its chat template: conversations in, answers out."""
 
     def __init__(self, model, tokenizer, max_new_tokens: int):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
@@ -211,31 +219,33 @@ class _Speaker:
         self.positions = positions_of(model.config)
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids up to where the answer begins."""
+        """The token ids up to where the answer begins."""
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         else:
-            text = self.template.render([*messages, {"role": "assistant", "content": _MARK}]).partition(_MARK)[0]
+            text = self.template.render([*messages, {"role": "assistant", "content": _PLACEHOLDER}]).partition(
+                _PLACEHOLDER
+            )[0]
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def say(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[str]:
-        """One answer each; empty where no position is left for it."""
+    def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[str]:
+        """One answer per conversation; empty if no position is left for it."""
         import torch
 
         prompts = [self.prompt(messages) for messages in conversations]
         longest = max(map(len, prompts))
         room = self.max_new_tokens if self.positions is None else min(self.max_new_tokens, self.positions - longest)
         if room < 1:
-            if len(conversations) > 1:  # the short ones have room
-                return [text for messages in conversations for text in self.say([messages], temperature)]
+            if len(conversations) > 1:  # short ones have room
+                return [text for messages in conversations for text in self.generate([messages], temperature)]
             return [""]
         ids = torch.full((len(prompts), longest), self.padding)
         mask = torch.zeros_like(ids)
         for n, prompt in enumerate(prompts):
             ids[n, longest - len(prompt) :], mask[n, longest - len(prompt) :] = torch.tensor(prompt), 1
-        drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
-            drawn = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         with torch.inference_mode():
             found = self.model.generate(
                 input_ids=ids.to(self.model.device),
@@ -243,38 +253,39 @@ class _Speaker:
                 max_new_tokens=room,
                 eos_token_id=self.ends,
                 pad_token_id=self.padding,
-                **drawn,
+                **sampling,
             )
         return [
             text.strip() for text in self.tokenizer.batch_decode(found[:, longest:].cpu(), skip_special_tokens=True)
         ]
 
 
-def _generate(speaker: _Speaker, batches: list[list[Question]], kept: _Kept, seed: int) -> None:
+def _answer_batches(generator: _Generator, batches: list[list[Question]], kept: _Kept, seed: int) -> None:
+    """Answer batch after batch; what is sampled depends on the seed and the batch alone."""
     import torch
     from tqdm.auto import tqdm
 
     with tqdm(total=sum(map(len, batches)), desc="answer", unit="question") as progress:
         for batch in batches:
-            name = f"{seed} {batch[0].key} {len(batch)}"  # what is drawn depends on the batch alone
+            name = f"{seed} {batch[0].key} {len(batch)}"
             torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:15], 16))
-            messages, said = [list(question.before) for question in batch], [[] for _ in batch]
+            messages, answers = [list(question.history) for question in batch], [[] for _ in batch]
             for turn in range(max(len(question.turns) for question in batch)):
-                open_ones = [n for n, question in enumerate(batch) if turn < len(question.turns)]
-                for n in open_ones:
+                open_rows = [n for n, question in enumerate(batch) if turn < len(question.turns)]
+                for n in open_rows:
                     messages[n].append({"role": "user", "content": batch[n].turns[turn]})
-                answers = speaker.say([messages[n] for n in open_ones], batch[0].temperature)
-                for n, text in zip(open_ones, answers, strict=True):
+                texts = generator.generate([messages[n] for n in open_rows], batch[0].temperature)
+                for n, text in zip(open_rows, texts, strict=True):
                     messages[n].append({"role": "assistant", "content": text})
-                    said[n].append(text)
+                    answers[n].append(text)
             now = time.time()
-            entries = [{"key": q.key, "turns": turns, "tstamp": now} for q, turns in zip(batch, said, strict=True)]
+            entries = [{"key": q.key, "turns": turns, "tstamp": now} for q, turns in zip(batch, answers, strict=True)]
             kept.add([entry for entry in entries if entry["key"] not in kept.answers])
             progress.update(len(batch))
 
 
 def _write(benchmark: str, output: Path, name: str, asked: list[Question], answers: dict[str, dict]) -> None:
-    """The whole file, in the questions' order."""
+    """Write the answers' file, in the order of the questions."""
     rows = []
     for question in asked:
         entry = answers[question.key]
@@ -283,11 +294,11 @@ def _write(benchmark: str, output: Path, name: str, asked: list[Question], answe
             rows.append({**row, "dataset": question.row.get("dataset", output.stem)})
         elif benchmark == "mt_bench":
             key = question.row["question_id"]
-            made = hashlib.sha256(f"{output.stem} {key} {entry['turns']}".encode()).hexdigest()[:22]
-            row = {"question_id": key, "answer_id": made, "model_id": output.stem}
+            answer_id = hashlib.sha256(f"{output.stem} {key} {entry['turns']}".encode()).hexdigest()[:22]
+            row = {"question_id": key, "answer_id": answer_id, "model_id": output.stem}
             rows.append({**row, "choices": [{"index": 0, "turns": entry["turns"]}], "tstamp": entry["tstamp"]})
         else:
-            messages = [*question.before, {"role": "user", "content": question.turns[0]}]
+            messages = [*question.history, {"role": "user", "content": question.turns[0]}]
             messages.append({"role": "assistant", "content": entry["turns"][0]})
             rows.append({"id": question.key, "messages": messages})
     if benchmark == "alpaca_eval":

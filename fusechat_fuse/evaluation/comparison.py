@@ -1,9 +1,9 @@
-"""`compare`: which model knows which part of the data better, from representations alone and before any training.
+"""`compare`: which model predicts which slice of the data better, from representations alone, before any training.
 
     bits per byte of a conversation = sum_p ce_p / (ln 2 * bytes of its predicted tokens)
 
-Bytes, not tokens, so that models with other tokenizers compare. A conversation counts where every model predicted the
-same text of it; one that a model lacks, or cut elsewhere (`max_length`), is left out and counted.
+Bytes, not tokens, so that models with different tokenizers can be compared. A conversation counts if every model
+predicted the same text of it; one that a model lacks or truncated elsewhere (`max_length`) is left out and counted.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from fusechat_fuse.store.files import json_bytes, write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 
 logger = logging.getLogger(__name__)
-ALL = "all"  # the whole data set, beside its slices
+ALL = "all"  # the name of the whole data set among the slices
 
 
 def compare(representation_dirs: Sequence, output_dir=None) -> dict:
     """Bits per byte of several models on the same conversations, per slice and over all.
 
     Args:
-        representation_dirs: two or more directories that `represent` wrote on the same data, the pivot's first;
-            opened ones serve too.
-        output_dir: where `compare.json`, `compare.md` and `compare.png` (with matplotlib) are written; None: nowhere.
+        representation_dirs: two or more directories that `represent` wrote on the same data, the pivot's first, or
+            opened representations.
+        output_dir: for `compare.json`, `compare.md` and `compare.png` (with matplotlib); None: nothing is written.
 
     Returns:
-        models (names), conversations (count), left_out (count), slices: name -> {conversations, bytes, models: name ->
-        {median, mean, wins}, best}, with the whole data set under "all"; median and mean in bits per byte over
-        conversations, wins the share of the conversations in which the model needs the fewest bits (of equal ones the
-        first), best the model of the lowest median.
+        models: their names. conversations, left_out: counts. slices: name -> {conversations, bytes, models: name ->
+        {median, mean, wins}, best}, the whole data set under "all". median and mean are bits per byte over
+        conversations; wins is the share of conversations in which the model has the fewest (ties: the first model);
+        best is the model with the lowest median.
 
-    Raises: InputError for fewer than two directories, one that is no representation, or no conversation in common.
+    Raises: InputError for fewer than two directories, one that holds no representation, or no common conversation.
     """
     opened = _open(representation_dirs)
     names = _names(opened)
@@ -48,7 +48,7 @@ def compare(representation_dirs: Sequence, output_dir=None) -> dict:
         table[name] = _figures(names, bits[:, chosen], sizes[chosen])
     result = {"models": names, "conversations": len(slices), "left_out": left_out, "slices": table}
     if left_out:
-        logger.warning("%d conversations are not in every representation with the same text; left out.", left_out)
+        logger.warning("%d conversations are left out: not every representation has them with the same text.", left_out)
     if output_dir is not None:
         write(result, Path(output_dir))
     return result
@@ -65,7 +65,7 @@ def _open(representation_dirs: Sequence) -> list[Representation]:
         if one.manifest["kind"] != "representation":
             raise InputError(
                 f"representation for {one.path}: expected what represent wrote, got {one.manifest['kind']} data. "
-                "Give the representation it was made of."
+                "Give the representation it was made from."
             )
     return opened
 
@@ -75,7 +75,7 @@ def _names(opened: list[Representation]) -> list[str]:
 
 
 def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    """(slice of each common conversation [N], bits per byte [M, N], bytes [N], how many were left out)."""
+    """(slice of each common conversation [N], bits per byte [M, N], bytes [N], conversations left out)."""
     found: list[dict[tuple, tuple[str, float, int]]] = []
     for one in opened:
         of_model = {}
@@ -92,7 +92,7 @@ def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray,
     ]
     if not common:
         raise InputError(
-            f"conversations for {', '.join(str(one.path) for one in opened)}: expected some that all of them hold, "
+            f"conversations for {', '.join(str(one.path) for one in opened)}: expected some that all of them have, "
             "got none. Represent the models on the same data."
         )
     sizes = np.array([found[0][key][2] for key in common], np.int64)
@@ -101,7 +101,7 @@ def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray,
 
 
 def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
-    """One line of the table from bits per byte [M, N]."""
+    """The figures of one slice, from bits per byte [M, N] and bytes [N]."""
     winners = np.bincount(bits.argmin(axis=0), minlength=len(names)) / bits.shape[1]
     medians = np.median(bits, axis=1)
     models = {
@@ -117,7 +117,7 @@ def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
 
 
 def table_lines(result: dict) -> list[str]:
-    """The comparison as a Markdown table: median bits per byte and share of conversations won, the best in bold."""
+    """The comparison as a Markdown table: median bits per byte and share of wins, the best model in bold."""
     names = result["models"]
     lines = [
         "| bits per byte (wins) | conversations | " + " | ".join(names) + " |",
@@ -138,14 +138,14 @@ def write(result: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "compare.md", ("\n".join(table_lines(result)) + "\n").encode())
     try:
-        picture(result, folder / "compare.png")
+        draw_chart(result, folder / "compare.png")
     except ImportError:
-        logger.info("no picture: pip install 'fusechat[plot]' for %s", folder / "compare.png")
+        logger.info("no chart: run pip install 'fusechat[plot]' for %s", folder / "compare.png")
     write_atomic(folder / "compare.json", json_bytes(result))
 
 
-def picture(result: dict, path: Path) -> None:
-    """Median bits per byte, slices side by side, one bar a model; lower is better."""
+def draw_chart(result: dict, path: Path) -> None:
+    """A bar chart of median bits per byte: slices side by side, one bar per model."""
     from matplotlib.figure import Figure
 
     names, slices = result["models"], result["slices"]
@@ -159,6 +159,6 @@ def picture(result: dict, path: Path) -> None:
         [f"{name}\n{figures['conversations']}" for name, figures in slices.items()],
     )
     axes.set_ylabel("median bits per byte")
-    axes.set_title("What each model needs per slice (lower is better)")
+    axes.set_title("Bits per byte of each slice (lower is better)")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=130)

@@ -1,1 +1,1 @@
-"""One recipe, one command: the stages as subprocesses, in order, each skipped where it is finished and unchanged."""
+"""A whole fusion from one recipe: its stages as subprocesses, what they cost, and the report."""

@@ -1,4 +1,4 @@
-"""A recipe's data as its models will see them: conversations encoded as `represent` encodes them, counted, not kept."""
+"""A recipe's data in the tokens of its models: conversations are encoded as by `represent`, and only counted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ _DECISIVE = ("data_path", *_READING, "pivot_name_or_path", "template", "max_leng
 
 @dataclass(frozen=True)
 class Encodings:
-    """Of the conversations that were encoded, int64 [n] each: their tokens, predicted tokens, and bytes of their rows
-    in the plain encoding. scale: conversations of the data set for each that was tried."""
+    """Counts of the encoded conversations of a data set.
+
+    Attributes:
+        scale: conversations of the data set per conversation tried.
+        lengths, predicted, row_bytes: int64 [n]: tokens, predicted tokens, bytes of the row in the plain encoding.
+    """
 
     scale: float
     lengths: np.ndarray
@@ -32,21 +36,21 @@ class Encodings:
 
     @property
     def conversations(self) -> int:
-        """Of the whole data set, without those that are left out."""
+        """Usable conversations in the whole data set."""
         return round(len(self.lengths) * self.scale)
 
     def total(self, counts: np.ndarray) -> int:
-        """A sum over the whole data set."""
+        """The sum of counts [n], scaled to the whole data set."""
         return round(float(counts.sum()) * self.scale)
 
 
 @dataclass
 class DataReader:
-    """Reads each data set once and encodes it once for each tokenizer, template and length.
+    """Reads each data set once, and encodes it once per tokenizer, template and length.
 
     Args:
-        sample: conversations encoded of a data set, at even distances.
-    Attributes: warnings: sentences about what will be left out or cut. exact: whether everything was encoded.
+        sample: at most this many conversations of a data set are encoded, evenly spaced.
+    Attributes: warnings: sentences about skipped and truncated conversations. exact: whether all were encoded.
     """
 
     sample: int
@@ -56,11 +60,11 @@ class DataReader:
     _encoded: dict[tuple, Encodings] = field(default_factory=dict)
 
     def encodings(self, name: str, model: str, options: dict[str, Any]) -> Encodings:
-        """What a model sees of the data of a represent step.
+        """The data of a represent step in a model's tokens.
 
         Args:
-            name: of the step, for what is said. options: all of `represent`.
-        Raises: InputError where the data, the tokenizer or the template will be refused.
+            name: of the step, for warnings. options: all options of `represent`.
+        Raises: InputError if `represent` will refuse the data, the tokenizer or the template.
         """
         key = (model, *(str(options[name]) for name in _DECISIVE))
         if key not in self._encoded:
@@ -78,12 +82,12 @@ class DataReader:
         trust, pivot = options["trust_remote_code"], options["pivot_name_or_path"]
         tokenizer = load_fast_tokenizer(model, trust)
         template = resolve_template(options["template"], tokenizer, pivot and load_fast_tokenizer(pivot, trust))
-        asked = options["max_length"]
-        max_length = min(asked, positions_of(load_config(model, trust_remote_code=trust)) or asked)
+        max_length = options["max_length"]
+        max_length = min(max_length, positions_of(load_config(model, trust_remote_code=trust)) or max_length)
         encoder = ConversationEncoder(tokenizer, template, max_length)
         found = self._conversations(options)
         tried = np.unique(np.linspace(0, len(found) - 1, min(self.sample, len(found))).astype(int))
-        counts, cut, refused = [], 0, []
+        counts, truncated, refused = [], 0, []
         for n in tried:
             try:
                 one = encoder.encode(found[n].messages)
@@ -91,13 +95,15 @@ class DataReader:
                 refused.append({"reason": problem.reason, "detail": str(problem)})
                 continue
             counts.append((len(one.input_ids), len(one.predicted), _row_bytes(one, options["top_k"])))
-            cut += one.truncated
+            truncated += one.truncated
         check_template(refused, len(tried))
         self._warn(name, refused, len(tried))
         if not counts:
-            raise InputError(f"data for {name}: expected conversations that can be encoded, got none. See above.")
-        if cut:
-            self.warnings.append(f"{name}: {cut} of {len(tried)} conversations are cut at {max_length} tokens.")
+            raise InputError(
+                f"data for {name}: expected conversations that can be encoded, got none. See the warnings on it."
+            )
+        if truncated:
+            self.warnings.append(f"{name}: {truncated} of {len(tried)} conversations are cut at {max_length} tokens.")
         self.exact &= len(tried) == len(found)
         return Encodings(len(found) / len(tried), *np.array(counts, np.int64).T)
 
@@ -108,7 +114,7 @@ class DataReader:
 
 
 def _row_bytes(one: Encoded, top_k: int) -> int:
-    """Of its row in the plain encoding, which depend on shapes alone."""
+    """The size of a conversation's row in the plain encoding, which depends on shapes alone."""
     P = len(one.predicted)
     table = {"topk_ids": np.zeros((P, top_k), np.int32), "topk_logprobs": np.zeros((P, top_k), np.float16)}
     fields = {key: getattr(one, key) for key in ("input_ids", "predicted", "message", "start", "end")}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import load_config, model_file, with_gguf
 from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
@@ -55,8 +55,7 @@ def plan(
 
     Raises: InputError for a bad recipe or an unknown GPU.
     """
-    if not isinstance(sample, int) or sample < 1:
-        raise InputError(f"sample for plan: expected an integer from 1, got {sample!r}.")
+    check_integer("sample for plan", sample)
     planner = _Planner(read_recipe(recipe), options_of, gpu, DataReader(sample))
     rows = [planner.row(step) for step in planner.steps]
     planner.add_seconds(rows)
@@ -145,8 +144,7 @@ class _Planner:
     def _options(self, step: Step) -> Options:
         options = self.options_of(step.arguments)
         for name in _COUNTS:
-            if options.get(name, 1) < 1:
-                raise InputError(f"value for {name}: expected an integer from 1, got {options[name]}.")
+            check_integer(f"value for {name}", options.get(name, 1))
         return options
 
     def _represent(self, step: Step, options: Options) -> dict[str, Any]:

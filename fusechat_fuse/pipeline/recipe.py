@@ -1,21 +1,21 @@
 """The recipe of a whole fusion, one YAML file: models, data, options of each stage, how each stage is launched.
 
-    output_dir: fused                       # everything goes below it
+    output_dir: fused                       # every output goes below it
     pivot: openchat/openchat_3.5            # a directory or Hub name, or {model: ..., represent: {...}, launcher: ...}
-    sources:                                # name: model, as for the pivot
+    sources:                                # name: model, given as the pivot is
       starling: berkeley-nest/Starling-LM-7B-alpha
       qwen: {model: Qwen/Qwen1.5-72B-Chat, represent: {device_map: auto}, launcher: {represent: python}}
-    data: mixture.json                      # one or several, as --data_path
-    held_out: held-out.json                 # optional: measures what came out
+    data: mixture.json                      # one or a list, as --data_path takes them
+    held_out: held-out.json                 # optional: evaluates the pivot and every result
     preset: fusechat                        # or paper
-    represent: {dtype: bfloat16}            # flags of a stage, without their dashes; so align, combine, train
+    represent: {dtype: bfloat16}            # flags of a stage without dashes; also align, combine, train
     plain: true                             # the baseline: the same training without fusion
     multi: true                             # one training on all sources, combined
-    merge: {sce: {select_topk: 0.1}}        # method: parameters; a name of its own with {method: sce, ...}
-    launcher: {train: accelerate launch --config_file fsdp.yaml}   # by stage, or one for those that run models
-    devices: [0, 1]                         # representations side by side, one GPU each
+    merge: {sce: {select_topk: 0.1}}        # method: parameters, or NAME: {method: sce, ...}
+    launcher: {train: accelerate launch --config_file fsdp.yaml}   # per stage; a single text: all that run models
+    devices: [0, 1]                         # GPUs: models are represented side by side, one GPU each
 
-Relative paths are relative to the directory the command runs in.
+Relative paths start at the directory in which the command runs.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
+from fusechat_fuse.store.files import read_yaml
 
-FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a recipe gives
-LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")
-OF_MODELS = ("represent", "train", "evaluate")  # stages that may be several processes
+FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a recipe may set
+LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")  # stages that may have a launcher
+MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perhaps as several processes
 KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", *FLAGGED)
 KEYS += ("plain", "multi", "merge", "launcher", "devices")
-OWN = {  # flags that the recipe itself decides
+RESERVED = {  # flags that the pipeline sets
     "represent": ("model_name_or_path", "data_path", "output_dir", "pivot_name_or_path"),
     "align": ("pivot_representation", "source_representation", "output_dir", "preset"),
     "combine": ("aligned", "output_dir", "preset"),
@@ -46,7 +45,7 @@ OWN = {  # flags that the recipe itself decides
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the recipe: where it is, what its own stages' flags are (over the recipe's), how they are launched."""
+    """A model of the recipe, with flags and launchers of its own, by stage, which override the recipe's."""
 
     model: str
     flags: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -55,7 +54,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `read_recipe` makes it. flags, launcher: by stage. merges: name -> (method, parameters)."""
+    """A checked recipe, made by `read_recipe`.
+
+    Attributes:
+        flags, launcher: by stage. merges: name -> (method, parameters).
+    """
 
     output_dir: Path
     pivot: Model
@@ -76,22 +79,11 @@ def read_recipe(path) -> Recipe:
 
     Raises: InputError naming the file and the key.
     """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"recipe {path}: expected a readable YAML file, got: {told}. Correct it.") from error
-    return _Reader(str(path), _mapping(str(path), "the recipe", entries)).recipe()
-
-
-def _mapping(path: str, what: str, value) -> dict:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{what} in {path}: expected name: value pairs, got {value!r}.")
-    return value
+    return _Reader(str(path), read_yaml(path, "recipe")).recipe()
 
 
 class _Reader:
-    """Takes the entries of one file apart; every complaint names the file and the key."""
+    """Checks the entries of one file; every error names the file and the key."""
 
     def __init__(self, path: str, entries: dict):
         self.path, self.entries = path, entries
@@ -105,7 +97,7 @@ class _Reader:
                 raise InputError(f"key {key!r} in {self.path}: expected a value, got none. Add it.")
         preset = self._text("preset") if "preset" in self.entries else "fusechat"
         or_preset(preset)
-        sources = _mapping(self.path, "sources", self.entries["sources"])
+        sources = self._mapping("sources", self.entries["sources"])
         self._check_names("source", sources, ("pivot", "plain", "multi", "compare"))
         return Recipe(
             output_dir=Path(self._text("output_dir")),
@@ -123,7 +115,7 @@ class _Reader:
         )
 
     def _check_names(self, kind: str, names, taken: tuple[str, ...]) -> None:
-        """Names become directories of the run."""
+        """Raise InputError for names that cannot be directories of the run."""
         for name in names:
             if name in taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith(".yml"):
                 raise InputError(
@@ -142,6 +134,11 @@ class _Reader:
             raise InputError(f"key {key!r} in {self.path}: expected text, got {self.entries[key]!r}.")
         return self.entries[key]
 
+    def _mapping(self, key: str, value) -> dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise InputError(f"key {key} in {self.path}: expected name: value pairs, got {value!r}.")
+        return value
+
     def _texts(self, key: str) -> list[str]:
         value = self.entries.get(key) or []
         values = value if isinstance(value, list) else [value]
@@ -156,26 +153,28 @@ class _Reader:
         return value
 
     def _flags(self, key: str, value) -> dict[str, Any]:
-        flags, stage = _mapping(self.path, key, value or {}), key.split(".")[-1]
+        flags, stage = self._mapping(key, value or {}), key.split(".")[-1]
         for name in flags:
-            if name in OWN[stage]:
-                raise InputError(f"key {key}.{name} in {self.path}: expected to be left to the recipe. Remove it.")
+            if name in RESERVED[stage]:
+                raise InputError(
+                    f"key {key}.{name} in {self.path}: expected no such flag, since the pipeline sets it. Remove it."
+                )
         return flags
 
     def _launcher(self, key: str, value) -> dict[str, str]:
-        by_stage: dict[str, str] = {stage: value for stage in OF_MODELS} if isinstance(value, str) else value
-        for stage, prefix in _mapping(self.path, key, by_stage).items():
-            if stage not in LAUNCHED or not isinstance(prefix, str) or not _words(prefix):
+        by_stage: dict[str, str] = {stage: value for stage in MODEL_STAGES} if isinstance(value, str) else value
+        for stage, prefix in self._mapping(key, by_stage).items():
+            if stage not in LAUNCHED or not isinstance(prefix, str) or not _split(prefix):
                 raise InputError(
-                    f"key {key}.{stage} in {self.path}: expected a stage ({', '.join(LAUNCHED)}) and a command's "
-                    f"beginning, got {prefix!r}."
+                    f"key {key}.{stage} in {self.path}: expected one of {', '.join(LAUNCHED)} and a "
+                    f"command that takes the stage's command as its arguments, got {prefix!r}."
                 )
         return by_stage
 
     def _model(self, key: str, value) -> Model:
         if isinstance(value, str):
             return Model(value)
-        value = _mapping(self.path, key, value)
+        value = self._mapping(key, value)
         known = ("model", "launcher", *FLAGGED)
         if not isinstance(value.get("model"), str) or set(value) - set(known):
             raise InputError(f"key {key} in {self.path}: expected a model or {{{', '.join(known)}}}, got {value!r}.")
@@ -184,15 +183,15 @@ class _Reader:
 
     def _merges(self) -> dict[str, tuple[str, dict[str, Any]]]:
         found = {}
-        for name, value in _mapping(self.path, "merge", self.entries.get("merge", {"sce": {}}) or {}).items():
-            parameters = dict(_mapping(self.path, f"merge.{name}", value or {}))
+        for name, value in self._mapping("merge", self.entries.get("merge", {"sce": {}}) or {}).items():
+            parameters = dict(self._mapping(f"merge.{name}", value or {}))
             found[name] = (parameters.pop("method", name), parameters)
         self._check_names("merge", found, ("reports",))
         return found
 
 
-def _words(command: str) -> list[str] | None:
-    """A command's words; None where a quotation is left open."""
+def _split(command: str) -> list[str] | None:
+    """The words of a shell command; None if a quotation mark is left open."""
     try:
         return shlex.split(command)
     except ValueError:

@@ -17,7 +17,7 @@ from typing import Any
 from fusechat_fuse.models.files import is_gguf
 from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.pipeline.steps import Step
-from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
+from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, short_digest, write_atomic
 
 RECORD_FILE = "stages.json"
 
@@ -68,7 +68,7 @@ class Record:
 def fingerprint(step: Step) -> str:
     """16 hexadecimal digits of what a step is made from: its arguments and the content of its inputs."""
     made_from = [step.arguments, {path: content_digest(Path(path)) for path in step.reads}]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(made_from))
 
 
 def content_digest(path: Path) -> str:
@@ -86,7 +86,7 @@ def content_digest(path: Path) -> str:
             digest.update(f"{file.relative_to(path)}\n".encode())
             add_samples(digest, file)
     if path.is_dir():
-        return digest.hexdigest()[:16]
+        return short_digest(digest)
     return " ".join(content_digest(Path(match)) for match in sorted(glob.glob(str(path), recursive=True))) or "name"
 
 
@@ -98,4 +98,4 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
         return file_sha256(path)[:16]
     digest = hashlib.sha256()
     add_samples(digest, path)
-    return digest.hexdigest()[:16]
+    return short_digest(digest)

@@ -1,7 +1,7 @@
-"""What a recipe comes to: one command for each stage and model, with what it reads and what it writes.
+"""The steps of a recipe: one command per stage and model, with its inputs and its output.
 
 represent (pivot, sources) -> compare -> align (each source) -> combine -> train (plain, targets, multi)
--> merge -> evaluate (held-out data, represented by what came out) -> report
+-> merge -> evaluate (the results represent the held-out data) -> report
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import as_flags
 from fusechat_fuse.pipeline.recipe import Model, Recipe
+from fusechat_fuse.store.files import read_yaml
 
 STAGES = ("represent", "compare", "align", "combine", "train", "merge", "evaluate", "report")
 
@@ -29,8 +27,11 @@ STAGES = ("represent", "compare", "align", "combine", "train", "merge", "evaluat
 class Step:
     """One command of a stage.
 
-    arguments: without what launches it; command: with it. reads: files and directories whose content decides whether
-    it must run again. made_anew: its output is removed first where that was made from something else.
+    Attributes:
+        arguments: of `fusechat-fuse`. command: the same behind its launcher.
+        reads: files and directories on whose content the output depends.
+        made_anew: an output made from other inputs is removed before the step runs again.
+        parallel: may run beside the other steps of its stage. files: path -> text, written before the step runs.
     """
 
     stage: str
@@ -42,7 +43,7 @@ class Step:
     made_anew: bool = False
     parallel: bool = False
     environment: dict[str, str] = field(default_factory=dict)
-    files: dict[Path, str] = field(default_factory=dict)  # written before it runs
+    files: dict[Path, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -50,7 +51,7 @@ class Step:
 
     @property
     def shell(self) -> str:
-        """The command as one repeats it by hand."""
+        """The command as it would be typed in a shell."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
 
 
@@ -58,9 +59,9 @@ def steps_of(recipe: Recipe, plain_of: str | None = None) -> list[Step]:
     """All steps but the report, in order.
 
     Args:
-        recipe: a checked one.
-        plain_of: the source whose aligned data `plain` was trained on before; taken while they are there (those of
-            any source do: their labels are the same).
+        recipe: a checked recipe.
+        plain_of: the source whose aligned data `plain` was trained on before, which are used again while they exist
+            (the labels are the same in all sources' data).
     """
     return _Steps(recipe, plain_of).all()
 
@@ -68,8 +69,8 @@ def steps_of(recipe: Recipe, plain_of: str | None = None) -> list[Step]:
 class _Steps:
     def __init__(self, recipe: Recipe, plain_of: str | None):
         self.recipe, self.home = recipe, recipe.output_dir
-        there = plain_of is not None and (self.home / "aligned" / plain_of).exists()
-        self.plain_of = plain_of if plain_of is not None and there else next(iter(recipe.sources))
+        exists = plain_of is not None and (self.home / "aligned" / plain_of).exists()
+        self.plain_of = plain_of if plain_of is not None and exists else next(iter(recipe.sources))
 
     def all(self) -> list[Step]:
         represented = {"pivot": self.recipe.pivot, **self.recipe.sources}
@@ -91,14 +92,14 @@ class _Steps:
         return steps
 
     def _step(self, stage: str, name: str, model: Model, arguments: list, output: Path, reads: list, **more) -> Step:
-        """A step of `fusechat-fuse`, launched as the model or else the recipe says."""
+        """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
         words = [str(argument) for argument in arguments]
-        of = "compare" if words[0] == "compare" else stage
-        launcher = model.launcher.get(of) or self.recipe.launcher.get(of, "python")
+        launched_as = "compare" if words[0] == "compare" else stage
+        launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
         return Step(stage, name, words, launched(launcher, words), output, [str(r) for r in reads], **more)
 
     def _flags(self, stage: str, model: Model) -> list[str]:
-        """The recipe's flags of a stage, the model's own over them."""
+        """The flags of a stage: the recipe's, overridden by the model's own."""
         return as_flags({**self.recipe.flags[stage], **model.flags.get(stage, {})})
 
     def _represent(self, name: str, model: Model) -> Step:
@@ -164,10 +165,10 @@ class _Steps:
             files={file: text},
         )
 
-    def _evaluate(self, made: list[Step]) -> list[Step]:
-        """Held-out conversations by the pivot and all that came out, and their comparison."""
+    def _evaluate(self, results: list[Step]) -> list[Step]:
+        """The held-out conversations, represented by the pivot and every result, and the comparison."""
         folders, steps = [], []
-        for name, model in [("pivot", self.recipe.pivot.model), *((s.output.name, str(s.output)) for s in made)]:
+        for name, model in [("pivot", self.recipe.pivot.model), *((s.output.name, str(s.output)) for s in results)]:
             name = f"merged-{name}" if Path(model).parent == self.home / "merged" else name
             output = self.home / "held_out" / name
             own = ["represent", "--model_name_or_path", model, "--data_path", *self.recipe.held_out]
@@ -180,7 +181,7 @@ class _Steps:
 
 
 def launched(launcher: str, arguments: list[str]) -> list[str]:
-    """`fusechat-fuse ARGUMENTS` behind a launcher: python, accelerate launch ..., torchrun ..., or any prefix."""
+    """`fusechat-fuse ARGUMENTS` behind a launcher: python, accelerate launch ..., torchrun ..., or another command."""
     words = shlex.split(launcher)
     if words[:1] == ["python"]:
         return [sys.executable, *words[1:], "-m", "fusechat_fuse", *arguments]
@@ -191,31 +192,21 @@ def launched(launcher: str, arguments: list[str]) -> list[str]:
 
 
 def ranks_of(command: list[str]) -> tuple[int, bool]:
-    """How many processes a launcher starts (1 where it does not say), and whether they share the training state."""
+    """How many processes a launcher starts (1 if it does not say), and whether they share the training state."""
     words = [part for word in command for part in word.split("=", 1)]
     after = {word.lstrip("-").replace("-", "_"): value for word, value in pairwise(words) if word.startswith("-")}
-    said = _accelerate_config(after["config_file"]) if "config_file" in after else {}
+    config = read_yaml(after["config_file"], "launcher's --config_file") if "config_file" in after else {}
 
     def number(*names: str) -> int:
         texts = [str(after[name]) for name in names if name in after]
         return next((int(text) for text in texts if text.isdigit()), 0)
 
     ranks = number("nproc_per_node") * max(number("nnodes"), 1) or number("num_processes", "ntasks", "n")
-    sharded = said.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after or "use_deepspeed" in after
-    told = said.get("num_processes")
-    return ranks or (told if isinstance(told, int) and told > 0 else 1), sharded
-
-
-def _accelerate_config(path: str) -> dict[str, Any]:
-    try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"launcher's --config_file {path}: expected a readable YAML file, got: {error}.") from error
-    if not isinstance(said, dict):
-        raise InputError(f"launcher's --config_file {path}: expected name: value pairs, got {said!r}.")
-    return said
+    sharded = config.get("distributed_type") in ("FSDP", "DEEPSPEED") or "use_fsdp" in after or "use_deepspeed" in after
+    configured = config.get("num_processes")
+    return ranks or (configured if isinstance(configured, int) and configured > 0 else 1), sharded
 
 
 def absolute(model: str) -> str:
-    """A directory by its absolute path (mergekit takes relative ones for Hub names), a Hub name as it is."""
+    """The absolute path of a directory (mergekit takes a relative one for a Hub name); a Hub name as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model
