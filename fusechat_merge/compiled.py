@@ -39,6 +39,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from fusechat_merge.chunks import map_threads, split
+from fusechat_merge.passes import Passes
 
 logger = logging.getLogger(__name__)
 BLOCK = 1024  # elements whose squares are added first; here and not imported: numba looks at the date of this file only
@@ -326,8 +327,8 @@ def varm_element_loop(pivot, rows, priors, out):
 # --- passes --------------------------------------------------------------------------------------------------------
 
 
-class Compiled:
-    """The pivot and the targets of one merged tensor, in a processor's memory (see `passes.Passes`).
+class Compiled(Passes):
+    """The passes as compiled loops, over tensors in a CPU's memory.
 
     Args:
         pivot: float32, bfloat16 or float16; borrowed.
@@ -337,9 +338,7 @@ class Compiled:
     largest_mean_square = 2.0**90  # beyond, products of float32 task vectors may leave float32
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
-        self.pivot = pivot.detach().reshape(-1)
-        self.targets = [target.detach().reshape(-1) for target in targets]
-        self.numel, self.device = self.pivot.numel(), self.pivot.device
+        super().__init__(pivot, targets)
         self._base, *self._rows = [_array(tensor.contiguous()) for tensor in (self.pivot, *self.targets)]
 
     def square_sums(self, keep: Tensor | None) -> Tensor:

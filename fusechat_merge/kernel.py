@@ -2,9 +2,9 @@
 
 Task vectors d_j = target_j - pivot, each tensor on its own; the rules are those of docs/method.md, "Merging". Nothing
 here knows mergekit: tensors in, tensor out. All arithmetic is float32 or better whatever the storage dtype, and the
-squares behind the coefficients are float64. The passes over memory are `compiled`'s on a CPU; on an accelerator, for
-float64 storage and for numbers whose products would leave float32 they are `portable`'s. See `chunks` for the
-bit-for-bit reproducibility.
+squares behind the coefficients are float64. `compiled.Compiled` makes the passes over memory on a CPU; `passes.Passes`
+makes them on an accelerator, for float64 storage and for numbers whose products would leave float32. Results are
+reproducible bit for bit (see `chunks`).
 
 Shape letters: M targets.
 """
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fusechat_merge.passes import Passes
-from fusechat_merge.portable import Portable
 from fusechat_merge.selection import Selection, select
 
 SELECT_SCOPES = ("all", "coefficients")
@@ -218,7 +217,7 @@ def available_passes(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtyp
 
         if compiled.serves((pivot, *targets), dtype):
             yield compiled.Compiled(pivot, targets)
-    yield Portable(pivot, targets)
+    yield Passes(pivot, targets)
 
 
 def _measure(passes: Passes, tau: float) -> tuple[Selection | None, Tensor] | None:

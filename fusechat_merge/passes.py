@@ -1,17 +1,35 @@
-"""The passes that a merge makes over its tensors, whoever makes them: `compiled.Compiled` or `portable.Portable`.
+"""The passes that a merge makes over its tensors, in PyTorch's own operations and float64.
 
-A pass reads the pivot and every target once. Shape letters: M targets, n elements of a tensor; d_j = target_j - pivot.
+A pass reads the pivot and every target once, a chunk at a time, so the extra memory does not grow with the tensor.
+`compiled.Compiled` overrides `Passes` with compiled loops; `Passes` itself runs on accelerators, and on a CPU for the
+dtypes and numbers that the loops do not take.
+
+Shape letters: M targets, n elements of a tensor, c of a chunk, C of a chunk padded with zeros to whole blocks; d_j =
+target_j - pivot.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fusechat_merge.chunks import map_threads, split
 
-class Passes(Protocol):
+BLOCK = 1024  # elements whose squares are added first
+CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 14, 1 << 22  # elements of a chunk, a few hundred bytes each while in work
+
+Result = TypeVar("Result")
+
+
+class Passes:
     """The pivot and the targets of one merged tensor, and what can be computed from them.
+
+    Args:
+        pivot: floating point, any shape and device; borrowed.
+        targets: M tensors of the pivot's shape; borrowed.
 
     Attributes:
         pivot: [n]; a view of what was given.
@@ -21,11 +39,12 @@ class Passes(Protocol):
         largest_mean_square: largest sum(d_j^2) / n whose merge is exact here.
     """
 
-    pivot: Tensor
-    targets: list[Tensor]
-    numel: int
-    device: torch.device
-    largest_mean_square: float
+    largest_mean_square = math.inf
+
+    def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
+        self.pivot = pivot.detach().reshape(-1)
+        self.targets = [target.detach().reshape(-1) for target in targets]
+        self.numel, self.device = self.pivot.numel(), self.pivot.device
 
     def square_sums(self, keep: Tensor | None) -> Tensor:
         """sum(d_j^2) over the kept elements.
@@ -36,7 +55,13 @@ class Passes(Protocol):
         Returns:
             float64 [M], on the CPU; not finite where a tensor is not, or a square is not.
         """
-        ...
+
+        def step(chunk: slice) -> Tensor:
+            _, rows = self._task_vectors(chunk, keep)
+            return rows.square_().view(len(rows), -1, BLOCK).sum(-1).cpu()  # [M, C / BLOCK]
+
+        sums = self._run(step) or [torch.zeros(len(self.targets), 0)]
+        return torch.from_numpy(np.sum(torch.cat(sums, 1).double().numpy(), 1))  # PyTorch's depends on the threads
 
     def classify(self, low: float, high: float, classes: Tensor) -> tuple[int, int] | None:
         """Sort the elements by M times their variances v over the targets.
@@ -49,7 +74,16 @@ class Passes(Protocol):
             (number of elements that are not equal in all targets, number of elements with v > high); None where a
             square is not finite and this was seen (what was not shows in `square_sums`).
         """
-        ...
+
+        def step(chunk: slice) -> tuple[int, int, bool]:
+            rows = self._differences(chunk, self.targets[1:], self.targets[0][chunk].double())
+            variance, square = variance_and_square(rows)
+            above = variance > high
+            classes[chunk] = 2 * (variance > low).byte() - above.byte()
+            return int(torch.count_nonzero(square)), int(above.sum()), bool(torch.isfinite(square).all())
+
+        differing, above, finite = zip(*(self._run(step) or [(0, 0, True)]))
+        return (sum(differing), sum(above)) if all(finite) else None
 
     def erase_and_merge(self, coefficients: Tensor, keep: Tensor | None, out: Tensor) -> None:
         """Steps 3 and 4 of SCE: merged = pivot + s sum_j eta_j (s d_j)^+ / sum_j eta_j [s d_j > 0], s = the majority.
@@ -59,7 +93,18 @@ class Passes(Protocol):
             keep: see `square_sums`; d_j counts as 0 where an element is left out.
             out: [n]; written.
         """
-        ...
+
+        eta, merged = self._column(coefficients), out.view(-1)
+
+        def step(chunk: slice) -> None:
+            base, rows = self._task_vectors(chunk, keep)
+            sign = torch.where(rows.sum(0) >= 0, 1.0, -1.0).double()
+            agreeing = rows.mul_(sign).relu_()
+            update = (agreeing * eta).sum(0).mul_(sign)
+            divisor = agreeing.sign_().mul_(eta).sum(0).clamp_(min=torch.finfo(torch.float64).tiny)
+            merged[chunk] = (base + update.div_(divisor)[: len(base)]).to(out.dtype)
+
+        self._run(step)
 
     def varm_matrix(self, ratios: Tensor, out: Tensor) -> None:
         """VaRM with one ratio W_j for the tensor: merged = pivot + sum_j W_j d_j.
@@ -68,7 +113,14 @@ class Passes(Protocol):
             ratios: W, float64 [M], on the CPU.
             out: [n]; written.
         """
-        ...
+
+        column, merged = self._column(ratios), out.view(-1)
+
+        def step(chunk: slice) -> None:
+            base, rows = self._task_vectors(chunk)
+            merged[chunk] = (base + rows.mul_(column).sum(0)[: len(base)]).to(out.dtype)
+
+        self._run(step)
 
     def varm_element(self, priors: Sequence[float], out: Tensor) -> None:
         """VaRM with ratios for every element: merged = pivot + sum_j w_j d_j^3 / sum_j w_j d_j^2, the pivot for 0 / 0.
@@ -77,8 +129,48 @@ class Passes(Protocol):
             priors: M numbers w_j, the largest 1.
             out: [n]; written.
         """
-        ...
+
+        column, merged = self._column(torch.tensor(priors, dtype=torch.float64)), out.view(-1)
+
+        def step(chunk: slice) -> None:
+            base, rows = self._task_vectors(chunk)
+            squares = rows.square().mul_(column)
+            shares = squares.div_(squares.sum(0).clamp_(min=torch.finfo(torch.float64).tiny))
+            merged[chunk] = (base + rows.mul_(shares).sum(0)[: len(base)]).to(out.dtype)
+
+        self._run(step)
 
     def empty(self, dtype: torch.dtype) -> Tensor:
         """A result [n] to be written."""
-        ...
+        return torch.empty(self.numel, dtype=dtype, device=self.device)
+
+    def _task_vectors(self, chunk: slice, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(pivot [c], d [M, C]) of a chunk, d zero where `keep` leaves an element out (NaN stays NaN)."""
+        base = self.pivot[chunk].double()
+        width = math.ceil(len(base) / BLOCK) * BLOCK
+        rows = self._differences(chunk, self.targets, base, width)
+        if keep is not None:
+            rows[:, : len(base)] *= keep[chunk]
+        return base, rows
+
+    def _differences(self, chunk: slice, minuends: Sequence[Tensor], base: Tensor, width: int | None = None) -> Tensor:
+        """Rows minuend_j - base, float64 [len(minuends), width], zero past the base's length."""
+        rows = base.new_zeros(len(minuends), width or len(base))
+        for row, minuend in zip(rows, minuends):
+            row[: len(base)] = minuend[chunk]
+            row[: len(base)] -= base
+        return rows
+
+    def _column(self, values: Tensor) -> Tensor:
+        return values.to(self.device, torch.float64).unsqueeze(1)
+
+    def _run(self, step: Callable[[slice], Result]) -> list[Result]:
+        size = CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK
+        return map_threads(step, split(self.numel, size), self.device)
+
+
+def variance_and_square(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For M numbers, the first being 0 and the others e_j = `rows` [M - 1, C]: M times their variance, sum(e_j^2) -
+    sum(e_j)^2 / M, and sum(e_j^2), both [C]."""
+    total, square = rows.sum(0), rows.square().sum(0)
+    return square - total * total / (len(rows) + 1), square

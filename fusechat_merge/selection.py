@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fusechat_merge.chunks import map_threads, split
-from fusechat_merge.passes import Passes
-from fusechat_merge.portable import variance_and_square
+from fusechat_merge.passes import Passes, variance_and_square
 
 SAMPLE = 1 << 16  # at most so many elements, and at most one in 64, tell the band by their variances
 RANK_ALL = 1 << 14  # in a tensor of no more elements than that the band is everything

@@ -19,7 +19,7 @@ LIGHT = {  # may load torch, and nothing else that is heavy
         *("alignment.run", "alignment.combination", "store.shards", "training.loss", "training.choice"),
         *("alignment.correspondence", "alignment.prefix", "alignment.mappings", "alignment.vocabulary_maps"),
     ],
-    "fusechat_merge": ["chunks", "kernel", "portable", "selection"],
+    "fusechat_merge": ["chunks", "kernel", "passes", "selection"],
 }
 PURE = {  # pure maths: at the top of the file numpy, torch, the standard library, and one another
     "alignment": [
