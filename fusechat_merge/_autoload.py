@@ -1,14 +1,18 @@
 """Start-up hook: merge methods that installed packages declare are served by an unchanged mergekit.
 
-mergekit 0.1.5 has no plug-in discovery. `fusechat_merge.pth` calls `install()` when Python starts; it only puts a
-finder in front of `sys.meta_path`. Once `mergekit.merge_methods.registry` has been executed, the entry-point group
-`mergekit.merge_methods` is loaded and registered, in place of a built-in of the same name; once `mergekit.plan` has
-been, its planner is told to leave the inputs of our methods as they are stored (see `planning`). A process that never
-imports mergekit pays for two small modules: the standard library's import machinery is enough, and what costs time
-(importlib.metadata, mergekit, torch) is imported by mergekit's users only.
+mergekit 0.1.5 has no plug-in discovery. `fusechat_merge.pth` calls `install()` when Python starts, which only puts a
+finder in front of `sys.meta_path`. When one of three modules of mergekit has been executed, its follower is called:
 
-Switched off by the environment variable FUSECHAT_MERGE_AUTOLOAD=0. It never raises: what cannot be registered becomes
-one warning, and mergekit goes on with its own methods.
+- `mergekit.merge_methods.registry`: every method of the entry-point group `mergekit.merge_methods` is registered, in
+  place of a built-in one of the same name.
+- `mergekit.plan`: the planner leaves the inputs of our methods in the dtype of their files (see `planning`).
+- `mergekit.merge`: `run_merge` writes the merge report that FUSECHAT_MERGE_REPORT asks for (see `reporting`).
+
+A process that never imports mergekit pays for two small modules: everything that takes time (importlib.metadata,
+mergekit, torch) is imported in processes that import mergekit only.
+
+FUSECHAT_MERGE_AUTOLOAD=0 switches the hook off. It never raises: a method that cannot be registered is one warning, and
+mergekit goes on with its own.
 """
 
 import os
@@ -17,6 +21,7 @@ import sys
 GROUP = "mergekit.merge_methods"
 REGISTRY = "mergekit.merge_methods.registry"
 PLANNER = "mergekit.plan"
+MERGE = "mergekit.merge"
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
 
@@ -24,10 +29,10 @@ _waiting = {}  # methods whose module was still being imported when the registry
 
 
 class Finder:
-    """Finds only these modules of mergekit, as the other finders would, and has each followed by what is to be done.
+    """Finds these modules of mergekit, as the other finders would, and has a function called when each is executed.
 
     Args:
-        followers: name of a module -> what is called with it when it has been executed.
+        followers: name of a module -> the function, called with the module.
     """
 
     def __init__(self, followers):
@@ -46,9 +51,9 @@ class Finder:
 
 
 def install() -> None:
-    """Put the finder in front, once, unless the switch is off."""
+    """Put the finder in front, once, unless the hook is switched off."""
     if os.environ.get(SWITCH) != "0" and not installed():
-        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: follow_planner}))
+        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: follow_planner, MERGE: follow_merge}))
 
 
 def installed() -> bool:
@@ -57,14 +62,18 @@ def installed() -> bool:
 
 
 def register() -> None:
-    """Import mergekit's registry and register the methods, whatever the switch says."""
+    """Import mergekit's registry and register the methods, whether or not the hook is switched off."""
     import importlib
 
     serve(importlib.import_module(REGISTRY), OWN)
-    if PLANNER in sys.modules:
-        follow_planner(sys.modules[PLANNER])
-    elif not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder({PLANNER: follow_planner}))
+    later = {}
+    for name, follower in ((PLANNER, follow_planner), (MERGE, follow_merge)):
+        if name in sys.modules:
+            follower(sys.modules[name])
+        else:
+            later[name] = follower
+    if later and not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(later))
 
 
 def _follow(loader, follower) -> None:
@@ -81,15 +90,28 @@ def _follow(loader, follower) -> None:
 
 
 def follow_planner(plan) -> None:
-    """Have the planner leave the inputs of our methods as they are stored."""
+    """Have the planner leave the inputs of our methods in the dtype of their files."""
     try:
         from fusechat_merge import planning
 
         planning.follow(plan)
     except Exception as error:
         _warn(
-            f"its planner is not the one this version knows ({error!r}), so it rounds what is merged to the recipe's "
+            f"its planner is not the one this version knows ({error!r}), so it rounds the inputs to the recipe's "
             "`dtype` first. Write `dtype: float32` with the `out_dtype` you want"
+        )
+
+
+def follow_merge(merge) -> None:
+    """Have `run_merge` write the merge report."""
+    try:
+        from fusechat_merge import reporting
+
+        reporting.follow(merge)
+    except Exception as error:
+        _warn(
+            f"its `run_merge` is not the one this version knows ({error!r}), so a merge report may lack its summary. "
+            "Install mergekit 0.1.5, or a newer fusechat"
         )
 
 
@@ -101,17 +123,21 @@ def serve(registry, also=()) -> None:
             "Install mergekit 0.1.5, or a newer fusechat"
         )
         return
-    from importlib.metadata import entry_points
-
-    declared = {point.name: point.value for point in entry_points(group=GROUP)}
-    declared.update(also)
-    for name, place in sorted(declared.items()):
+    methods = declared() | dict(also)
+    for name, place in sorted(methods.items()):
         module_name, _, attribute = place.partition(":")
         module = sys.modules.get(module_name)
         if module is not None and getattr(module.__spec__, "_initializing", False):
             _waiting[name] = (registry, module_name, attribute)  # `finish` comes when it is ready
         else:
             _register(registry, name, module_name, attribute)
+
+
+def declared() -> dict[str, str]:
+    """The merge methods that installed packages declare: {name: "module:object"}."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
 def finish(module_name: str) -> None:

@@ -7,8 +7,13 @@ JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
@@ -92,3 +97,57 @@ def quantised_sentence(shown: str) -> str:
         f"expected float32, float16 or bfloat16 weights, got {shown}, whose scales a merge cannot see. "
         "Convert that model first."
     )
+
+
+def check_distinct(where: str, models: Sequence[ModelReference]) -> None:
+    """Raises ValueError where two names of models lead to one: `T`, `T/`, a symbolic link to it."""
+    found: dict[ModelReference, ModelReference] = {}
+    for model in models:
+        parts = {
+            part: path.model_copy(update={"path": os.path.realpath(path.path)})
+            for part, path in (("model", model.model), ("lora", model.lora))
+            if path is not None and os.path.isdir(path.path)
+        }
+        first = found.setdefault(model.model_copy(update=parts), model)
+        if first is not model:
+            raise ValueError(
+                f"inputs for {where}: expected each model once, got {first} and {model}, which are one. Remove one, or "
+                "give it a weight."
+            )
+
+
+def check_all(method: str, models: Sequence[ModelReference]) -> None:
+    """Refuse, while mergekit plans, what cannot be merged or would be merged as something else.
+
+    Raises:
+        ValueError: a weights file is cut off, weights are quantised, or the output layer of a model that does not share
+            it with the embeddings is missing (mergekit would take the embeddings for it).
+    """
+    cache = LoaderCache()
+    outputs: dict[Hashable, set[str]] = {}
+    configs: dict[Hashable, Any] = {}
+    for model in models:
+        index = cache.get(model).index
+        files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
+        stored = stored_dtypes(files) if index.is_safetensors else {}
+        configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
+        shown = quantised(stored, configs[model].to_dict())
+        if shown is not None and model.lora is None:
+            raise ValueError(f"model {model} for {method}: {quantised_sentence(shown)}")
+        outputs[model] = {name for name in index.tensor_paths if name.endswith(OUTPUT_LAYERS)}
+    expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
+    for model in models:
+        missing = expected - outputs[model]
+        if missing and not getattr(configs[model], "tie_word_embeddings", True):
+            raise ValueError(
+                f"weights for {method}, model {model}: expected {min(missing)}, as its config.json says "
+                "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
+            )
+
+
+def _output_layers(config: Any) -> set[str]:
+    """The output layers of this architecture for which mergekit would take the embeddings."""
+    info = arch_info_for_config(config)
+    modules = [module.architecture for module in info.modules.values()] if info else []
+    weights = [weight for module in modules for weight in (*module.pre_weights(config), *module.post_weights(config))]
+    return {w.name for w in weights if w.tied_names and w.name.endswith(OUTPUT_LAYERS)}

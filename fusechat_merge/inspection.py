@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusechat_merge import recipe, report
+from fusechat_merge import recipe
+from fusechat_merge.report import Report
+from fusechat_merge.reporting import METHODS, reporter
 
 
-def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> report.Report:
+def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> Report:
     """Write coefficients.csv, summary.json and the pictures for a configuration.
 
     Args:
@@ -35,7 +37,7 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
 
     options = options or MergeOptions()
     config, _ = recipe.load(config_path)
-    if config.merge_method not in ("sce", "varm"):
+    if config.merge_method not in METHODS:
         raise ValueError(
             f"merge_method in {config_path}: expected sce or varm, got {config.merge_method}. "
             "Inspect a recipe with coefficients."
@@ -46,13 +48,12 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     recipe.check_adapters(config, str(config_path), bool(options.lora_merge_cache), remedy)
     pivot = str(config.base_model)
     targets = _targets(config)
-    running = report.Report(Path(directory), config.merge_method, pivot, targets, every=1)
+    running = Report(Path(directory), config.merge_method, pivot, targets, every=1)
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
     with _whole_or_not_at_all(running.directory):
-        report.use(running, pinned=True)
-        try:
+        with reporter.recording(running):
             planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
             saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
             planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
@@ -61,8 +62,6 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
             executor = Executor(targets=planned, math_device=device, storage_device=storage)
             for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
                 pass
-        finally:
-            report.use(None)
         running.finish()
     return running
 

@@ -7,15 +7,12 @@ stored, so no converted copy of a whole tensor is made.
 
 import logging
 import math
-import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
     BasePolicy,
     InputContract,
@@ -31,7 +28,8 @@ from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
-from fusechat_merge import _autoload, checkpoint, kernel, report
+from fusechat_merge import _autoload, checkpoint, kernel
+from fusechat_merge.reporting import reporter
 from fusechat_merge.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -151,8 +149,8 @@ class PivotMerge(MergeMethod):
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name and SLICE.search(group_name):  # a slice is planned, and what it merges can be looked at
             models = [model for model in input_ids if isinstance(model, ModelReference)]
-            _check_distinct(where, models)
-            _check_checkpoints(self.spec.name, models)
+            checkpoint.check_distinct(where, models)
+            checkpoint.check_all(self.spec.name, models)
             if group_name.endswith(".slices[0]"):  # once for a planned output
                 _said.clear()
                 ours, theirs = versions()
@@ -210,7 +208,7 @@ class PivotMerge(MergeMethod):
             )
         if isinstance(pivot.id, ModelReference):  # a run of mergekit, not a call of its Python functions
             name, names = str(group.metadata.name), [str(entry.id) for entry in targets]
-            report.add(self.spec.name, str(pivot.id), names, name, (pivot.tensor, *tensors), merge)
+            reporter.add(self.spec.name, str(pivot.id), names, name, (pivot.tensor, *tensors), merge)
         return merge.merged
 
     def _target_weights(
@@ -235,60 +233,6 @@ class PivotMerge(MergeMethod):
                 "the result. Leave weight out to merge as published (it is not the share that it is for linear or ties)"
             )
         return weights
-
-
-def _check_distinct(where: str, models: Sequence[ModelReference]) -> None:
-    """Raises ValueError where two names of models lead to one: `T`, `T/`, a symbolic link to it."""
-    found: dict[ModelReference, ModelReference] = {}
-    for model in models:
-        parts = {
-            part: path.model_copy(update={"path": os.path.realpath(path.path)})
-            for part, path in (("model", model.model), ("lora", model.lora))
-            if path is not None and os.path.isdir(path.path)
-        }
-        first = found.setdefault(model.model_copy(update=parts), model)
-        if first is not model:
-            raise ValueError(
-                f"inputs for {where}: expected each model once, got {first} and {model}, which are one. Remove one, or "
-                "give it a weight."
-            )
-
-
-def _check_checkpoints(method: str, models: Sequence[ModelReference]) -> None:
-    """Refuse, while mergekit plans, what cannot be merged or would be merged as something else.
-
-    Raises:
-        ValueError: a weights file is cut off, weights are quantised, or the output layer of a model that does not share
-            it with the embeddings is missing (mergekit would take the embeddings for it).
-    """
-    cache = LoaderCache()
-    outputs: dict[Hashable, set[str]] = {}
-    configs: dict[Hashable, Any] = {}
-    for model in models:
-        index = cache.get(model).index
-        files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
-        stored = checkpoint.stored_dtypes(files) if index.is_safetensors else {}
-        configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
-        shown = checkpoint.quantised(stored, configs[model].to_dict())
-        if shown is not None and model.lora is None:
-            raise ValueError(f"model {model} for {method}: {checkpoint.quantised_sentence(shown)}")
-        outputs[model] = {name for name in index.tensor_paths if name.endswith(checkpoint.OUTPUT_LAYERS)}
-    expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
-    for model in models:
-        missing = expected - outputs[model]
-        if missing and not getattr(configs[model], "tie_word_embeddings", True):
-            raise ValueError(
-                f"weights for {method}, model {model}: expected {min(missing)}, as its config.json says "
-                "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
-            )
-
-
-def _output_layers(config: Any) -> set[str]:
-    """The output layers of this architecture for which mergekit would take the embeddings."""
-    info = arch_info_for_config(config)
-    modules = [module.architecture for module in info.modules.values()] if info else []
-    weights = [weight for module in modules for weight in (*module.pre_weights(config), *module.post_weights(config))]
-    return {w.name for w in weights if w.tied_names and w.name.endswith(checkpoint.OUTPUT_LAYERS)}
 
 
 def _names(ids: Sequence[Hashable]) -> str:

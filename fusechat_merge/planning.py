@@ -5,19 +5,14 @@ target are rounded before its task vector is taken, and a task vector of a fine-
 Here the inputs are read as they are stored, and the result is rounded once, to `out_dtype` or, without one, `dtype`.
 For `dtype: float64` the cast stays: there it adds digits. Vocabulary tensors that a tokenizer section averages or pads
 are widened to float32 first, as mergekit averages in the dtype that it is given.
-
-A plan whose merge writes a report ends with a task that says the output is done.
 """
 
 import functools
 from typing import Any
 
-from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, GatherTensors
+from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer import PermutedVocabulary
 from torch import Tensor, bfloat16, float16
-
-from fusechat_merge import report
 
 
 class GatherWide(GatherTensors, frozen=True):  # pyright: ignore[reportGeneralTypeIssues]: it is, by pydantic
@@ -28,27 +23,12 @@ class GatherWide(GatherTensors, frozen=True):  # pyright: ignore[reportGeneralTy
         return {model: t.float() if t.dtype in (bfloat16, float16) else t for model, t in gathered.items()}
 
 
-class ReportDone(Task[None], frozen=True):
-    """Finishes the running report once the output is whole."""
-
-    output: Task
-
-    def arguments(self) -> dict[str, Task]:
-        return {"output": self.output}
-
-    def execute(self, **_outputs: Any) -> None:
-        report.end_announced()
-
-    def main_thread_only(self) -> bool:
-        return True
-
-
 def follow(plan: Any) -> None:
     """Wrap the planner of `mergekit.plan` (the module); calling it again changes nothing."""
     planner = plan.MergePlanner
     if getattr(planner, "followed_by_fusechat", False):
         return
-    plan_tensor, plan_to_disk = planner.plan_tensor, planner.plan_to_disk
+    plan_tensor = planner.plan_tensor
 
     @functools.wraps(plan_tensor)
     def plan_tensor_as_stored(self, *args, **kwargs):
@@ -58,14 +38,7 @@ def follow(plan: Any) -> None:
             added = [(weight, as_stored(weight, task, self.config)) for weight, task in self._tensors[planned:]]
             self._tensors[planned:] = added
 
-    @functools.wraps(plan_to_disk)
-    def plan_to_disk_with_report(self, *args, **kwargs):
-        tasks = plan_to_disk(self, *args, **kwargs)
-        if getattr(self._method, "reads_as_stored", False) and report.announce():
-            tasks += [ReportDone(output=task) for task in tasks if isinstance(task, FinalizeModel)]
-        return tasks
-
-    planner.plan_tensor, planner.plan_to_disk = plan_tensor_as_stored, plan_to_disk_with_report
+    planner.plan_tensor = plan_tensor_as_stored
     planner.followed_by_fusechat = True
 
 

@@ -3,22 +3,18 @@
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
 one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that the pictures are what a report
 costs. A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output
-is. Used by `FUSECHAT_MERGE_REPORT=DIR` (one subfolder for each output), where a report that fails is a warning, and by
-`fusechat-merge inspect`.
+is. `reporting` says which merges get a report.
 
 Shape letters: M targets.
 """
 
-import atexit
-import contextlib
 import csv
 import json
 import logging
 import math
-import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +26,6 @@ from fusechat_merge.kernel import Merge
 from fusechat_merge.versions import versions
 
 logger = logging.getLogger(__name__)
-SWITCH = "FUSECHAT_MERGE_REPORT"
 STRETCH, LONG_STRETCH = 1 << 14, 1 << 17  # elements; long ones where all are counted: fewer calls
 SAMPLED = 256  # of so many stretches one has its signs counted
 LAYER = re.compile(r"\.(\d+)\.")
@@ -226,146 +221,3 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 def _share(part: Tensor, whole: Tensor) -> float | None:
     return float(part / whole) if whole > 0 else None
-
-
-# --- the report of the merge that is running ------------------------------------------------------------------------
-
-_running: Report | None = None
-_earlier: list[Report] = []  # of the same output, where its slices have other pivots or targets
-_pinned = False
-_announced = False  # `end_announced` will say that the output is whole
-_held = False  # see `held`
-_given_up = False  # this output's report could not be written
-_lock = threading.Lock()
-
-
-def add(method: str, pivot: str, targets: Sequence[str], tensor: str, tensors: Sequence[Tensor], merge: Merge) -> None:
-    """Add a merged tensor to the report that takes it, if one does; a merge goes on without a report that fails.
-
-    Args:
-        method, pivot, targets, tensor: names, see `running_for`.
-        tensors: the pivot's and the targets' tensors.
-        merge: the result.
-    """
-    global _given_up
-    if _given_up:
-        return
-    try:
-        running = running_for(method, pivot, targets, tensor)
-        if running is not None:
-            running.add(tensor, tensors[0], tensors[1:], targets, merge)
-    except Exception as error:
-        if _pinned:  # an inspection is nothing but its report
-            raise
-        with _lock:
-            if not _given_up:
-                root = os.environ[SWITCH]
-                logger.warning("merge report in %s: the merge goes on without it and its summary: %s", root, error)
-            _given_up = True
-
-
-def running_for(method: str, pivot: str, targets: Sequence[str], tensor: str) -> Report | None:
-    """The report that a merged tensor is added to, None where there is none.
-
-    A pinned report takes what its targets are in. Else, where FUSECHAT_MERGE_REPORT names a directory, a report is
-    opened in its next subfolder when a tensor begins a new output, or the running report is about another method,
-    pivot or target.
-    """
-    with _lock:
-        if _pinned:
-            return _running if _running is not None and set(targets) <= set(_running.targets) else None
-        root = os.environ.get(SWITCH)
-        if not root:
-            return None
-        report = _running
-        if report is None or not report.continued_by(method, pivot, targets, tensor):
-            if not _announced:
-                end()
-            elif report is not None:
-                _earlier.append(report)
-            report = _open(Path(root), method, pivot, targets)
-            use(report)
-        report.begun.add(tensor)
-        return report
-
-
-def _open(root: Path, method: str, pivot: str, targets: Sequence[str]) -> Report:
-    root.mkdir(parents=True, exist_ok=True)
-    numbers = [re.match(r"(\d{3})-", entry.name) for entry in root.iterdir()]
-    number = 1 + max((int(found.group(1)) for found in numbers if found), default=0)
-    directory = root / f"{number:03d}-{method}-{short_names([pivot])[0]}"
-    report = Report(directory, method, pivot, targets)
-    directory.mkdir()  # its number is taken
-    logger.info("merge report goes to %s", directory)
-    return report
-
-
-def use(report: Report | None, pinned: bool = False) -> None:
-    """Make this the report that finished tensors are added to; a pinned one is not replaced by another output's."""
-    global _running, _pinned
-    _running, _pinned = report, pinned
-
-
-def announce() -> bool:
-    """Whether the output that is being planned gets a report; then `end_announced` is to be called when it is whole.
-
-    Raises:
-        ValueError: FUSECHAT_MERGE_REPORT cannot be a directory.
-    """
-    global _announced
-    root = os.environ.get(SWITCH)
-    if _pinned or not root:
-        return False
-    existing = next(path for path in (Path(root).absolute(), *Path(root).absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise ValueError(f"{SWITCH}: expected a directory, got {root}, as {existing} is none. Name another.")
-    end()
-    _announced = True
-    return True
-
-
-def end_announced() -> None:
-    """The weights are whole: finish the reports of the output, unless they are held."""
-    global _announced
-    if not _held:
-        _announced = False
-        end()
-
-
-@contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Finish the reports after this block, which puts the output in place; none where it fails."""
-    global _held
-    _held = True
-    try:
-        yield
-        _held = False
-        end_announced()
-    finally:
-        _held = False
-        forget()
-
-
-@atexit.register
-def end() -> None:
-    """Finish the running reports; those of an output that was announced and is not whole get no summary."""
-    reports, failed, given_up = [*_earlier, *([_running] if _running else [])], _announced, _given_up
-    forget()
-    for report in reports:
-        if given_up:  # as the log says already
-            continue
-        if failed:
-            logger.warning("merge report %s: the merge did not end, so it has no summary", report.directory)
-            continue
-        try:
-            report.finish()
-        except Exception as error:
-            logger.warning("merge report %s is not whole (the merge is): %s", report.directory, error)
-
-
-def forget() -> None:
-    """Drop the running reports as they are: no summary, no pictures."""
-    global _announced, _given_up
-    use(None)
-    _earlier.clear()
-    _announced = _given_up = False

@@ -27,17 +27,17 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     from mergekit.scripts import run_yaml
     from safetensors import SafetensorError
 
-    from fusechat_merge import recipe, report
+    from fusechat_merge import recipe, reporting
 
     out = _resolved(out_path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Name another.")
     if out.is_mount():
         raise ValueError(f"output {out_path}: expected a directory, got a mount point. Name a directory in it.")
-    reports = os.environ.get(report.SWITCH)
+    reports = os.environ.get(reporting.SWITCH)
     if reports and out in (resolved := Path(reports).resolve(), *resolved.parents):
         raise ValueError(
-            f"{report.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Name another."
+            f"{reporting.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Name another."
         )
     recipe.check_adapters(
         recipe.load(config_path)[0],
@@ -49,7 +49,7 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     _remove_abandoned(out)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", dir=out.parent))
     try:
-        with report.held():
+        with reporting.reporter.one_output():
             staged = staging / out.name  # mergekit takes the model's name from it
             words = [str(config_path), str(staged), *flags]
             run_yaml.main.main(words, prog_name="mergekit-yaml", standalone_mode=False)

@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
 import fusechat_merge
-from fusechat_merge import cli, kernel, plots, recipe, report
+from fusechat_merge import cli, kernel, plots, recipe, report, reporting
 from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, write_family, write_llama
 from tests.helpers.merge_checkpoints import recipe as make_recipe
@@ -31,7 +31,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.delenv(report.SWITCH, raising=False)
+    monkeypatch.delenv(reporting.SWITCH, raising=False)
     fusechat_merge.register()
 
 
@@ -124,7 +124,7 @@ def test_inspect_without_matplotlib_says_so_and_writes_the_numbers(config, tmp_p
         plots.draw([], [], tmp_path)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [1, 4])
 def test_pictures_of_any_number_of_targets(count, tmp_path):
     names = [f"target{j}" for j in range(count)]
     row = {"elements": 9, "erased": 0.2} | {
@@ -381,7 +381,7 @@ def test_yaml_follows_an_output_that_is_a_symbolic_link(config, tmp_path):
 @pytest.mark.parametrize("place", ["out", "out/reports", "link/reports"])
 def test_yaml_refuses_a_report_inside_the_output(config, tmp_path, capsys, monkeypatch, place):
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / place))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / place))
     before = sorted(tmp_path.iterdir())
     sentence = fails(capsys, ["yaml", config, tmp_path / "out"])
     assert f"FUSECHAT_MERGE_REPORT: expected a directory outside the output {tmp_path / 'out'}" in sentence
@@ -464,7 +464,7 @@ def test_an_interrupted_command_ends_with_130_and_leaves_nothing(config, tmp_pat
 
 
 def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatch):
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     document = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     run_merge(document, str(tmp_path / "a"), options)
@@ -476,7 +476,7 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
     assert json.loads((second / "summary.json").read_text())["tensors"] == len(read(tmp_path / "a"))
     assert (second / "coefficients.csv").read_text() == (first / "coefficients.csv").read_text()
     assert (second / "coefficients.png").exists()
-    monkeypatch.setenv(report.SWITCH, "")
+    monkeypatch.setenv(reporting.SWITCH, "")
     run_merge(document, str(tmp_path / "c"), options)
     assert len(list((tmp_path / "reports").iterdir())) == 2
     name = "model.embed_tokens.weight"
@@ -485,7 +485,7 @@ def test_a_merge_reports_where_the_environment_says(config, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("failure", ["plan", "first tensor"])
 def test_a_merge_that_fails_at_its_start_leaves_no_report(failure, models, tmp_path, monkeypatch):
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     pivot, targets = models
     if failure == "plan":  # the structure is fine, a value for the second layer is not
         document, message = make_recipe(pivot, targets, select_topk=[0.5, 2]), r"expected a number in \[0, 1\], got 2"
@@ -508,12 +508,11 @@ def damaged_late(models, directory):
 
 
 def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     document = damaged_late(models, tmp_path)
     with pytest.raises(ValueError, match=r"model.norm.weight of .*damaged: expected finite"):
         run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
-    report.end()  # as when the process ends
     [first] = (tmp_path / "reports").iterdir()
     assert [path.name for path in first.iterdir()] == ["coefficients.csv"]
     assert "the merge did not end, so it has no summary" in caplog.text
@@ -524,7 +523,7 @@ def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypat
 
 @pytest.mark.parametrize("failure", ["row", "summary", "pictures"])
 def test_a_report_that_fails_is_one_warning(failure, config, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -548,13 +547,19 @@ def test_a_report_that_fails_is_one_warning(failure, config, tmp_path, monkeypat
     assert summaries == (["summary.json"] if failure == "pictures" else [])
 
 
-def test_a_merge_that_fails_after_its_weights_leaves_no_summary(config, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["fusechat-merge yaml", "mergekit-yaml"])
+def test_a_merge_that_fails_after_its_weights_leaves_no_summary(command, config, tmp_path, capsys, monkeypatch):
+    from mergekit.scripts import run_yaml
     from transformers import PretrainedConfig
 
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / "reports"))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     with monkeypatch.context() as patch:
         patch.setattr(PretrainedConfig, "save_pretrained", lambda *a, **kw: (tmp_path / "none").read_text())
-        fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
+        if command == "mergekit-yaml":
+            with pytest.raises(FileNotFoundError):
+                run_yaml.main.main([str(config), str(tmp_path / "plain"), "--quiet"], standalone_mode=False)
+        else:
+            fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "reports" / "001-sce-pivot").iterdir()] == ["coefficients.csv"]
     assert cli.main(["yaml", str(config), str(tmp_path / "out"), "--quiet", "--no-copy-tokenizer"]) == 0
@@ -564,7 +569,7 @@ def test_a_merge_that_fails_after_its_weights_leaves_no_summary(config, tmp_path
 @pytest.mark.parametrize("root", ["file", "file/below", "/dev/full"])
 def test_a_report_that_can_be_no_directory_is_refused(root, config, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(report.SWITCH, str(tmp_path / root))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / root))
     before = sorted(tmp_path.iterdir())
     sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
     assert f"FUSECHAT_MERGE_REPORT: expected a directory, got {tmp_path / root}" in sentence
@@ -590,10 +595,10 @@ def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys)
 
 
 def test_another_method_pivot_or_target_begins_another_report(models, tmp_path, monkeypatch):
-    monkeypatch.setenv(report.SWITCH, str(tmp_path))
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path))
     pivot, targets = (str(models[0]), [str(target) for target in models[1]])
     reports = [
-        report.running_for(*begun)
+        reporting.reporter.report_for(*begun)
         for begun in (
             ("sce", pivot, targets, "a"),
             ("sce", pivot, targets[:2], "b"),
@@ -603,7 +608,7 @@ def test_another_method_pivot_or_target_begins_another_report(models, tmp_path, 
             ("varm", targets[0], [pivot], "e"),
         )
     ]
-    report.use(None)
+    reporting.reporter.finish()
     assert reports[0] is reports[1]
     assert len({one.directory for one in reports}) == 5
 
