@@ -23,6 +23,7 @@ REGISTRY = "mergekit.merge_methods.registry"
 PLANNER = "mergekit.plan"
 MERGE = "mergekit.merge"
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
+TESTED = ("0.1.5",)  # releases of mergekit
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
 
 _waiting = {}  # methods whose module was still being imported when the registry was ready

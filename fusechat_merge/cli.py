@@ -130,18 +130,35 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print("start-up hook: missing (install with pip into site-packages; `--target` installs skip .pth files)")
     if switch not in (None, "0", "1"):
         print(f"{_autoload.SWITCH}={switch!r} is neither 0 (off) nor 1 (on) and counts as on")
+    expected = {name: place.partition(":")[0] for name, place in _autoload.OWN.items()}
+    served = expected if _served_for_certain() else {name: _implementation(name) for name in expected}
+    for name, implementation in served.items():
+        print(f"merge_method {name}: served by {implementation}")
+    return 0 if active and served == expected else 1
 
+
+def _served_for_certain() -> bool:
+    """Whether the hook is known to serve our methods without importing mergekit, which takes ten seconds.
+
+    It is where the hook is active, the installed packages declare our methods and no others of these names, and
+    mergekit is a published release that the hook was tested with (not a fork, not a working copy).
+    """
+    import importlib.metadata
+
+    from fusechat_merge import _autoload
+
+    mergekit = importlib.metadata.distribution("mergekit")
+    published = mergekit.version in _autoload.TESTED and mergekit.read_text("direct_url.json") is None
+    return _autoload.installed() and published and _autoload.declared().items() >= _autoload.OWN.items()
+
+
+def _implementation(name: str) -> str:
+    """The module of what mergekit's registry serves under this name."""
     from mergekit.merge_methods import registry
 
-    served = True
-    for name, place in _autoload.OWN.items():
-        try:
-            method = registry.get(name)
-        except RuntimeError:
-            implementation = "nothing"
-        else:
-            implementation = getattr(method, "implementation", method)
-            implementation = getattr(implementation, "__module__", type(method).__module__)
-        served &= implementation == place.partition(":")[0]
-        print(f"merge_method {name}: served by {implementation}")
-    return 0 if active and served else 1
+    try:
+        method = registry.get(name)
+    except RuntimeError:
+        return "nothing"
+    implementation = getattr(method, "implementation", method)
+    return getattr(implementation, "__module__", type(method).__module__)

@@ -64,6 +64,7 @@ def python(site, code, **environment):
     return result.stdout.strip(), "".join(told)  # but for what bitsandbytes says when it is imported
 
 
+POINTS = "[mergekit.merge_methods]\nsce = fusechat_merge.method:sce\nvarm = fusechat_merge.method:varm\n"
 SHOW = (
     "import mergekit.merge_methods as m; print(m.get('sce'), '|', m.registry._METHODS.get('new'), '|', m.get('ties'))"
 )
@@ -109,51 +110,77 @@ def test_a_missing_package_is_silent(site):
     assert (out, err) == ("fine", "")
 
 
+OURS = "import fusechat_merge, fusechat_merge._autoload as a; a.OWN = {n: f'fusechat_methods:{n}' for n in a.OWN}\n"
+
+
 def test_register_by_hand_serves_the_methods_with_the_hook_off(site):
     (site / "fusechat_methods.py").write_text("sce, varm = 'ours', 'ours too'\n")
-    code = "import fusechat_merge._autoload as a\n"
-    code += "a.OWN = {'sce': 'fusechat_methods:sce', 'varm': 'fusechat_methods:varm'}\n"
-    code += "import fusechat_merge; fusechat_merge.register(); fusechat_merge.register()\n"
+    code = OURS + "fusechat_merge.register(); fusechat_merge.register()\n"
     code += "import mergekit.merge_methods as m; print(m.get('sce'), m.get('varm'))"
     assert python(site, code, FUSECHAT_MERGE_AUTOLOAD="0") == ("ours ours too", "")
 
 
-def test_an_unknown_planner_is_one_warning_with_the_remedy(site):
-    (site / "mergekit" / "plan.py").write_text("class Planner:\n    pass\n")
-    out, err = python(site, "import mergekit.plan; print('goes on')")
-    assert out == "goes on"
-    assert err.count("RuntimeWarning") == 1
-    assert "its planner is not the one this version knows" in err
-    assert "Write `dtype: float32` with the `out_dtype` you want" in err
-
-
-def test_registering_by_hand_follows_the_planner_before_or_after_its_import(tmp_path):
-    code = "import fusechat_merge; {}; import mergekit.plan as plan; {}; print(plan.MergePlanner.followed_by_fusechat)"
-    for places in (("fusechat_merge.register()", ""), ("", "fusechat_merge.register()")):
-        filled = code.format(*(place or "pass" for place in places)).replace("; pass", "")
-        assert python(tmp_path, filled, FUSECHAT_MERGE_AUTOLOAD="0") == ("True", "")
+@pytest.mark.parametrize("first", ["plan", "register", "merge"])
+def test_registering_by_hand_follows_modules_imported_before_and_after(site, first):
+    (site / "fusechat_methods.py").write_text("sce, varm = 'ours', 'ours too'\n")
+    for name in ("plan", "merge"):
+        (site / "mergekit" / f"{name}.py").touch()
+    code = OURS + "a.follow_planner = a.follow_merge = lambda module: setattr(module, 'followed', True)\n"
+    code += f"import mergekit.{first}\n" if first != "register" else ""
+    code += "fusechat_merge.register(); import mergekit.plan, mergekit.merge\n"
+    code += "print(mergekit.plan.followed, mergekit.merge.followed)"
+    assert python(site, code, FUSECHAT_MERGE_AUTOLOAD="0") == ("True True", "")
 
 
 ORDERS = {
-    "our module first": "from fusechat_merge.method import sce, varm; import mergekit.merge_methods as m",
-    "mergekit first": "import mergekit.merge_methods as m; from fusechat_merge import sce, varm",
+    "our module first": "from fusechat_methods import sce, varm; import mergekit.merge_methods as m",
+    "mergekit first": "import mergekit.merge_methods as m; from fusechat_methods import sce, varm",
 }
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_real_mergekit_serves_ours_in_any_order_of_import(tmp_path, order):
-    points = "sce = fusechat_merge.method:sce\nvarm = fusechat_merge.method:varm\n"
-    distribution(tmp_path, "fusechat", "0.1.0", f"[mergekit.merge_methods]\n{points}")
-    code = f"{ORDERS[order]}\nfrom mergekit.plan import MergePlanner\n"
-    code += (
-        "print(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce, MergePlanner.followed_by_fusechat)"
+def test_a_method_module_that_imports_mergekit_is_served_in_any_order(site, order):
+    distribution(
+        site, "ours", "1.0", "[mergekit.merge_methods]\nsce = fusechat_methods:sce\nvarm = fusechat_methods:varm"
     )
-    assert python(tmp_path, code) == ("True True True True", "")
+    (site / "plugin-1.0.dist-info" / "entry_points.txt").write_text("")
+    methods = "import mergekit.merge_methods\nfrom fusechat_merge import _autoload\n"
+    methods += "sce, varm = object(), object()\n_autoload.finish(__name__)\n"
+    (site / "fusechat_methods.py").write_text(methods)
+    code = f"{ORDERS[order]}\nprint(m.get('sce') is sce, m.get('varm') is varm)"
+    assert python(site, code) == ("True True", "")
 
 
-def test_imports_stay_light():
-    code = "import sys, fusechat_merge; assert 'torch' not in sys.modules and 'mergekit' not in sys.modules\n"
-    code += "import fusechat_merge.cli; assert 'torch' not in sys.modules and 'mergekit' not in sys.modules\n"
-    code += "import fusechat_merge.kernel; assert 'torch' in sys.modules\n"
-    code += "loaded = {'mergekit', 'transformers', 'fusechat_fuse'} & set(sys.modules); print(loaded or 'light')"
-    assert python(ROOT, code)[0] == "light"
+@pytest.mark.parametrize(
+    ("module", "problem", "remedy"),
+    [
+        ("plan", "its planner is not the one", "Write `dtype: float32` with the `out_dtype` you want"),
+        ("merge", "its `run_merge` is not the one", "Install mergekit 0.1.5, or a newer fusechat"),
+    ],
+)
+def test_an_unknown_planner_or_merge_is_one_warning_with_the_remedy(site, module, problem, remedy):
+    (site / "mergekit" / f"{module}.py").write_text("class Planner:\n    pass\n")
+    out, err = python(site, f"import mergekit.{module}; print('goes on')")
+    assert out == "goes on"
+    assert err.count("RuntimeWarning") == 1
+    assert problem in err
+    assert remedy in err
+
+
+def test_real_mergekit_serves_ours_when_our_module_comes_first(tmp_path):
+    distribution(tmp_path, "fusechat", "0.1.0", POINTS)
+    code = "from fusechat_merge.method import sce, varm; import mergekit.merge_methods as m\n"
+    code += "from mergekit.plan import MergePlanner; from mergekit.merge import run_merge\n"
+    code += "print(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce, "
+    code += "MergePlanner.followed_by_fusechat, run_merge.reported_by_fusechat)"
+    assert python(tmp_path, code) == ("True True True True True", "")
+
+
+def test_doctor_answers_without_importing_mergekit(tmp_path):
+    distribution(tmp_path, "fusechat", "0.1.0", POINTS)
+    code = "import sys, fusechat_merge.cli\nassert fusechat_merge.cli.main(['doctor']) == 0\n"
+    code += "print({'mergekit', 'torch', 'numpy'} & sys.modules.keys())"
+    out, err = python(tmp_path, code)
+    assert "merge_method sce: served by fusechat_merge.method" in out
+    assert out.endswith("set()")
+    assert not err

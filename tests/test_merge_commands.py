@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
 import fusechat_merge
-from fusechat_merge import cli, kernel, plots, recipe, report, reporting
+from fusechat_merge import _autoload, cli, kernel, plots, recipe, report, reporting
 from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, write_family, write_llama
 from tests.helpers.merge_checkpoints import recipe as make_recipe
@@ -690,6 +690,33 @@ def test_card_names_models_of_the_hub(config, tmp_path):
     assert front["base_model_relation"] == "merge"
     assert front["license"] == "apache-2.0"
     assert "Words." in text
+
+
+def test_doctor_says_the_same_after_importing_mergekit(capsys, monkeypatch):
+    monkeypatch.setattr(_autoload, "installed", lambda: True)
+    monkeypatch.setattr(_autoload, "declared", lambda: _autoload.OWN)
+    said = []
+    for certain in (cli._served_for_certain, lambda: False):
+        monkeypatch.setattr(cli, "_served_for_certain", certain)
+        assert cli.main(["doctor"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "merge_method varm: served by fusechat_merge.method" in said[0]
+
+
+@pytest.mark.parametrize("doubt", ["none", "hook", "declared", "version", "fork"])
+def test_doctor_imports_mergekit_where_in_doubt(doubt, monkeypatch):
+    class Mergekit:
+        version = "0.1.6" if doubt == "version" else "0.1.5"
+
+        def read_text(self, name):
+            return "{}" if doubt == "fork" else None
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Mergekit())
+    monkeypatch.setattr(_autoload, "installed", lambda: doubt != "hook")
+    other = {"sce": "other:sce"} if doubt == "declared" else {}
+    monkeypatch.setattr(_autoload, "declared", lambda: _autoload.OWN | other)
+    assert cli._served_for_certain() == (doubt == "none")
 
 
 @pytest.mark.parametrize("command", [[], ["inspect"], ["yaml"], ["card"], ["doctor"]])
