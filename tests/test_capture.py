@@ -559,8 +559,8 @@ def test_template_that_refuses_many_conversations_is_said_before_the_model_is_lo
         represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
     assert str(caught.value) == (
         "chat template for the data: expected to leave out at most 10%, got 8 of 23 conversations that it does not "
-        "keep (the chat template refuses the conversation (no system)). Give template a built-in name or a .jinja file "
-        "that keeps them."
+        "keep (the chat template refuses the conversation (no system)). Set template to a built-in name or a .jinja "
+        "file that keeps them."
     )
     assert not (tmp_path / "r").exists()
 
@@ -659,12 +659,12 @@ import torch, tqdm.auto
 from transformers import AutoModelForCausalLM
 from fusechat_fuse.capture import distributions
 from fusechat_fuse.capture.run import represent
-from fusechat_fuse.text.chat import encode_conversation
+from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.models.files import load_fast_tokenizer
 
 folder, data, out = sys.argv[1:4]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)
-encode_conversation(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+ConversationEncoder(tokenizer).encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # no machine gets far between two kills
 rng, deaths = random.Random(0), 0
 for attempt in range(60):

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.built_in_templates import BUILT_IN
-from fusechat_fuse.text.chat import ConversationEncoder, encode_conversation
+from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import bos_of, end_of_turn_of, native_template, resolve_template
+from tests.helpers.encoding import encode_conversation
 from tests.helpers.real_tokenizers import tiny_bpe
 from tests.helpers.reference_represent import spans_by_offsets
 
@@ -551,7 +552,7 @@ def test_jinja_file_built_in_name_and_neither(tmp_path, openchat):
 
 def test_tokenizer_without_template_or_known_marks_asks_for_one(tiny_unigram):
     bare = PreTrainedTokenizerFast(tokenizer_object=tiny_unigram.backend_tokenizer, eos_token="</s>", bos_token="<s>")
-    with pytest.raises(InputError, match=r"Give template one of openchat_3.5, mistral, .* or a .jinja file"):
+    with pytest.raises(InputError, match=r"Set template to one of openchat_3.5, mistral, .* or a .jinja file"):
         native_template(bare)
     # but another's template serves it, with its own EOS and BOS
     encoded = encode_conversation(bare, SINGLE, "openchat_3.5")
@@ -564,7 +565,7 @@ def test_of_several_named_templates_the_default_is_taken():
     tokenizer.chat_template = {"default": source, "tools": "no"}
     assert native_template(tokenizer).source == source
     tokenizer.chat_template = {"rag": source, "tools": "no"}
-    with pytest.raises(InputError, match=r"expected one named default, got rag, tools. Give template a .jinja file"):
+    with pytest.raises(InputError, match=r"expected one named default, got rag, tools. Set template to a .jinja file"):
         native_template(tokenizer)
 
 

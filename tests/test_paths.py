@@ -5,7 +5,7 @@ import pytest
 
 from fusechat_fuse.alignment.paths import PathTable
 from fusechat_fuse.alignment.speller import Speller
-from fusechat_fuse.text.tokens import token_bytes
+from fusechat_fuse.text.tokens import token_table
 
 
 def test_paths_in_mid_text(openchat, qwen, llama3, tiny_unigram):
@@ -51,7 +51,7 @@ def test_special_content_is_ordinary_text_in_a_path(qwen, openchat):
 @pytest.mark.parametrize("pivot", ["openchat", "qwen", "tiny_bpe", "tiny_unigram"])
 def test_paths_spell_their_bytes(pivot, request, llama3):
     speller = Speller(request.getfixturevalue(pivot))
-    pieces = [piece for piece in token_bytes(llama3)[::41] if piece]
+    pieces = [piece for piece in token_table(llama3).bytes[::41] if piece]
     whole = 0
     for piece, path in zip(pieces, speller.paths(pieces)):
         spelled = b"".join(speller.bytes[i] for i in path)

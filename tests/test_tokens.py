@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.spans import token_spans
-from fusechat_fuse.text.tokens import same_vocabulary, token_bytes, tokenizer_hash
+from fusechat_fuse.text.tokens import same_vocabulary, token_table, tokenizer_hash
 from tests.helpers.random_texts import random_texts
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ TEXTS = (
 def check(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     start, end = token_spans(tokenizer, text, ids)
-    raw, table = text.encode(), token_bytes(tokenizer)
+    raw, table = text.encode(), token_table(tokenizer).bytes
     assert start.dtype == end.dtype == np.int32
     assert len(start) == len(ids)
     assert (start <= end).all()
@@ -57,22 +57,22 @@ def test_spans_add_up_to_the_text(name, request):
 
 
 def test_bytes_of_known_tokens(openchat, qwen, llama3):
-    b = token_bytes(openchat)
+    b = token_table(openchat).bytes
     assert len(b) == len(openchat) == 32002
     assert b[openchat.convert_tokens_to_ids("▁the")] == b" the"
     assert b[openchat.convert_tokens_to_ids("<0x0A>")] == b"\n"
     assert [b[i] for i in (0, 1, 2, 32000, 32001)] == [None] * 5
-    b = token_bytes(qwen)
+    b = token_table(qwen).bytes
     assert len(b) == 151646
     assert b[qwen.convert_tokens_to_ids("Ġthe")] == b" the"
     assert b[qwen("你", add_special_tokens=False).input_ids[0]] == "你".encode()
     assert b[qwen.convert_tokens_to_ids("<|im_end|>")] is None
     invalid = {}
     for name, tokenizer in (("openchat", openchat), ("qwen", qwen), ("llama3", llama3)):
-        spelled = [piece for piece in token_bytes(tokenizer) if piece]
+        spelled = [piece for piece in token_table(tokenizer).bytes if piece]
         invalid[name] = sum(piece.decode(errors="ignore").encode() != piece for piece in spelled)
     assert invalid == {"openchat": 128, "qwen": 1448, "llama3": 1352}  # ids that are not valid UTF-8 by themselves
-    seen = [piece for piece in token_bytes(openchat) if piece is not None]
+    seen = [piece for piece in token_table(openchat).bytes if piece is not None]
     assert len(seen) - len(set(seen)) == 125  # same bytes, two ids: '<0x41>' and 'A'
 
 
@@ -129,7 +129,7 @@ def test_gemma_like_added_tokens_and_stripping_ones():
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("▁▁", normalized=False)])
     backend.add_special_tokens([AddedToken("<end>", rstrip=True, normalized=False, special=True)])
-    table = token_bytes(backend)
+    table = token_table(backend).bytes
     assert table[backend.token_to_id("\n\n")] == b"\n\n"
     assert table[backend.token_to_id("▁▁")] == b"  "
     assert table[backend.token_to_id("<end>")] is None
@@ -192,7 +192,7 @@ def test_wrong_ids_are_refused(qwen, text, place):
 
 def test_slow_tokenizers_are_refused():
     with pytest.raises(InputError, match="fast tokenizer"):
-        token_bytes(object())
+        token_table(object())
 
 
 def test_hash_is_the_same_after_saving_and_for_another_template(tiny_bpe, openchat, tiny_unigram, tmp_path):

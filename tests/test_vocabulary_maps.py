@@ -13,7 +13,7 @@ from fusechat_fuse.alignment.vocabulary_maps import (
     preferred_ids,
     statistics_map,
 )
-from fusechat_fuse.text.tokens import token_bytes
+from fusechat_fuse.text.tokens import token_table
 from tests.helpers.reference_alignment import levenshtein
 
 
@@ -24,7 +24,7 @@ def by_bytes(tokenizer):
 
 def test_exact_is_by_bytes_and_prefers_the_ordinary_id(openchat, qwen):
     table = by_bytes(openchat)
-    mapping = exact_map(token_bytes(qwen), table)
+    mapping = exact_map(token_table(qwen).bytes, table)
     ids = {piece: qwen(piece, add_special_tokens=False).input_ids for piece in (" the", "the", "你", "A", "\n")}
     assert all(len(i) == 1 for i in ids.values())
     assert mapping[ids[" the"][0]] == openchat.convert_tokens_to_ids("▁the")
@@ -33,7 +33,7 @@ def test_exact_is_by_bytes_and_prefers_the_ordinary_id(openchat, qwen):
     assert mapping[ids["A"][0]] == openchat.convert_tokens_to_ids("A")  # not <0x41>
     assert mapping[ids["\n"][0]] == openchat.convert_tokens_to_ids("<0x0A>")
     assert mapping[qwen.convert_tokens_to_ids("<|im_end|>")] == -1
-    own, there = token_bytes(openchat), token_bytes(qwen)
+    own, there = token_table(openchat).bytes, token_table(qwen).bytes
     for i in np.flatnonzero(mapping >= 0)[::97]:
         assert own[mapping[i]] == there[i]
 
@@ -72,9 +72,9 @@ def test_min_edit_is_the_nearest_of_lowest_id():
 
 
 def test_min_edit_on_real_vocabularies(tiny_bpe, openchat):
-    spelled, table = token_bytes(tiny_bpe), by_bytes(openchat)
+    spelled, table = token_table(tiny_bpe).bytes, by_bytes(openchat)
     mapping = min_edit_map(spelled, table)
-    own = token_bytes(openchat)
+    own = token_table(openchat).bytes
     exact = exact_map(spelled, table)
     assert (mapping[exact >= 0] == exact[exact >= 0]).all()
     rest = [i for i, piece in enumerate(spelled) if piece and exact[i] < 0][:5]

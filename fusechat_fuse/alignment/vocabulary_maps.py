@@ -1,6 +1,6 @@
 """Which pivot token a source token becomes in the paper's mappings: computed once per tokenizer pair.
 
-Three maps from source id to pivot id, all by bytes (`tokens.token_bytes`), none of them V x V:
+Three maps from source id to pivot id, all by bytes (`tokens.TokenTable`), none of them V x V:
     exact       the pivot token of the same bytes
     min_edit    else the pivot token at the least Levenshtein distance (in characters)
     statistics  else the pivot token most often aligned with it over the corpus

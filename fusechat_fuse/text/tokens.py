@@ -1,8 +1,7 @@
-"""What the tokens of a vocabulary are in bytes, and whether two tokenizers have the same.
+"""The bytes that each token of a vocabulary stands for, and whether two tokenizers have the same vocabulary.
 
-A tokenizer shows its tokens in a spelling of its own: 'Ġthe', '▁the' and ' the' are one thing. Everything in
-alignment rests on bytes instead: `token_bytes` reads a whole vocabulary, `token_spans` (`spans.py`) adds the bytes of a
-tokenized text up.
+Tokenizers spell their tokens differently: 'Ġthe', '▁the' and ' the' are the same bytes. Alignment works on bytes:
+`token_table` reads a whole vocabulary, `token_spans` (`spans.py`) adds up the bytes of a tokenized text.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level tokenizers print for each byte (printable Latin-1 as itself)."""
+    """Character -> byte of byte-level tokenizers (printable Latin-1 stands for itself)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
@@ -55,12 +54,39 @@ def _steps(node: dict) -> list[dict]:
     return [node] if node else []
 
 
+def _family(kinds: set[str], replacing: list[dict]) -> str:
+    """'byte_level', 'metaspace' or 'plain'. `kinds`: of all steps; `replacing`: the steps that may replace a '▁'."""
+    if "ByteLevel" in kinds:
+        return "byte_level"
+    marks = any(s["type"] == "Replace" and MARK in json.dumps(s, ensure_ascii=False) for s in replacing)
+    return "metaspace" if marks or {"Metaspace", "Prepend"} & kinds else "plain"
+
+
+def _insertion(normalizers: list[dict], pre: list[dict]) -> str | None:
+    """When a '▁' is inserted before a stretch of text (see `Pipeline.insert`)."""
+    if any(step["type"] == "Prepend" and step["prepend"] == MARK for step in normalizers):
+        return "always"
+    metaspace = next((step for step in pre if step["type"] == "Metaspace"), None)
+    inserts = metaspace is not None and metaspace.get("prepend_scheme", "always") != "never"
+    if inserts or any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in pre):
+        return "unless_blank"
+    return None
+
+
+def _unknown_piece(model) -> str | None:
+    """The unknown token of a tokenizer's model, if it has one."""
+    if type(model).__name__ != "Unigram":
+        return getattr(model, "unk_token", None)
+    state = json.loads(model.__getstate__())
+    return None if state.get("unk_id") is None else state["vocab"][state["unk_id"]][0]
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """What of a tokenizer's pipeline decides how its tokens read.
+    """The parts of a tokenizer's pipeline that decide which bytes its tokens stand for.
 
-    `family` is 'byte_level', 'metaspace' ('▁' is a blank) or 'plain'; `insert` says when a '▁' that stands for no byte
-    is put before a stretch of text: 'always' (normalizer Prepend), 'unless_blank' (Metaspace), or None.
+    `family` is 'byte_level', 'metaspace' ('▁' is a blank) or 'plain'. `insert` says when a '▁' that stands for no byte
+    is inserted before a stretch of text: 'always' (normalizer Prepend), 'unless_blank' (Metaspace), or None.
     """
 
     family: str
@@ -76,36 +102,12 @@ class Pipeline:
             _steps(component(part)) for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder)
         )
         kinds = {step["type"] for step in (*normalizers, *pre, *decoders)}
-        marks = [
-            step
-            for step in (*normalizers, *decoders)
-            if step["type"] == "Replace" and MARK in json.dumps(step, ensure_ascii=False)
-        ]
-        model = backend.model
-        metaspace = next((step for step in pre if step["type"] == "Metaspace"), None)
-        if "ByteLevel" in kinds:
-            family = "byte_level"
-        elif marks or {"Metaspace", "Prepend"} & kinds:
-            family = "metaspace"
-        else:
-            family = "plain"
-        insert = None
-        if any(step["type"] == "Prepend" and step["prepend"] == MARK for step in normalizers):
-            insert = "always"
-        elif (metaspace and metaspace.get("prepend_scheme", "always") != "never") or any(
-            step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in pre
-        ):
-            insert = "unless_blank"
-        unk = getattr(model, "unk_token", None)
-        if type(model).__name__ == "Unigram":
-            state = json.loads(model.__getstate__())
-            unk = None if state.get("unk_id") is None else state["vocab"][state["unk_id"]][0]
         return cls(
-            family=family,
-            byte_fallback="ByteFallback" in kinds or bool(getattr(model, "byte_fallback", False)),
-            insert=insert,
-            continuing_prefix=getattr(model, "continuing_subword_prefix", None) or "",
-            unk=unk,
+            family=_family(kinds, [*normalizers, *decoders]),
+            byte_fallback="ByteFallback" in kinds or bool(getattr(backend.model, "byte_fallback", False)),
+            insert=_insertion(normalizers, pre),
+            continuing_prefix=getattr(backend.model, "continuing_subword_prefix", None) or "",
+            unk=_unknown_piece(backend.model),
         )
 
     def piece_bytes(self, piece: str) -> bytes:
@@ -130,9 +132,10 @@ class Pipeline:
 class TokenTable:
     """Bytes and roles of every id of one tokenizer; `token_table` builds it once.
 
-    `pieces` and `bytes` are lists by id (None: no token of the id; for bytes also special and unknown ones), `own` like
-    bytes with the content of special tokens; `special` the special ids; `added` id -> whether it swallows the blanks
-    left and right of it.
+    Lists by id: `pieces`, the vocabulary entries (None: no token has the id); `bytes` that each stands for in mid-text
+    (None also for special tokens and the unknown one): 'Ġthe' and '▁the' are b' the', '<0x0A>' is b'\\n'; `own`, like
+    bytes but with the content of special tokens. `special`: the special ids. `added`: id -> whether the added token
+    swallows the blanks to its left and right.
     """
 
     def __init__(self, tokenizer):
@@ -146,7 +149,7 @@ class TokenTable:
         self.unk_id = vocabulary.get(self.pipeline.unk)
         self.pieces: list[str | None] = [None] * size
         self.bytes: list[bytes | None] = [None] * size
-        self.own: list[bytes] = [b""] * size  # like bytes, with the content of special tokens
+        self.own: list[bytes] = [b""] * size
         ordinary = backend.get_vocab(with_added_tokens=False)
         for piece, i in vocabulary.items():
             as_piece = i not in added or (piece in ordinary and not added[i].special)
@@ -162,33 +165,17 @@ _tables: OrderedDict[tuple[int, int], tuple[object, TokenTable]] = OrderedDict()
 
 
 def token_table(tokenizer) -> TokenTable:
-    """The `TokenTable` of a tokenizer, built once per object (the last eight are kept)."""
+    """The `TokenTable` of a tokenizer, built once per object (the last eight are cached)."""
     key = (id(tokenizer), backend_of(tokenizer).get_vocab_size())
     if key not in _tables:
-        _tables[key] = (tokenizer, TokenTable(tokenizer))  # the tokenizer is held, so that its id is not used again
+        _tables[key] = (tokenizer, TokenTable(tokenizer))  # keeps the tokenizer alive: its id stays unique
         while len(_tables) > 8:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
     return _tables[key][1]
 
 
-def token_bytes(tokenizer) -> list[bytes | None]:
-    """The bytes each id stands for in mid-text: 'Ġthe' and '▁the' are b' the', '<0x0A>' is b'\\n'.
-
-    Args:
-        tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
-
-    Returns:
-        A list by id (as long as the tokenizer, or up to its largest id); None for special tokens, the unknown token
-        and ids that are no token. An added token that is not special gives the bytes of its content.
-
-    Raises:
-        InputError: the tokenizer has no fast backend.
-    """
-    return list(token_table(tokenizer).bytes)
-
-
-def _what_decides_ids(tokenizer) -> dict:
+def _definition_of_ids(tokenizer) -> dict:
     backend = backend_of(tokenizer)
     model = json.loads(backend.model.__getstate__())
     if "merges" in model:
@@ -206,9 +193,9 @@ def _what_decides_ids(tokenizer) -> dict:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 over what decides a tokenizer's ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
+    """SHA-256 of all that decides a tokenizer's ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
 
-    Chat template, decoder, post-processor, padding and the formatting of files do not count.
+    Chat template, decoder, post-processor, padding and the formatting of files do not matter.
 
     Args:
         tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
@@ -216,15 +203,15 @@ def tokenizer_hash(tokenizer) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    described = json.dumps(_what_decides_ids(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    described = json.dumps(_definition_of_ids(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def same_vocabulary(a, b) -> bool:
     """Whether two tokenizers give the same ids to the same ordinary tokens (special tokens may differ).
 
-    So Mistral, Mixtral, SOLAR, Starling and OpenChat are one vocabulary; ids beyond it (padded embeddings, further
-    special tokens) are no difference, and neither is an ordinary token of one that is special in the other.
+    So Mistral, Mixtral, SOLAR, Starling and OpenChat have one vocabulary. Ids beyond it (padded embeddings, further
+    special tokens) make no difference, nor does an ordinary token of one that is special in the other.
 
     Args:
         a, b: transformers fast tokenizers or `tokenizers.Tokenizer`; borrowed.

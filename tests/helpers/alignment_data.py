@@ -18,7 +18,7 @@ from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.spans import token_spans
-from fusechat_fuse.text.tokens import token_bytes, tokenizer_hash
+from fusechat_fuse.text.tokens import token_table, tokenizer_hash
 
 HEADERS = {"gpt4": "GPT4 Correct Assistant: ", "plain": "", "line": "assistant\n"}
 _vocabularies: dict = {}
@@ -26,7 +26,7 @@ _vocabularies: dict = {}
 
 def _sorted_vocabulary(tokenizer):
     if id(tokenizer) not in _vocabularies:
-        table = token_bytes(tokenizer)
+        table = token_table(tokenizer).bytes
         spelled = sorted((piece, i) for i, piece in enumerate(table) if piece)
         _vocabularies[id(tokenizer)] = (tokenizer, [p for p, _ in spelled], [i for _, i in spelled], table)
     return _vocabularies[id(tokenizer)][1:]
