@@ -151,7 +151,7 @@ def test_unusable_rows_are_skipped_by_rule_and_named_when_strict(tmp_path, caplo
     assert report.skipped[0]["row"] == 1
     assert report.skipped[0]["detail"]
     assert reason in caplog.text
-    with pytest.raises(InputError, match=rf"data.jsonl, row 1: .*\({reason}\). Mend the row") as caught:
+    with pytest.raises(InputError, match=rf"data.jsonl, row 1: .*\({reason}\). Correct the row") as caught:
         load_conversations(path, strict=True)
     assert "\n" not in str(caught.value)
     path.write_text(json.dumps(row))
@@ -317,7 +317,7 @@ def test_temporary_file_without_room_is_said(tmp_path, monkeypatch):
 
 def test_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\n\n{"prompt": "\xff"}')
-    with pytest.raises(InputError, match=r"d.jsonl: expected UTF-8 text, got byte 51 that is none"):
+    with pytest.raises(InputError, match=r"d.jsonl: expected UTF-8 text, got another byte at 51"):
         read_conversations(tmp_path / "d.jsonl")
     assert len(read_conversations(tmp_path / "d.jsonl", limit=1)[0]) == 1
 
@@ -329,7 +329,7 @@ def test_what_is_no_text_is_said_once(tmp_path, name):
     with pytest.raises(InputError) as caught:
         read_conversations(tmp_path / name)
     assert str(caught.value) == (
-        f"data for {tmp_path / name}: expected UTF-8 text, got byte 13 that is none. Convert it."
+        f"data for {tmp_path / name}: expected UTF-8 text, got another byte at 13. Convert it."
     )
 
 
@@ -416,8 +416,8 @@ def test_directory_is_read_by_split_and_what_is_left_out_is_said(tmp_path, caplo
     (tmp_path / "README.md").write_text("# Data\n")
     with caplog.at_level(logging.WARNING):
         assert ids_in(tmp_path) == ["gz", "train"]
-    assert "2 files are split 'train'; left out: test.jsonl" in caplog.text
-    assert "left out files of kinds that are not read: more.csv" in caplog.text
+    assert "2 files belong to split 'train'; left out: test.jsonl" in caplog.text
+    assert "files of other formats are not read: more.csv" in caplog.text
     assert ids_in(tmp_path, split="test") == ["test"]
     with pytest.raises(InputError, match="expected one of test, train, got 'validation'"):
         ids_in(tmp_path, split="validation")
@@ -454,7 +454,7 @@ def test_glob_over_several_splits_is_read_by_split_and_what_is_left_out_is_said(
         as_jsonl(tmp_path / f"{name}.jsonl", named(name))
     with caplog.at_level(logging.WARNING):
         assert ids_in(f"{tmp_path}/*.jsonl") == ["train-0", "train-1"]
-    assert f"{tmp_path}/*.jsonl: 2 files are split 'train'; left out: test-0.jsonl" in caplog.text
+    assert f"{tmp_path}/*.jsonl: 2 files belong to split 'train'; left out: test-0.jsonl" in caplog.text
     assert ids_in(f"{tmp_path}/*.jsonl", split="test") == ids_in(f"{tmp_path}/test*.jsonl") == ["test-0"]
     with pytest.raises(InputError, match="expected one of test, train, got 'validation'"):
         ids_in(f"{tmp_path}/*.jsonl", split="validation")
@@ -519,7 +519,7 @@ def test_result_is_read_again_unchanged(tmp_path):
         ("d.json", '{"messages": []}', "expected a list of conversations, got a single object. Put it into a list."),
         ("d.json", '"text"', "expected a list of conversations, got str"),
         ("d.json", "[]", "expected at least one usable conversation, got no rows"),
-        ("d.jsonl", '{"messages": []}\n{"mess', r"d.jsonl, line 2: expected JSON, got .* Mend the line."),
+        ("d.jsonl", '{"messages": []}\n{"mess', r"d.jsonl, line 2: expected JSON, got .* Correct the line."),
         ("d.jsonl", "\x00", r"d.jsonl, line 1: expected JSON"),
         ("d.json", "[" * 200_000, "expected JSON, got maximum recursion depth exceeded"),
         ("d.jsonl", '{"a":' * 200_000, "line 1: expected JSON, got maximum recursion depth exceeded"),
@@ -544,7 +544,7 @@ def test_lines_in_a_json_file_are_read_as_lines(tmp_path):
 
 def test_bytes_that_are_no_text_are_said(tmp_path):
     (tmp_path / "d.json").write_bytes(b'["\xff"]')
-    with pytest.raises(InputError, match="expected UTF-8 text, got byte 2 that is none"):
+    with pytest.raises(InputError, match="expected UTF-8 text, got another byte at 2"):
         load_conversations(tmp_path / "d.json")
 
 
@@ -560,7 +560,7 @@ def test_parquet_whose_text_is_no_text_is_said(tmp_path):
 def test_damaged_saved_data_set_is_said(tmp_path, write, file, text):
     write(tmp_path / "d", [MESSAGES])
     (tmp_path / "d" / file).write_text(text)
-    with pytest.raises(InputError, match=r"d: expected what save_to_disk wrote, got .*. Save it again.") as caught:
+    with pytest.raises(InputError, match=r"d: expected .* written by save_to_disk, got .*. Save it again.") as caught:
         load_conversations(tmp_path / "d")
     assert "\n" not in str(caught.value)
 
@@ -624,7 +624,7 @@ def test_alpaca_rows_and_zstd_files_are_read(tmp_path):
 def test_alpacas_history_is_the_turns_before():
     history = [["Hi.", "Hello."], ("And?", "Well.")]
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": history, "system": "Be brief."}
-    none, bad = [None, [], ""], [[["alone"]], float("nan"), 3, "before"]
+    none, bad = [None, [], "", float("nan")], [[["alone"]], 3, "before"]
     found, report = read_conversations([{**row, "history": each} for each in (history, *none, *bad)])
     assert [[m["content"] for m in one.messages] for one in found] == [
         ["Be brief.", "Hi.", "Hello.", "And?", "Well.", "Add.\n\n1 2", "3"],

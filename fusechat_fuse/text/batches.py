@@ -1,4 +1,4 @@
-"""Which conversations go through a model together."""
+"""Batches of conversations that go through a model together."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Indices in batches of rows x longest row <= tokens_per_batch, longest first; a longer row stands alone.
+    """Batches of rows, longest first, with rows x longest row <= tokens_per_batch; a longer row is a batch of its own.
 
-    A batch of an eighth of the budget or more is also closed where one more row would make padding over 4 % of it.
+    A batch of an eighth of the budget or more is also closed where one more row would make more than 4 % of it padding.
 
     Args:
-        lengths: tokens per conversation [n]. tokens_per_batch: the budget, padding included.
-    Returns: arrays of indices, each a batch.
+        lengths: tokens per conversation [n]. tokens_per_batch: limit per batch, padding included.
+    Returns: arrays of indices, one per batch.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, begin, tokens = [], 0, 0

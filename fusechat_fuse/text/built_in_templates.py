@@ -1,9 +1,9 @@
-"""The chat templates of the supported families, for tokenizers that come without.
+"""The chat templates of the supported families, for tokenizers that have none.
 
 Written from the families' published formats; `bos_token` is their only variable. Each names the text of its BOS (""
-where the family uses none) and of the token that ends a turn, so that a model of another family can be given its own in
-their place. Where a family knows no system role (Mistral, Gemma) the system text opens the first user message; where a
-family trims contents, so does the template, and byte offsets stay those of the untrimmed content (see `chat.py`).
+where the family uses none) and of the token that ends a turn, so that a model of another family can use its own
+instead. Where a family has no system role (Mistral, Gemma) the system text opens the first user message; where a family
+trims contents, so does the template, and byte offsets stay those of the untrimmed content (see `chat.py`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ BUILT_IN: dict[str, BuiltIn] = {
 
 
 def family_of(added_tokens: set[str]) -> str | None:
-    """The family whose marks (tokens added to the vocabulary) a tokenizer carries, or None if none fits."""
+    """The family whose added tokens a tokenizer has, or None if none fits."""
     for name, family in BUILT_IN.items():
         if set(family.known_by) <= added_tokens:
             return name

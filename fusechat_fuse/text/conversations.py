@@ -1,19 +1,9 @@
 """Chat data of the usual shapes, read into one: an id and a list of {role, content} per conversation.
 
 Read: ShareGPT (`conversations: [{from, value}]`), OpenAI / Hugging Face (`messages: [{role, content}]`, a content may
-be a list of text parts), `prompt` and `completion`, each beside a column `system` or `system_prompt`; from files,
-directories, globs and Hub names (`data_files.py`). An answer of `weight` 0 (or `train` false) is context: nothing
-in it is predicted.
-
-Rules, each counted by its name and listed with the row:
-- repaired: `leading_assistant` (messages before the first user message that an assistant wrote are left out),
-  `trailing_user` (what follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row
-  of the same id becomes ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a
-  message), `system_column` (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
-- skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is no text),
-  `lone_surrogate` (no valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
-  in a row), `no_answer` (no assistant message that counts), `tool_calls` (an answer that is more than its text).
-With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
+be a list of text parts), `prompt` and `completion`, Alpaca (`instruction`, `input`, `output`, `history`), each beside a
+column `system` or `system_prompt`; from files, directories, globs and Hub names (`data_files.py`). The rules by which
+rows are repaired and skipped are in `messages.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Conversation:
-    """One usable conversation; its messages stay on disk until they are asked for. `content_hash` is the SHA-256 of the
-    messages, its first 16 hexadecimal digits; `row` its place in the data."""
+    """One usable conversation. Its messages are kept on disk, in `spool`, and read when they are asked for.
+
+    `content_hash`: first 16 hexadecimal digits of the SHA-256 of the messages. `row`: number of its row in the data.
+    """
 
     id: str
     content_hash: str
@@ -54,17 +47,19 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """They alternate user and assistant, perhaps after a system message, and end with an assistant; an answer that
-        is not to be predicted has `weight` 0."""
+        """{role, content} each: perhaps a system message, then user and assistant by turns, an assistant last. An
+        answer that is not to be predicted has `weight` 0."""
         keys = ("role", "content", "weight")
         return [dict(zip(keys, fields)) for fields in self.spool.read(self.start, self.size)]
 
 
 @dataclass
 class ReadReport:
-    """What happened to the rows of one data set: `skipped` and `repaired` hold {row, id, reason, detail} each; with
-    `strict` nothing may happen to them. `begins` are the files and which row is the first of each; `data` the names of
-    what was read, Hub names as they are and files by their last part."""
+    """What happened to the rows of one data set.
+
+    `skipped`, `repaired`: {row, id, reason, detail} each; with `strict` both stay empty. `begins`: (file, number of its
+    first row). `data`: names of what was read, Hub names as they are and files by their last part.
+    """
 
     name: str
     strict: bool = False
@@ -75,21 +70,18 @@ class ReadReport:
     data: list[str] = field(default_factory=list)
 
     def note(self, action: str, row: int, name: str | None, reason: str, detail: str) -> None:
-        """Count a row as one to `skip` or `repair`.
-
-        Raises: InputError that names it, where the reading is strict.
-        """
+        """Record a row to `skip` or `repair` (`action`). Raises: InputError that names the row if reading is strict."""
         if self.strict:
             file, first = next(((f, n) for f, n in reversed(self.begins) if n <= row), (self.name, 0))
             raise InputError(
                 f"conversation for {file}, row {row - first}: {detail} ({reason}). "
-                f"Mend the row, or leave strict off to {action} it."
+                f"Correct the row, or leave strict off to {action} it."
             )
         entries = {"skip": self.skipped, "repair": self.repaired}[action]
         entries.append({"row": row, "id": name, "reason": reason, "detail": detail})
 
     def counts(self) -> dict[str, Any]:
-        """Rows read, and skipped and repaired ones by reason."""
+        """Number of rows read, and of skipped and repaired ones by reason."""
         return {
             "rows": self.rows,
             "skipped": count_reasons(self.skipped),
@@ -98,7 +90,7 @@ class ReadReport:
 
 
 def count_reasons(entries: list[dict]) -> dict[str, int]:
-    """How often each `reason` is among the entries, by name."""
+    """The number of entries of each `reason`."""
     return dict(sorted(Counter(entry["reason"] for entry in entries).items()))
 
 
@@ -121,36 +113,12 @@ def read_conversations(
     if shuffle_seed is not None:
         check_integer("shuffle_seed for chat data", shuffle_seed, least=0)
     sources = _sources(data, split)
-    named = [entry for entry in (data if isinstance(data, list | tuple) else [data]) if isinstance(entry, str | Path)]
-    report = ReadReport(_name_of(data), strict, data=[shown_name(str(entry)) for entry in named])
-    found, seen, spool = [], Counter(), Spool()
-    for number, of_file, row in _numbered(sources, report):
-        report.rows += 1
-        name = row_name(row)
-        try:
-            messages, repairs = clean_messages(row, messages_column)
-            check_unicode("id", name or "")
-            check_unicode("slice", slice_of(row) or "")
-        except Unusable as problem:
-            report.note("skip", number, name, problem.reason, str(problem))
-            continue
-        fields = canonical_json(messages)
-        digest = short_digest(fields)
-        given = name = name or digest
-        while name in seen:  # a given ID#2 may be there before the second ID is
-            seen[given] += 1
-            name = f"{given}#{seen[given]}"
-        seen[name] += 1
-        if name != given:
-            repairs.append(("duplicate_id", f"{given!r} appears again"))
-        for rule, detail in repairs:
-            report.note("repair", number, name, rule, detail)
-        named = slice_of(row) or of_file
-        place = spool.append(fields)
-        found.append(Conversation(name, digest, named and sys.intern(str(named)), number, spool, *place))
-        if len(found) == limit and shuffle_seed is None:
-            break
-    if shuffle_seed is not None:
+    report = ReadReport(_name_of(data), strict, data=[shown_name(name) for name in _names_of(data)])
+    usable = _usable(_numbered(sources, report), report, messages_column)
+    if shuffle_seed is None:
+        found = list(islice(usable, limit))
+    else:
+        found = list(usable)
         found = [found[n] for n in np.random.default_rng(shuffle_seed).permutation(len(found))[:limit]]
     if not found:
         first = report.skipped[0] if report.skipped else None
@@ -164,6 +132,48 @@ def read_conversations(
     return found, report
 
 
+def _usable(rows, report: ReadReport, messages_column: str | None) -> Iterator[Conversation]:
+    """The usable conversations among numbered rows; the report learns of the others."""
+    seen, spool = Counter(), Spool()
+    for number, file_slice, row in rows:
+        report.rows += 1
+        name = row_name(row)
+        try:
+            messages, repairs = clean_messages(row, messages_column)
+            check_unicode("id", name or "")
+            check_unicode("slice", slice_of(row) or "")
+        except Unusable as problem:
+            report.note("skip", number, name, problem.reason, str(problem))
+            continue
+        fields = canonical_json(messages)
+        digest = short_digest(fields)
+        given = name or digest
+        unique = _unique_id(given, seen)
+        if unique != given:
+            repairs.append(("duplicate_id", f"{given!r} appears again"))
+        for rule, detail in repairs:
+            report.note("repair", number, unique, rule, detail)
+        slice_name = slice_of(row) or file_slice
+        start, size = spool.append(fields)
+        yield Conversation(unique, digest, slice_name and sys.intern(str(slice_name)), number, spool, start, size)
+
+
+def _unique_id(given: str, seen: Counter) -> str:
+    """The id, or ID#2, ID#3, ... where it was seen before (a given ID#2 may come before the second ID does)."""
+    name = given
+    while name in seen:
+        seen[given] += 1
+        name = f"{given}#{seen[given]}"
+    seen[name] += 1
+    return name
+
+
+def _names_of(data) -> list[str]:
+    """The paths and Hub names in what is to be read."""
+    entries = data if isinstance(data, list | tuple) else [data]
+    return [str(entry) for entry in entries if isinstance(entry, str | Path)]
+
+
 def _name_of(data) -> str:
     entries = data if isinstance(data, list | tuple) else [data]
     if not entries or not all(isinstance(entry, str | Path) for entry in entries):
@@ -172,9 +182,9 @@ def _name_of(data) -> str:
 
 
 def _sources(data, split: str) -> list[tuple[str | None, Source]]:
-    """Sources of rows, each with the slice that its rows are of where they name none: of several files one each.
+    """Sources of rows, each with the slice of those rows that name none: with several files, the file's name.
 
-    Files that differ in their numbers alone (train-00001-of-00008) are parts of one.
+    Files whose names differ only in numbers (train-00001-of-00008) are one slice.
     """
     several = isinstance(data, list | tuple) and len(data) > 1 and all(isinstance(e, str | Path) for e in data)
     if not several:
@@ -185,12 +195,12 @@ def _sources(data, split: str) -> list[tuple[str | None, Source]]:
 
 
 def _numbered(sources: list[tuple[str | None, Source]], report: ReadReport) -> Iterator[tuple[int, str | None, Any]]:
-    """All rows with their numbers through all sources, and slices; the report learns where each source begins."""
+    """(number over all sources, slice of its file, row) of all rows; the report learns where each source begins."""
     number = 0
-    for of_file, (name, rows) in sources:
+    for file_slice, (name, rows) in sources:
         report.begins.append((name, number))
         for row in rows:
-            yield number, of_file, row
+            yield number, file_slice, row
             number += 1
 
 
@@ -206,18 +216,18 @@ def load_conversations(
     """Read chat data of any usual shape into one.
 
     Args:
-        path_or_name: .json, .jsonl, .ndjson (also .gz, .zst) or .parquet file, glob of such, directory (saved by
-            `datasets`, of such files, or a clone of a Hub data set), Hub name (NAME:CONFIGURATION of one that has
-            several); several of them in a list; a `DatasetDict`.
-        split: of a data set with several; in a directory of files their names tell it.
+        path_or_name: .json, .jsonl, .ndjson (also .gz, .zst) or .parquet file, glob of such files, directory (saved by
+            `datasets`, of such files, or a clone of a Hub data set), Hub name (NAME:CONFIGURATION if it has several);
+            a list of these; a `DatasetDict`; rows.
+        split: split to read; in a directory of files, their names say which split they belong to.
         strict: make every row that would be skipped or repaired an error that names file and row.
-        limit: read no further once so many usable conversations are found.
-        shuffle_seed: shuffle by it before the limit counts; None: the first ones, in their order.
-        messages_column: the column that holds the messages, where it is neither `messages` nor `conversations`.
+        limit: stop after this number of usable conversations.
+        shuffle_seed: shuffle with this seed before `limit` is applied; None: keep the order of the data.
+        messages_column: column with the messages, if neither `messages` nor `conversations`.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
-        of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight`, 0 or none,
-        where an answer is not to be predicted); where there is one, `slice` (string or None: the row's own `slice`,
-        `dataset`, `source` or `category`, else, of several paths, the name of its file without numbers at the end).
+        of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight` 0 on an
+        answer that is not to be predicted, else none); if any row has one, `slice` (string or None: the row's own
+        `slice`, `dataset`, `source` or `category`, else, of several paths, the file's name without trailing numbers).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets

@@ -1,9 +1,9 @@
-"""Rows of chat data out of files, directories and Hub data sets, whatever their shape.
+"""Rows of chat data from files, directories and Hub data sets, not yet checked.
 
 A directory of files is read as `datasets` reads one: files that name a split (`train.jsonl`, `validation/part.json`,
 `data/test-00000-of-00002.parquet`) belong to it, the folder's name before the file's; files that name none belong to
-`train`, unless another one names it. A glob over several splits is read likewise. A directory whose README.md lists its
-files, as on the Hub, is opened by `datasets` itself.
+`train`, unless another file names it. A glob over several splits is read in the same way. A directory whose README.md
+lists its files, as on the Hub, is opened by `datasets` itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from fusechat_fuse.errors import InputError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-_KINDS = f"{', '.join(SUFFIXES)} or .gz or .zst of these texts"
+_KINDS = f"{', '.join(SUFFIXES)} (texts also as .gz or .zst)"
 _WHERE = "a file, glob, directory or Hub name"
 _CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction", "output"}
 _UNREAD = (".csv", ".tsv", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
@@ -31,18 +31,18 @@ _ABOUT_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 _SPLIT_WORDS |= {"evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_WORDS |= {"dev": "validation"}
-Source = tuple[str, Iterable[Any]]  # what errors name, and its rows
+Source = tuple[str, Iterable[Any]]  # the name that errors use, and the rows
 logger = logging.getLogger(__name__)
 
 
 def data_sources(data, split: str) -> list[Source]:
-    """The rows of a data set, unchecked, each file's beside its name.
+    """The rows of a data set, unchecked, each file's with its name.
 
     Args:
-        data: file (.json, .jsonl, .ndjson, also .gz, or .parquet), glob, directory (saved by `datasets`, or of such
-            files), Hub name, several of these in a list, a mapping of split to rows (`datasets.DatasetDict`), or rows.
-        split: of a data set with several.
-    Raises: InputError where nothing is there or it cannot be read; of a file, while its rows are taken.
+        data: file (.json, .jsonl, .ndjson, also as .gz or .zst, or .parquet), glob, directory (saved by `datasets`, or
+            of such files), Hub name, a list of these, a mapping of split to rows (`datasets.DatasetDict`), or rows.
+        split: split to read.
+    Raises: InputError where nothing is there or it cannot be read; for a file, while its rows are read.
     """
     if isinstance(data, str | Path):
         return _named(str(data), split)
@@ -81,22 +81,22 @@ def _named(name: str, split: str) -> list[Source]:
 
 
 def _kind(path: Path) -> str | None:
-    """The suffix by which a file is read, None where it is not."""
+    """The suffix that says how a file is read; None for a file that is not."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     kind = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
     return None if kind == ".parquet" and path.suffix.lower() in (".gz", ".zst") else kind
 
 
 def _file(path: Path, root: Path, split: str) -> Source:
-    """One file; by its path from `root` it may be named after a split."""
+    """One file, whose path below `root` may name a split."""
     kind = _kind(path)
     if kind is None:
         raise InputError(f"data for {path}: expected a file ending in {_KINDS}, got {path.suffix!r}. Convert it.")
     wanted = _SPLIT_WORDS.get(split.lower(), split)
-    is_it = wanted in ("train", _split_named(path.relative_to(root), split))
+    is_split = wanted in ("train", _split_named(path.relative_to(root), split))
     if kind == ".json":
-        return str(path), _json_rows(path, split, is_it)
-    if not is_it:
+        return str(path), _json_rows(path, split, is_split)
+    if not is_split:
         raise _no_splits(path, split)
     return str(path), _parquet_rows(path) if kind == ".parquet" else _lines_of(path)
 
@@ -130,7 +130,7 @@ def _opened(path: Path) -> io.BufferedIOBase:
 
 
 def _raw_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a text file, a compressed one too, without holding it."""
+    """The lines of a text file, compressed or not, without reading it whole."""
     try:
         with _opened(path) as file:
             yield from file
@@ -146,7 +146,7 @@ def _text_lines(path: Path) -> Iterator[str]:
             yield line.decode("utf-8-sig" if position == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"data for {path}: expected UTF-8 text, got byte {position + error.start} that is none. Convert it."
+                f"data for {path}: expected UTF-8 text, got another byte at {position + error.start}. Convert it."
             ) from error
         position += len(line)
 
@@ -158,7 +158,7 @@ def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
-            raise InputError(f"data for {path}: expected JSON, got {error}. Mend or replace the file.") from error
+            raise InputError(f"data for {path}: expected JSON, got {error}. Correct or replace the file.") from error
         yield from _lines_of(path)
         return
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
@@ -184,7 +184,7 @@ def _lines_of(path: Path) -> Iterator[Any]:
                 yield json.loads(line.removesuffix("\n"))
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"data for {path}, line {number}: expected JSON, got {error}. Mend the line."
+                    f"data for {path}, line {number}: expected JSON, got {error}. Correct the line."
                 ) from error
 
 
@@ -196,13 +196,13 @@ def _of_split(name, splits: Mapping, split: str) -> Any:
 
 
 def _loaded(name: str, split: str) -> Any:
-    """What `datasets` makes of a Hub name (NAME:CONFIGURATION of one that has several), or of a directory like one."""
+    """What `datasets` loads for a Hub name (NAME:CONFIGURATION if it has several) or a directory laid out like one."""
     import datasets
 
     place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
     try:
         return datasets.load_dataset(place, configuration or None, split=split)
-    except Exception as error:  # the hub's client raises many kinds; all mean the name cannot be loaded
+    except Exception as error:  # the Hub's client raises many kinds of errors; all mean that the name cannot be loaded
         first = str(error).strip().split("\n")[0]
         raise InputError(f"data for {name}: expected a file, directory or Hub dataset, got {first}") from error
 
@@ -214,7 +214,9 @@ def _from_disk(path: Path) -> Any:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged file may raise anything
         first = first_line(error)
-        raise InputError(f"data for {path}: expected what save_to_disk wrote, got {first}. Save it again.") from error
+        raise InputError(
+            f"data for {path}: expected a data set written by save_to_disk, got {first}. Save it again."
+        ) from error
 
 
 def _directory(path: Path, split: str) -> list[Source]:
@@ -231,14 +233,14 @@ def _directory(path: Path, split: str) -> list[Source]:
     unread = [file.name for file in files if not _kind(file) and file.suffix.lower() in _UNREAD]
     files = [file for file in files if _kind(file) and file.name not in _ABOUT_DATA]
     if not files:
-        raise InputError(f"data for {path}: expected {_KINDS} files or a saved dataset, got none of them.")
+        raise InputError(f"data for {path}: expected files ending in {_KINDS}, or a saved data set, got none of them.")
     if unread:
-        logger.warning("%s: left out files of kinds that are not read: %s", path, ", ".join(unread))
+        logger.warning("%s: files of other formats are not read: %s", path, ", ".join(unread))
     return [_file(file, path, split) for file in _each_once(path, _files_of_split(path, path, files, split))]
 
 
 def _each_once(name, files: list[Path]) -> list[Path]:
-    """The files, none of them beside its own compressed copy."""
+    """The files, if none of them is there compressed as well."""
     for file in files:
         if file.suffix.lower() in (".gz", ".zst") and file.with_suffix("") in files:
             both = f"{file.with_suffix('').name} and {file.name}"
@@ -275,12 +277,12 @@ def _files_of_split(name, root: Path, files: list[Path], split: str) -> list[Pat
         there = ", ".join(sorted(each for each in set(named.values()) if each))
         raise InputError(f"split for {name}: expected one of {there}, got {split!r}. Give one of them.")
     if others := [str(file.relative_to(root)) for file in files if file not in chosen]:
-        logger.warning("%s: %d files are split %r; left out: %s", name, len(chosen), split, ", ".join(others))
+        logger.warning("%s: %d files belong to split %r; left out: %s", name, len(chosen), split, ", ".join(others))
     return chosen
 
 
 def _split_named(path: Path, split: str) -> str | None:
-    """The split that a file's path names: a folder called after one, else the file's own name, else its folders'."""
+    """The split that a path names: by a folder that bears its name, else in the file's name, else within a folder's."""
     for part in reversed(path.parts[:-1]):
         if part == split or part.lower() in _SPLIT_WORDS:
             return _SPLIT_WORDS.get(part.lower(), part)

@@ -1,13 +1,13 @@
-"""The messages of one row of chat data, whatever its shape, checked and cleaned.
+"""The messages of one row of chat data: found in any usual shape, checked and cleaned.
 
 Rules, each counted by its name and listed with the row:
-- repaired: `leading_assistant` (messages before the first user message that an assistant wrote are left out),
-  `trailing_user` (what follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row
-  of the same id becomes ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a
-  message), `system_column` (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
-- skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is no text),
-  `lone_surrogate` (no valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
-  in a row), `no_answer` (no assistant message that counts), `tool_calls` (an answer that is more than its text).
+- repaired: `leading_assistant` (assistant messages before the first user message are left out), `trailing_user` (what
+  follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row of the same id becomes
+  ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a message), `system_column`
+  (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
+- skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
+  `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
+  in a row), `no_answer` (no assistant message to be predicted), `tool_calls` (an answer that is more than its text).
 With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
 """
 
@@ -33,20 +33,20 @@ ROLES = {
     "developer": "system",
 }
 SYSTEM_COLUMNS = ("system", "system_prompt")
-LEFT_OUT_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
+UNUSED_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 CALL_FIELDS = ("tool_calls", "function_call")
 SLICE_COLUMNS = ("slice", "dataset", "source", "category")
 
 
 class Unusable(InputError):
-    """One conversation that cannot be used; `reason` is the rule's name, the text says what was found."""
+    """A conversation that cannot be used; `reason` is the name of the rule, the text says what was found."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
 
-    def __reduce__(self):  # between processes
+    def __reduce__(self):  # pickled between processes
         return Unusable, (self.reason, str(self))
 
 
@@ -61,45 +61,84 @@ def canonical_json(messages: list[dict[str, Any]]) -> str:
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
 
 
+def clean_messages(row: Any, column: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The usable messages of one row and the repairs made to them.
+
+    Args:
+        row: one record of any shape read here. column: the column with the messages, if it has a name of its own.
+    Returns: messages as {role, content} with roles system, user, assistant, and `weight` 0 where an answer is not to
+        be predicted; [(rule, detail)] of repairs.
+    Raises: Unusable naming the rule.
+    """
+    row = _as_python(row)
+    raw = _raw_messages(row, column)
+    if not raw:
+        raise Unusable("empty", "expected at least one message, got none")
+    messages = [_checked(n, message) for n, message in enumerate(raw)]
+    repairs = _unused_parts(row, raw, messages)
+    messages = [_plain(message) for message in _with_system(row, messages, repairs)]
+    return _alternating(messages, repairs), repairs
+
+
+def _as_python(value: Any) -> Any:
+    """Rows of data frames as Python's own values: arrays and tuples as lists, numpy's numbers as Python's, NaN and NA
+    (a missing value) as None."""
+    if isinstance(value, str):  # numpy's too
+        return value
+    if isinstance(value, dict):
+        return {key: _as_python(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_as_python(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    missing = (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+    return None if missing else value
+
+
 def _raw_messages(row: Any, column: str | None) -> list:
-    """The row's messages as they are, whatever its shape."""
+    """The messages of a row as they are, whatever its shape."""
     if not isinstance(row, dict):
         raise Unusable("not_chat", f"expected an object, got {type(row).__name__}")
-    there = [_listed(row[name]) for name in ([column] if column else ("messages", "conversations")) if name in row]
-    if lists := [value for value in there if isinstance(value, list)]:
+    named = [row[name] for name in ([column] if column else ("messages", "conversations")) if name in row]
+    if lists := [value for value in named if isinstance(value, list)]:
         return next((value for value in lists if value), [])
-    if "prompt" in row and "completion" in row and not column:
-        prompt, completion = _listed(row["prompt"]), _listed(row["completion"])
-        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return asked + said
-    if "instruction" in row and "output" in row and not column:
-        asked, more = row["instruction"], row.get("input")
-        if more:
-            asked = f"{asked}\n\n{more}" if isinstance(asked, str) and isinstance(more, str) else [asked, more]
-        return [
-            {"role": role, "content": content}
-            for turn in [*_history(row.get("history")), (asked, row["output"])]
-            for role, content in zip(("user", "assistant"), turn)
-        ]
+    if column is None and "prompt" in row and "completion" in row:
+        return _prompt_and_completion(row)
+    if column is None and "instruction" in row and "output" in row:
+        return _alpaca(row)
     columns = ", ".join(map(str, row)) or "none"
     known = "a column messages, conversations, prompt and completion, or instruction and output"
     expected = f"a list in column {column}" if column else known
     raise Unusable("not_chat", f"expected {expected}, got {columns}")
 
 
+def _prompt_and_completion(row: dict) -> list:
+    """TRL's columns `prompt` and `completion`, each a text or a list of messages."""
+    messages = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[column]
+        messages += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return messages
+
+
+def _alpaca(row: dict) -> list:
+    """Alpaca's columns `instruction`, `input` and `output`, after LLaMA-Factory's `history`."""
+    question, more = row["instruction"], row.get("input")
+    if more:
+        question = f"{question}\n\n{more}" if isinstance(question, str) and isinstance(more, str) else [question, more]
+    return [
+        {"role": role, "content": content}
+        for turn in [*_history(row.get("history")), (question, row["output"])]
+        for role, content in zip(("user", "assistant"), turn)
+    ]
+
+
 def _history(value: Any) -> list:
-    """Earlier turns, pairs of question and answer, as LLaMA-Factory lays them beside Alpaca's columns."""
-    turns = _listed("" if value is None else value)
-    turns = [_listed(turn) for turn in turns] if isinstance(turns, list | str) else [turns]
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    """Earlier turns: pairs of question and answer."""
+    turns = [] if value in (None, "") else value
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise Unusable("not_chat", f"history: expected pairs of question and answer, got {value!r:.80}")
     return turns
-
-
-def _listed(value: Any) -> Any:
-    """A tuple or array as a list (data frames hold arrays), all else as it is."""
-    return list(value) if isinstance(value, tuple | np.ndarray) else value
 
 
 def _checked(position: int, message: Any) -> dict[str, Any]:
@@ -121,6 +160,7 @@ def _checked(position: int, message: Any) -> dict[str, Any]:
 
 
 def check_unicode(what: str, text: str) -> None:
+    """Raise Unusable for a text with a lone surrogate, which has no bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -129,7 +169,6 @@ def check_unicode(what: str, text: str) -> None:
 
 def _text_of(position: int, content: Any) -> str:
     """A content that is text, or a list of text parts."""
-    content = _listed(content)
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in content]
         kept = [text for text in texts if isinstance(text, str)]
@@ -142,8 +181,21 @@ def _text_of(position: int, content: Any) -> str:
     return content
 
 
+def _unused_parts(row: dict, raw: list, messages: list[dict]) -> list[tuple[str, str]]:
+    """Repairs: the parts of a row that are not used, though a model might have seen them."""
+    columns = [name for name in UNUSED_COLUMNS if row.get(name) not in (None, "", "[]", "{}", [], {})]
+    repairs = [(UNUSED_COLUMNS[name], f"column {name} left out") for name in columns]
+    reasoning = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
+    if reasoning:
+        repairs.append(("reasoning_content", f"reasoning of message {', '.join(reasoning)} left out"))
+    weights = {n: message["weight"] for n, message in enumerate(messages) if message["role"] == "assistant"}
+    if odd := {n: weight for n, weight in weights.items() if weight not in (None, 0, 1)}:
+        repairs.append(("weight", f"weights by message {odd} taken as 1"))
+    return repairs
+
+
 def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]) -> list[dict]:
-    """The messages, after the system text of the row's own column if there is one and theirs is none or blank."""
+    """The messages, after the row's system column if they have no system text of their own."""
     column = next((name for name in SYSTEM_COLUMNS if row.get(name)), None)
     if column is None:
         return messages
@@ -158,48 +210,22 @@ def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]
     return messages
 
 
-def _left_out(row: dict, raw: list, messages: list[dict]) -> list[tuple[str, str]]:
-    """Repairs: what of a row is not used, though a model might have seen it."""
-    columns = [name for name in LEFT_OUT_COLUMNS if _listed(row.get(name)) not in (None, "", "[]", "{}", [], {})]
-    repairs = [(LEFT_OUT_COLUMNS[name], f"column {name} left out") for name in columns]
-    thought = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
-    if thought:
-        repairs.append(("reasoning_content", f"reasoning of message {', '.join(thought)} left out"))
-    weights = {n: message["weight"] for n, message in enumerate(messages) if message["role"] == "assistant"}
-    if odd := {n: weight for n, weight in weights.items() if weight not in (None, 0, 1)}:
-        repairs.append(("weight", f"weights by message {odd} taken as 1"))
-    return repairs
-
-
 def _plain(message: dict) -> dict[str, Any]:
-    """{role, content}, and the weight of an answer that is not to be predicted."""
+    """{role, content}, and weight 0 on an answer that is not to be predicted."""
     weight = {"weight": 0} if message["role"] == "assistant" and message["weight"] == 0 else {}
     return {"role": message["role"], "content": message["content"], **weight}
 
 
-def clean_messages(row: Any, column: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The usable messages of one row and the repairs made to them.
-
-    Args:
-        row: one record of any shape read here. column: that holds the messages, where it has a name of its own.
-    Returns: messages as {role, content} with roles system, user, assistant, and `weight` 0 where an answer is not to
-        be predicted; [(rule, detail)] of repairs.
-    Raises: Unusable naming the rule.
-    """
-    raw = _raw_messages(row, column)
-    if not raw:
-        raise Unusable("empty", "expected at least one message, got none")
-    messages = [_checked(n, message) for n, message in enumerate(raw)]
-    repairs = _left_out(row, raw, messages)
-    messages = [_plain(message) for message in _with_system(row, messages, repairs)]
+def _alternating(messages: list[dict], repairs: list[tuple[str, str]]) -> list[dict]:
+    """The messages from the system's or first user's to the last answer: users and assistants by turns."""
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
     for n, message in enumerate(body):
         if message["role"] == "system":
-            raise Unusable("system_not_first", f"message {n + len(head)}: expected system text first only")
+            raise Unusable("system_not_first", f"message {n + len(head)}: expected a system message only at the start")
     answers = [n for n, message in enumerate(body) if message["role"] == "assistant" and message.get("weight") != 0]
     if not answers:
-        raise Unusable("no_answer", "expected an assistant message that counts, got none")
+        raise Unusable("no_answer", "expected an assistant message to be predicted, got none")
     first = next((n for n, message in enumerate(body) if message["role"] == "user"), len(body))
     if first > answers[-1]:
         got = "assistant messages alone" if first == len(body) else "none after the first user message"
@@ -212,14 +238,16 @@ def clean_messages(row: Any, column: str | None = None) -> tuple[list[dict[str, 
     for n in range(1, len(body)):
         if body[n]["role"] == body[n - 1]["role"]:
             raise Unusable("repeated_role", f"two {body[n]['role']} messages in a row (message {n + len(head)})")
-    return head + body, repairs
+    return head + body
 
 
 def row_name(row: Any) -> str | None:
-    given = row.get("id") if isinstance(row, dict) else None
+    """The id that a row gives itself, if any."""
+    given = _as_python(row.get("id")) if isinstance(row, dict) else None
     return str(given) if isinstance(given, str | int) and str(given).strip() else None
 
 
 def slice_of(row: dict) -> str | None:
+    """The slice that a row names, if any."""
     named = (row.get(column) for column in SLICE_COLUMNS)
     return next((name for name in named if isinstance(name, str) and name), None)

@@ -1,8 +1,7 @@
-"""Where each token lies in a text, found by adding up token bytes and checked against the text.
+"""The bytes of a text that each token covers, found by adding up token bytes and checked against the text.
 
 The offsets that tokenizers report are not used: they overlap where a character is split over several tokens and have
-holes where a normalizer changed the text. WordPiece-like tokenizers, which lose blanks, are refused on the first text
-with one.
+holes where a normalizer changed the text. WordPiece-like tokenizers, which lose blanks, are refused at the first blank.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from fusechat_fuse.text.tokens import MARK, TokenTable, token_table
 
 
 def token_spans(tokenizer, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token lies in the text, found by adding up token bytes: text[start_i:end_i] is token i.
+    """The span of each token in the text, found by adding up token bytes: text[start_i:end_i] is token i.
 
-    A '▁' that the tokenizer inserts before a stretch of text has no byte; a literal '▁' in the text has three although
-    its token reads as a blank. Special tokens span their own content; one that is not in the text (a BOS put there by
-    the tokenizer) has an empty span. Blanks that an added token swallows lie in no span.
+    A '▁' that the tokenizer inserts before a stretch of text has no bytes; a literal '▁' in the text has three,
+    although its token reads as a blank. Special tokens span their own content; one that is not in the text (a BOS added
+    by the tokenizer) has an empty span. Blanks that an added token swallows belong to no span.
 
     Args:
         tokenizer: transformers fast tokenizer or `tokenizers.Tokenizer`; borrowed.
@@ -32,7 +31,7 @@ def token_spans(tokenizer, text: str, ids) -> tuple[np.ndarray, np.ndarray]:
         start, end: int32 [n], in UTF-8 bytes of the text, both non-decreasing.
 
     Raises:
-        InputError: the bytes of the tokens do not give the text back; says where and why (lower-casing, NFKC, text
+        InputError: the bytes of the tokens are not those of the text; says where and why (lower-casing, NFKC, text
             that is not NFC, unknown characters).
     """
     return _Text(token_table(tokenizer), text).spans(np.asarray(ids, np.int64).tolist())
@@ -51,7 +50,7 @@ class _Text:
         cuts = [] if added.keys().isdisjoint(ids) else [k for k, i in enumerate(ids) if i in added]
         position = 0
         for before, cut in pairwise([-1, *cuts, len(ids)]):
-            if before >= 0 and added[ids[before]][1] and lengths[before]:  # it swallows the blanks after it
+            if before >= 0 and added[ids[before]][1] and lengths[before]:  # swallows the blanks after it
                 gaps[before + 1] = _blanks(self.raw, position)
                 position += int(gaps[before + 1])
             if before + 1 < cut:
@@ -100,9 +99,9 @@ class _Text:
         return None
 
     def _why_not(self, position: int, ids: list[int]) -> str:
-        """One sentence: which bytes of the text the tokens do not give back, and the likeliest reason."""
+        """One sentence: the first bytes of the text that the tokens do not spell, and the likeliest reason."""
         got = "nothing"
-        for i in ids:  # walk to the token that fails
+        for i in ids:  # find the token that fails
             got = self.table.own[i].decode(errors="replace")
             if (lengths := self._stretch(position, [i])) is None:
                 break
@@ -110,7 +109,7 @@ class _Text:
         shown = self.raw[position : position + 16].decode(errors="replace")
         return (
             f"token bytes for the text at byte {position}: expected {shown!r}, got {got!r} ({self._reason(ids)}). "
-            "Normalize or leave out this text, or use a tokenizer that gives every byte back."
+            "Normalize or leave out this text, or use a tokenizer that keeps every byte."
         )
 
     def _reason(self, ids: list[int]) -> str:
@@ -127,7 +126,7 @@ class _Text:
 
 
 def _blanks(raw: bytes, position: int) -> int:
-    """How many bytes of white space begin at a position."""
+    """The number of bytes of white space at a position."""
     rest = raw[position:].decode(errors="replace")
     return len(rest[: len(rest) - len(rest.lstrip())].encode())
 

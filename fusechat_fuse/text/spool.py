@@ -1,4 +1,4 @@
-"""Messages of many conversations on disk, so that a corpus may be larger than memory."""
+"""Messages of many conversations in a temporary file, so that a corpus may be larger than memory."""
 
 import json
 import os
@@ -11,35 +11,35 @@ from fusechat_fuse.errors import InputError
 
 
 class Spool:
-    """Texts in an unnamed temporary file (below TMPDIR), gone with the process; any thread may read.
+    """Texts in an unnamed temporary file (below TMPDIR), which ends with the process; any thread may read.
 
-    Raises: InputError where there is no room for it.
+    Raises: InputError where the disk is full.
     """
 
     def __init__(self):
-        with _room():
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  as long as the conversations
+        with _naming_tmpdir():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  stays open as long as the conversations
         self._size, self._flushed = 0, 0
 
     def append(self, text: str) -> tuple[int, int]:
-        """Keep a text (ASCII); returns where it begins and its size, in bytes."""
+        """Append a text (ASCII). Returns its start and size in bytes."""
         raw = text.encode("ascii")
-        with _room():
+        with _naming_tmpdir():
             self._file.write(raw)
         self._size += len(raw)
         return self._size - len(raw), len(raw)
 
     def read(self, start: int, size: int) -> Any:
-        """What the JSON text at a place says."""
+        """The value of the JSON text at a place."""
         if start + size > self._flushed:
-            with _room():
+            with _naming_tmpdir():
                 self._file.flush()
             self._flushed = self._size
         return json.loads(os.pread(self._file.fileno(), size, start))
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _naming_tmpdir() -> Iterator[None]:
     try:
         yield
     except OSError as error:

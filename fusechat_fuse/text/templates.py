@@ -1,4 +1,4 @@
-"""Chat templates: the tokenizer's own, a file's, or the built-in one of its family."""
+"""Chat templates: the tokenizer's own, one from a file, or the built-in one of its family."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.messages import Unusable
 
 MAX_TEMPLATE_SHARE = 0.1
-OTHER_TEMPLATE = "Give template a built-in name or a .jinja file that keeps them"
-_TODAY = datetime(2024, 7, 26)  # what Llama-3.1's template prints by default; templates must not depend on the day
+OTHER_TEMPLATE = "Set template to a built-in name or a .jinja file that keeps them"
+_TODAY = datetime(2024, 7, 26)  # the default date of Llama-3.1's template; renderings must not depend on the day
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template with what its own family puts into it.
+    """A Jinja template with the special tokens of its own family.
 
     `bos` and `end_of_turn` are the texts it renders ("" for no BOS), `variables` the special tokens it may name. A
-    token that opens every turn is no BOS, whatever the tokenizer calls it. `built_in` names the one that was taken
-    because the tokenizer has none.
+    token that opens every turn is not a BOS, whatever the tokenizer calls it. `built_in`: the name of the built-in
+    template that is used because the tokenizer has none.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ChatTemplate:
 
     @property
     def sha256(self) -> str:
-        """Over everything that decides what it renders."""
+        """SHA-256 of everything that decides what it renders."""
         return hashlib.sha256(repr((self.source, self.bos, self.end_of_turn, self.variables)).encode()).hexdigest()
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -46,7 +46,7 @@ class ChatTemplate:
 
 
 def _render(source: str, variables: dict, messages: list[dict[str, str]]) -> str:
-    """As transformers renders it, but on a fixed day."""
+    """The text as transformers renders it, but with a fixed date."""
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -78,8 +78,7 @@ def added_texts(tokenizer) -> dict[str, int]:
 def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
     """Texts that no content may hold: special tokens, and added ones that this or the tokenizer's own template uses.
 
-    Some tokenizers add their turn markers without calling them special; in a content they would act as markers all
-    the same.
+    Some tokenizers add their turn markers without calling them special; in a content they would still act as markers.
     """
     sources = [template.source, template.end_of_turn, template.bos]
     with contextlib.suppress(InputError):
@@ -100,7 +99,7 @@ _PROBE = [{"role": "user", "content": "QZ0ZQ"}, {"role": "assistant", "content":
 
 
 def _own(name: str, source: str, tokenizer) -> ChatTemplate:
-    """A template with the BOS and end of turn that it renders with this tokenizer's special tokens."""
+    """A template, with the BOS and end of turn that it renders for this tokenizer."""
     variables = own_variables(tokenizer)
     text = _render(source, variables, _PROBE)
     head, _, tail = text.partition("QZ1ZQ")
@@ -112,7 +111,7 @@ def _own(name: str, source: str, tokenizer) -> ChatTemplate:
 
 
 def _opens_turns(bos: str, head: str, end_of_turn: str) -> bool:
-    """Whether a text that opens the conversation opens its answer too (ChatML with `<|im_start|>` as BOS)."""
+    """Whether the text at the start of the conversation also starts the answer (ChatML with `<|im_start|>` as BOS)."""
     return bos != end_of_turn and bos in head.removeprefix(bos)
 
 
@@ -125,16 +124,16 @@ def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
     """The tokenizer's own chat template, or the built-in one of its family where it has none.
 
     Args:
-        tokenizer: transformers fast tokenizer. name: for the error text.
-    Raises: InputError where it has no template and its family cannot be told from its special tokens.
+        tokenizer: transformers fast tokenizer. name: its name in the error.
+    Raises: InputError where it has no template and its special tokens are of no known family.
     """
     if tokenizer.chat_template:
         try:
             source = tokenizer.get_chat_template()
-        except ValueError as error:  # several named ones, none of them the default
+        except ValueError as error:  # several named templates, none of them the default
             raise InputError(
                 f"chat template for {name}: expected one named default, got {', '.join(tokenizer.chat_template)}. "
-                "Give template a .jinja file."
+                "Set template to a .jinja file."
             ) from error
         return _own("native", source, tokenizer)
     family = family_of(set(added_texts(tokenizer)))
@@ -142,19 +141,19 @@ def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
         names = ", ".join(BUILT_IN)
         raise InputError(
             f"chat template for {name}: expected one in its tokenizer, got none and no special tokens of a known "
-            f"family. Give template one of {names}, or a .jinja file."
+            f"family. Set template to one of {names}, or a .jinja file."
         )
     return _built_in(family)
 
 
 def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemplate:
-    """The template meant by the option `template`.
+    """The template that the option `template` names.
 
     Args:
         template: pivot (the pivot's own), native (the model's own), a built-in name, or the path of a Jinja file.
         tokenizer: the model's. pivot_tokenizer: the pivot's; None means that the model is the pivot.
-    Returns: ChatTemplate; BOS and end of turn are still those of its own family (`ConversationEncoder` puts the model's
-        in their place).
+    Returns: ChatTemplate; BOS and end of turn are still those of its own family (`ConversationEncoder` replaces them by
+        the model's).
     Raises: InputError for an unknown name, an unreadable file, or a tokenizer without a template.
     """
     if template in ("native", "pivot"):
@@ -170,11 +169,13 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
     try:
         return _own(path.name, path.read_text(encoding="utf-8"), tokenizer)
     except (UnicodeDecodeError, Unusable) as error:
-        raise InputError(f"chat template for {path}: expected a Jinja chat template, got {error}. Mend it.") from error
+        raise InputError(
+            f"chat template for {path}: expected a Jinja chat template, got {error}. Correct it."
+        ) from error
 
 
 def check_template(skipped: list[dict], total: int) -> None:
-    """Raise InputError where the chat template refuses too many of the conversations."""
+    """Raise InputError if the chat template refuses more than MAX_TEMPLATE_SHARE of the conversations."""
     refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == "template")
     if (count := refused.total()) > MAX_TEMPLATE_SHARE * total:
         raise InputError(
@@ -188,7 +189,7 @@ def _name(tokenizer, otherwise: str) -> str:
 
 
 def end_of_turn_of(tokenizer) -> str:
-    """The text of a tokenizer's own end-of-turn token: what its template puts after an answer, else its EOS.
+    """The text of a tokenizer's own end-of-turn token: the one its template puts after an answer, else its EOS.
 
     Raises: InputError where it has neither.
     """
@@ -203,8 +204,8 @@ def end_of_turn_of(tokenizer) -> str:
 
 
 def bos_of(tokenizer) -> str:
-    """The text of the BOS a tokenizer begins a conversation with, "" where it uses none: a token that its template or
-    its post-processor puts first, and that does not open every turn."""
+    """The text of the BOS that a tokenizer begins a conversation with: the token that its template or post-processor
+    puts first and that does not open every turn; "" if there is none."""
     bos = tokenizer.bos_token
     if not bos:
         return ""
