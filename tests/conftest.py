@@ -1,4 +1,4 @@
-"""Offline, on the CPU, two threads; the tokenizers of `helpers/real_tokenizers.py` as session fixtures."""
+"""Offline, on the CPU, one thread; tokenizers, tiny models and a server of forked processes as session fixtures."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 
 import pytest
 
@@ -58,6 +58,23 @@ def tiny_bpe():
 def tiny_unigram():
     """A trained Unigram tokenizer of a few hundred entries, with byte fallback."""
     return real_tokenizers.tiny_unigram()
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """Runs Python commands as processes that need not import torch, see helpers/fork_server.py."""
+    from tests.helpers.fork_server import ForkServer
+
+    server = ForkServer(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def forked_commands(forked, monkeypatch):
+    """All Python commands that a test or the code under test starts are forked."""
+    monkeypatch.setattr("subprocess.Popen", forked.Popen)
+    return forked
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,25 +46,18 @@ def test_the_summary_is_paired_and_rows_may_have_fewer_seeds(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_miniature_runs_and_goes_on(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "paper_in_miniature.py"),
-        "--fast",
-        "--seeds",
-        "1",
-        "--jobs",
-        "2",
-    ]
+def test_the_miniature_runs_and_goes_on(tmp_path, forked):
+    script = ROOT / "examples" / "paper_in_miniature.py"
+    command = [sys.executable, str(script), "--fast", "--seeds", "1", "--jobs", "2"]
     command += ["--ablation_seeds", "0", "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     environment = {**os.environ, "FUSECHAT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(command, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results" / "miniature.json").read_text())
     assert {"pivot", "plain", "paper sce", "multi", "linear", "sce 1.0"} <= results["scores"].keys()
     assert all(len(seeds) == 1 and 0 <= seeds[0]["overall"] <= 1 for seeds in results["scores"].values())
     assert (tmp_path / "results" / "miniature.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    again = forked.run(command, env=environment)
     assert again.returncode == 0
     assert "train" not in again.stdout.split("# The paper")[0]
     assert json.loads((tmp_path / "results" / "miniature.json").read_text())["scores"] == results["scores"]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +21,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, forked):
     output = tmp_path_factory.mktemp("quickstart") / "output"
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--fast", "--output", str(output)]
     environment = {**os.environ, "FUSECHAT_CACHE": str(output.parent / "cache")}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = forked.run(command, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return output, finished.stdout
 
@@ -45,14 +44,14 @@ def test_prints_the_table_and_writes_it(run):
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lm_eval_finds_the_same_share_of_right_answers(run, tmp_path):
+def test_lm_eval_finds_the_same_share_of_right_answers(run, forked, tmp_path):
     output, _ = run
     (tmp_path / "quickstart-output").symlink_to(output)
     task = (ROOT / "examples" / "lm_eval" / "quickstart.yaml").read_text()
     command = shlex.split(" ".join(re.findall(r"^#   (.*?)\\?$", task, re.MULTILINE)))
     command[command.index("examples/lm_eval")] = str(ROOT / "examples" / "lm_eval")
     command = [str(Path(sys.executable).parent / command[0]), *command[1:], "--output_path", "scores"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "scores").rglob("results_*.json")
     found = json.loads(file.read_text())["results"]["fusechat_quickstart"]["exact_match,none"]
@@ -124,10 +123,10 @@ def test_the_target_names_who_served_which_skill(run):
     assert served["larger"] == "source-numbers"
 
 
-def test_an_output_directory_with_data_is_refused(tmp_path):
+def test_an_output_directory_with_data_is_refused(forked, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = forked.run(command)
     assert finished.returncode == 2
     assert "expected a new or empty directory" in finished.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

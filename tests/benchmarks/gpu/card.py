@@ -35,7 +35,6 @@ def measure(step: Callable[[], object], turns: int, *, forget: Callable[[], obje
         for turn in range(1 + turns):
             if forget is not None:
                 forget()
-            gc.collect()
             before = _reset_peak()
             spent = _timed(step)
             if turn:
@@ -67,6 +66,7 @@ def _timed(step: Callable[[], object]) -> float:
 def _reset_peak() -> int:
     if not torch.cuda.is_available():
         return 0
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
