@@ -193,7 +193,7 @@ def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_re
         row["messages"] = [m for m in row["messages"] if m["role"] != "system"]
         if n in with_system:
             row["messages"].insert(0, {"role": "system", "content": "x"})
-    monkeypatch.setattr("fusechat_fuse.capture.run.CHECKED", 5)
+    monkeypatch.setattr("fusechat_fuse.capture.run.SAMPLE_SIZE", 5)
     monkeypatch.setattr(ConversationEncoder, "check", lambda *a: (asked.append(1), check(*a))[1])
     options = {"template": str(tmp_path / "t.jinja")}
     if refused == 2:
@@ -536,7 +536,7 @@ def test_a_model_that_does_not_end_its_turns_is_named(tmp_path, folder, tiny_bpe
         counts = stored.manifest["counts"]
         ends = sum(int((row["input_ids"][row["predicted"]] == 2).sum()) for row in stored)
         assert (counts["ends"], counts["ends_kept"]) == (ends, 0 if said else ends)
-        text = f"At 0 of {ends} ends of turn the model has its own, '<|im_end|>'"
+        text = f"end-of-turn token '<|im_end|>' is among its 10 most likely tokens at only 0 of {ends} ends of turn"
         assert (text in caplog.text) == said
 
 
@@ -622,17 +622,17 @@ def test_what_is_there_and_which_template_are_said(tmp_path, folder, tiny_bpe, c
     data = folder / "data.json"
     with caplog.at_level(logging.INFO):
         stored = represent(folder / "m", data, tmp_path / "r", shard_size=6)
-        assert "Chat template: m's own, as the pivot's. A source sees the pivot's if pivot is given." in caplog.text
+        assert "Chat template: that of m itself, taken as the pivot. For a source, give its pivot." in caplog.text
         assert "shards there" not in caplog.text
         assert stored.manifest["template"]["of"] == "m"
         (tmp_path / "r" / "shard-00001.json").unlink()
         represent(folder / "m", data, tmp_path / "r", shard_size=6)
-        assert f"{tmp_path / 'r'}: 3 of 4 shards there, going on with the rest." in caplog.text
+        assert f"{tmp_path / 'r'}: 3 of 4 shards there, going on." in caplog.text
         represent(folder / "m", data, tmp_path / "r", shard_size=6)
-        assert "4 of 4 shards there, nothing is left to compute." in caplog.text
+        assert f"{tmp_path / 'r'} holds this very run, finished: nothing to compute." in caplog.text
         bare = PreTrainedTokenizerFast(tokenizer_object=tiny_bpe.backend_tokenizer, eos_token="<|im_end|>")
         pivot = represent(make_model(), data, tmp_path / "b", tokenizer=bare, pivot=bare)
-    assert "the pivot has no chat template: the built-in one of its family, qwen, is taken." in caplog.text
+    assert "the pivot has no chat template: its family's built-in template, qwen, is used." in caplog.text
     assert pivot.manifest["template"]["built_in"] == "qwen"
     assert caplog.text.count("Chat template: ") == 3
 

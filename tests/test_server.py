@@ -85,7 +85,7 @@ def test_servers_share_the_work_and_one_may_die(pivot, expected, serving, tmp_pa
 
 def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
     served = serving()
-    runner = module.connect(served.url, "vllm", pivot, served.tokenizer, 10, 4)
+    runner = module.connect(served.url, "vllm", served.tokenizer, 10, 4, 640)
     served.fails, served.status = 3, 500
     answer = runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
     assert len(answer["choices"][0]["prompt_logprobs"]) == 3
@@ -94,7 +94,7 @@ def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
 
 def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypatch):
     served = serving()
-    runner = module.connect(served.url, "vllm", pivot, served.tokenizer, 10, 1)
+    runner = module.connect(served.url, "vllm", served.tokenizer, 10, 1, 640)
     monkeypatch.setattr(module, "PATIENCE", 1.0)
     served.fails = 10**9
     with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and give the same"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,9 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from fusechat_fuse.capture.batches import TopK
-from fusechat_fuse.capture.manifest import check_finite
+from fusechat_fuse.capture.manifest import Capture, check_finite, finish
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation
 from fusechat_fuse.text.messages import Unusable
@@ -48,6 +50,31 @@ class Runner(Protocol):
     def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
         """A TopK for each conversation, in order; `progress.update` is called as conversations are finished."""
         ...
+
+
+def write_representation(
+    capture: Capture, writer: ShardWriter, shard_size: int, process: Process, make_runner: Callable[[], Runner]
+) -> Representation:
+    """Compute the shards that are missing, of n processes in the i-th one those whose number is i mod n, and finish the
+    directory.
+
+    Args:
+        make_runner: loads what computes the distributions; called only where a shard is missing.
+    """
+    found = capture.conversations
+    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
+    try:
+        if mine := writer.left(range(process.index, len(shards), process.count)):
+            compute(make_runner(), capture.encoder, shards, mine, writer, show=process.first)
+        process.wait()
+        if process.first:
+            finish(writer, len(shards), capture)
+    except Exception:
+        if process.first:
+            writer.release()
+        raise
+    process.wait()
+    return load_representation(writer.path)
 
 
 def compute(

@@ -1,10 +1,12 @@
-"""What a finished capture says of itself: `skipped.jsonl`, the tokenizer, `manifest.json`."""
+"""What identifies a capture, and how it is finished: `skipped.jsonl`, the tokenizer, `manifest.json`."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.identity import Identity, library_versions
@@ -12,11 +14,40 @@ from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.tokenizers import save_tokenizer
 from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.text.conversations import ReadReport, count_reasons
+from fusechat_fuse.text.conversations import Conversation, ReadReport, count_reasons
 from fusechat_fuse.text.templates import OTHER_TEMPLATE, check_template
+from fusechat_fuse.text.tokens import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 MAX_NON_FINITE_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a representation is made from.
+
+    conversations and report: as `read_conversations` returns them. encoder: makes token ids of them. model: whose
+    distributions these are. template_of: name of the model or file that the chat template comes from.
+    """
+
+    conversations: list[Conversation]
+    report: ReadReport
+    encoder: ConversationEncoder
+    model: Identity
+    template_of: str
+
+    def identity(self, options: dict, data: str) -> dict[str, Any]:
+        """What determines the content of the directory; `data` is a digest of the conversations."""
+        encoder = self.encoder
+        return {
+            "model": {"fingerprint": self.model["fingerprint"]},
+            "options": options,
+            "tokenizer": tokenizer_hash(encoder.tokenizer),
+            "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
+            "bos": encoder.bos,
+            "end_of_turn_id": encoder.end_of_turn_id,
+            "data": data,
+        }
 
 
 def check_finite(non_finite: int, total: int) -> None:
@@ -28,20 +59,9 @@ def check_finite(non_finite: int, total: int) -> None:
         )
 
 
-def finish(
-    writer: ShardWriter,
-    num_shards: int,
-    report: ReadReport,
-    encoder: ConversationEncoder,
-    made_from: Identity,
-    template_of: str,
-) -> None:
-    """Put the shards' accounts together, once all are there; `manifest.json` is the last file.
-
-    Args:
-        report: what became of the rows that were read. encoder: what turned them into ids. made_from: the model.
-        template_of: whose chat template it is.
-    """
+def finish(writer: ShardWriter, num_shards: int, capture: Capture) -> None:
+    """Write the files about all shards once all are there; `manifest.json` is the last."""
+    report = capture.report
     infos = [writer.info(n)["info"] for n in range(num_shards)]
     skipped = report.skipped + [entry for info in infos for entry in info["skipped"]]
     by_reason = count_reasons(skipped)
@@ -54,46 +74,54 @@ def finish(
     _write_skipped(writer, skipped, report.repaired)
     check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
-    context_answers = sum(info.get("context_answers", 0) for info in infos)
+    save_tokenizer(capture.encoder.tokenizer, writer.path)
+    counts = _counts(infos, report, by_reason)
+    manifest = _manifest(writer.identity, capture, infos[0]["vocab_size"])
+    writer.finish(num_shards, {**manifest, "versions": library_versions(), "counts": counts})
+    _log_outcome(writer, capture.encoder, skipped, counts)
+
+
+def _counts(infos: list[dict], report: ReadReport, skipped: dict[str, int]) -> dict[str, Any]:
+    """The manifest's counts; infos: as kept beside each shard."""
     ends, ends_kept = (sum(info.get("ends", (0, 0))[n] for info in infos) for n in (0, 1))
-    waste = round(1 - sum(i["run_tokens"] for i in infos) / max(sum(i["padded_tokens"] for i in infos), 1), 4)
-    counts = {
+    run, padded = (sum(info[name] for info in infos) for name in ("run_tokens", "padded_tokens"))
+    return {
         "rows_read": report.rows,
-        "skipped": by_reason,
+        "skipped": skipped,
         "repaired": count_reasons(report.repaired),
         "truncated": sum(info["truncated"] for info in infos),
-        "context_answers": context_answers,
+        "context_answers": sum(info.get("context_answers", 0) for info in infos),
         "ends": ends,
         "ends_kept": ends_kept,
-        "padding_share": waste,
+        "padding_share": round(1 - run / max(padded, 1), 4),
     }
-    save_tokenizer(encoder.tokenizer, writer.path)
-    made = _made(writer.identity, encoder, made_from, template_of, infos[0]["vocab_size"])
-    made["datasets"] = report.data
-    writer.finish(num_shards, {**made, "versions": library_versions(), "counts": counts})
-    if share := by_reason.get("non_finite", 0) / max(report.rows, 1):
+
+
+def _log_outcome(writer: ShardWriter, encoder: ConversationEncoder, skipped: list[dict], counts: dict) -> None:
+    if share := counts["skipped"].get("non_finite", 0) / max(counts["rows_read"], 1):
         logger.warning(
             "%.2f %% of the conversations have logits that are not finite and are left out here; no later pass that "
             "filters NaN is needed.",
             100 * share,
         )
-    if context_answers:
+    if answers := counts["context_answers"]:
         logger.warning(
             "%d answers are context only: the chat template renders them otherwise once the conversation goes on. %s.",
-            context_answers,
-            OTHER_TEMPLATE,
+            *(answers, OTHER_TEMPLATE),
         )
-    if ends_kept < ends / 10:
+    if counts["ends_kept"] < counts["ends"] / 10:
         logger.warning(
-            "At %d of %d ends of turn the model has its own, %r, among its %d most likely tokens: it is a base model, "
-            "or ends turns otherwise (look at template and tokenizer). Of a source the label stands at the others.",
-            *(ends_kept, ends, encoder.end_of_turn, writer.identity["options"]["top_k"]),
+            "The model's end-of-turn token %r is among its %d most likely tokens at only %d of %d ends of turn: it may "
+            "be a base model, or end its turns differently (check template and tokenizer). Where a source does not "
+            "have it there, training takes the label alone.",
+            *(encoder.end_of_turn, writer.identity["options"]["top_k"], counts["ends_kept"], counts["ends"]),
         )
     for detail, count in Counter(e["detail"] for e in skipped if e["reason"] == "template").most_common(1):
         logger.warning("%d conversations skipped, as %s. %s.", count, detail, OTHER_TEMPLATE)
     if skipped:
-        logger.warning("%d of %d rows skipped: %s (see %s)", len(skipped), report.rows, by_reason, "skipped.jsonl")
-    logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * waste)
+        rows = counts["rows_read"]
+        logger.warning("%d of %d rows skipped: %s (see skipped.jsonl)", len(skipped), rows, counts["skipped"])
+    logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * counts["padding_share"])
 
 
 def _write_skipped(writer: ShardWriter, skipped: list[dict], repaired: list[dict]) -> None:
@@ -102,12 +130,12 @@ def _write_skipped(writer: ShardWriter, skipped: list[dict], repaired: list[dict
     write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
 
 
-def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, template_of: str, vocab_size: int) -> dict:
-    """What made the representation, as the manifest says it."""
-    tokenizer = encoder.tokenizer
+def _manifest(identity: dict, capture: Capture, vocab_size: int) -> dict[str, Any]:
+    """What made the representation, in the manifest's form."""
+    encoder, tokenizer = capture.encoder, capture.encoder.tokenizer
     return {
         "options": {**identity["options"], "template": identity["template"]["name"]},
-        "model": {**made_from, "vocab_size": vocab_size},
+        "model": {**capture.model, "vocab_size": vocab_size},
         "tokenizer": {
             "sha256": identity["tokenizer"],
             "class": type(tokenizer).__name__,
@@ -117,9 +145,10 @@ def _made(identity: dict, encoder: ConversationEncoder, made_from: Identity, tem
         },
         "template": {
             **identity["template"],
-            "of": template_of,
+            "of": capture.template_of,
             "built_in": encoder.template.built_in,
             "source": encoder.template.source,
         },
         "data": identity["data"],
+        "datasets": capture.report.data,
     }

@@ -12,34 +12,34 @@ Shape letters: T tokens, P predicted tokens, K entries.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusechat_fuse.capture.computation import compute
-from fusechat_fuse.capture.manifest import finish
+from fusechat_fuse.capture.computation import write_representation
+from fusechat_fuse.capture.manifest import Capture
 from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows, key_of
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.models.identity import Identity
+from fusechat_fuse.processes import Process
+from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
-from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.templates import resolve_template
-from fusechat_fuse.text.tokens import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 NEEDED = ("input_ids", "attention_mask", "labels", "per_step_logits", "per_step_indices", "metric_ce")
 
 
 def import_released(
-    released,
-    model_name_or_path,
-    output_dir,
+    released: str | Path | list[str],
+    model_name_or_path: str | Path,
+    output_dir: str | Path,
     *,
     template: str = "native",
     max_length: int = 2048,
@@ -65,49 +65,40 @@ def import_released(
     Raises: InputError for missing columns, or where not one conversation is rendered to its ids again.
     Source: columns as written by the authors' scripts; arXiv 2408.07990, section 3.2.
     """
-    for option, value in (("max_length", max_length), ("shard_size", shard_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{option} for import: expected an integer from 1, got {value!r}.")
+    check_integer("max_length for import", max_length)
+    check_integer("shard_size for import", shard_size)
     names = [str(name) for name in (released if isinstance(released, list | tuple) else [released])]
     data = _read(names)
     tokenizer = load_fast_tokenizer(model_name_or_path, trust_remote_code)
     encoder = ConversationEncoder(tokenizer, resolve_template(template, tokenizer), max_length)
     rows = ReleasedRows(data, encoder, ", ".join(Path(name).name for name in names))
-    rebuilt = list(rows.conversations())
+    capture = _capture(rows, names, str(model_name_or_path))
+    identity = capture.identity(
+        {"top_k": rows.top_k, "max_length": max_length, "shard_size": shard_size},
+        short_digest("".join(one.content_hash for one in capture.conversations)),
+    )
+    if rows.is_aligned:
+        own = short_digest(np.array(data["metric_ce"], np.float64).tobytes())
+        identity["pivot"] = {"tokenizer": identity["tokenizer"], "template": identity["template"], "data": own}
+        identity["options"] |= {"mapping": "released", "safe_only": False}
+    writer = _Writer(rows, output_dir, identity, encoding)
+    return write_representation(capture, writer, shard_size, Process(), lambda: rows)
+
+
+def _capture(rows: ReleasedRows, names: list[str], model: str) -> Capture:
+    """The conversations of the released rows, as far as they are rendered to the same ids again."""
+    template, rebuilt = rows.encoder.template.name, list(rows.conversations())
     if not rebuilt:
         first = f": {rows.skipped[0]['detail']}" if rows.skipped else ""
         raise InputError(
             f"released data in {', '.join(names)}: expected conversations that the template {template} renders to "
-            f"their ids, got none in {len(data)} rows{first}. Give the tokenizer and the template that made them."
+            f"their ids, got none in {len(rows.data)} rows{first}. Give the tokenizer and the template that made them."
         )
     found, report = read_conversations(rebuilt)
     report.skipped += rows.skipped
-    report.rows, report.data = len(data), [Path(name).name for name in names]
-    kind = "aligned" if rows.is_aligned else "representation"
-    made_from: Identity = {"name": str(model_name_or_path), "fingerprint": rows.fingerprint}
-    identity: dict[str, Any] = {
-        "model": {"fingerprint": rows.fingerprint},
-        "options": {"top_k": rows.top_k, "max_length": max_length, "shard_size": shard_size},
-        "tokenizer": tokenizer_hash(tokenizer),
-        "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
-        "bos": encoder.bos,
-        "end_of_turn_id": encoder.end_of_turn_id,
-        "data": hashlib.sha256("".join(one.content_hash for one in found).encode()).hexdigest()[:16],
-    }
-    if rows.is_aligned:
-        own = hashlib.sha256(np.array(data["metric_ce"], np.float64).tobytes()).hexdigest()[:16]
-        identity["pivot"] = {"tokenizer": identity["tokenizer"], "template": identity["template"], "data": own}
-        identity["options"] |= {"mapping": "released", "safe_only": False}
-    writer = _Writer(rows, output_dir, identity, kind=kind, encoding=encoding)
-    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
-    try:
-        if mine := [n for n in range(len(shards)) if not writer.done(n)]:
-            compute(rows, encoder, shards, mine, writer, show=True)
-        finish(writer, len(shards), report, encoder, made_from, encoder.template.name)
-    except Exception:
-        writer.release()
-        raise
-    return load_representation(output_dir)
+    report.rows, report.data = len(rows.data), [Path(name).name for name in names]
+    made_from: Identity = {"name": model, "fingerprint": rows.fingerprint}
+    return Capture(found, report, rows.encoder, made_from, template)
 
 
 def _read(names: list[str]) -> Any:
@@ -142,9 +133,10 @@ def _read(names: list[str]) -> Any:
 
 
 class _Writer(ShardWriter):
-    """Adds to each shard what the released rows say beside distributions, and to the manifest what they left open."""
+    """Adds an aligned source's columns to each shard, and counts of exact and renormalised tokens to the manifest."""
 
-    def __init__(self, rows: ReleasedRows, output_dir, identity: dict, *, kind: str, encoding: str):
+    def __init__(self, rows: ReleasedRows, output_dir, identity: dict, encoding: str):
+        kind = "aligned" if rows.is_aligned else "representation"
         super().__init__(output_dir, identity, kind=kind, encoding=encoding)
         self.rows = rows
 

@@ -2,10 +2,10 @@
 
 Conversations go to shards in their order, shards to processes by number (shard i to process i mod n), so any number of
 processes, on any number of machines that share the directory, writes the same files. Within a shard conversations are
-batched by length under a token budget, longest first. A shard that is there and whole is never computed again: a run
-that was killed goes on where it was. What is left out is listed in `skipped.jsonl` with its reason. Conversations whose
-logits are not finite are among it (the released procedure dropped them in a later pass of its own, filter_nan); above
-1 % of them the run ends with an error.
+batched by length under a token budget, longest first. A shard that is complete is never computed again: a killed run
+continues where it stopped. What is left out is listed in `skipped.jsonl` with its reason. Conversations whose logits
+are not finite are among it (the released procedure dropped them in a later pass of its own, filter_nan); above 1 % of
+them the run ends with an error.
 """
 
 from __future__ import annotations
@@ -13,43 +13,38 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fusechat_fuse.capture.batches import BatchRunner
-from fusechat_fuse.capture.computation import Runner, compute
-from fusechat_fuse.capture.manifest import finish
-from fusechat_fuse.capture.server import connect
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import (
-    is_named,
-    load_config,
-    load_fast_tokenizer,
-    positions_of,
-    with_gguf,
-)
+from fusechat_fuse.capture.computation import Runner, write_representation
+from fusechat_fuse.capture.manifest import Capture
+from fusechat_fuse.errors import InputError, check_integer
+from fusechat_fuse.models.files import is_named, load_config, load_fast_tokenizer, positions_of, with_gguf
 from fusechat_fuse.models.identity import Identity, identify
 from fusechat_fuse.models.loading import load_model, quantization_of
 from fusechat_fuse.processes import Process
+from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
-from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, read_conversations
 from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template, resolve_template
-from fusechat_fuse.text.tokens import tokenizer_hash
 
 logger = logging.getLogger(__name__)
-CHECKED = 5_000  # conversations that the template is asked for before the model is loaded
+SAMPLE_SIZE = 5_000  # conversations on which the template is tried before the model is loaded
 
 
 def represent(
-    model,
-    conversations,
-    output_dir,
+    model: Any,
+    conversations: Any,
+    output_dir: str | Path,
     *,
-    pivot=None,
+    pivot: Any = None,
     template: str = "pivot",
     top_k: int = 10,
     max_length: int = 2048,
@@ -65,7 +60,7 @@ def represent(
     messages_column: str | None = None,
     strict: bool = False,
     encoding: str = "plain",
-    tokenizer=None,
+    tokenizer: Any = None,
     gguf_file: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
@@ -82,14 +77,14 @@ def represent(
         model: directory (of PEFT adapters, too), Hub name, GGUF file, or loaded causal language model (then give
             `tokenizer`).
         conversations: paths or Hub names as `load_conversations` takes them, its result, or rows of {id, messages}.
-        output_dir: made if missing; an earlier start of the same run is continued.
+        output_dir: created if missing; an interrupted run of the same options is continued.
         pivot: the pivot's directory, Hub name or tokenizer, for template="pivot"; None: the model is the pivot.
         template: pivot (the pivot's chat template with the model's own BOS and end of turn), native (the model's own),
             the name of a built-in one, or a .jinja file.
         top_k: entries kept per predicted token, 1 to the vocabulary's size.
         max_length: tokens kept of each conversation; lowered, with a warning, to the model's number of positions.
         tokens_per_batch: rows x longest row of a forward pass; halved on out of memory.
-        shard_size: conversations per shard, what a kill costs at most.
+        shard_size: conversations per shard (lost at most if the run is killed).
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device_map: e.g. auto, one model over several devices; not together with several processes.
         attn_implementation: as transformers takes it.
@@ -99,12 +94,12 @@ def represent(
         encoding: plain (about 61 bytes per predicted token at k = 10 and prompts half the tokens) or compact (below 40,
             log-probabilities rounded within 1e-3 max(1, |lp|), ce within 1e-4).
         tokenizer: the loaded model's.
-        gguf_file: the GGUF file of the model's directory or repository that is meant; a path where `model` is None.
+        gguf_file: name of the GGUF file in the model's directory or repository; its path where `model` is None.
         load_in_4bit, load_in_8bit: quantise the weights on loading (bitsandbytes; 4-bit NF4). Checkpoints that are
-            quantised are run as they are.
-        server: URLs (a list, or with commas) of inference servers that run the model; `model` then gives tokenizer,
-            template and configuration.
-        server_kind: vllm or sglang. server_requests: in flight at each server.
+            already quantised are run as they are.
+        server: URLs (a list, or separated by commas) of inference servers that run the model; `model` then gives
+            tokenizer, template and configuration.
+        server_kind: vllm or sglang. server_requests: requests in flight at each server.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -112,12 +107,11 @@ def represent(
         keeps top-k logits of all positions, prompts and padding included, without their normalizer.
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
-    options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
-    model = with_gguf(model, gguf_file)
-    load_in = _load_in(model, load_in_4bit, load_in_8bit)
-    if load_in:
-        options["load_in"] = load_in
     process = Process.current()
+    model = with_gguf(model, gguf_file)
+    options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
+    loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    loading |= {"trust_remote_code": trust_remote_code, "load_in": _load_in(model, load_in_4bit, load_in_8bit)}
     _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
@@ -125,60 +119,48 @@ def represent(
     if strict:
         _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
-    served = None
-    if server is not None:
-        if load_in or device_map or gguf_file:
-            raise InputError(
-                "load_in, device_map or gguf_file with a server: expected none. It is the server's business."
-            )
-        served = connect(
-            server, server_kind, model, encoder.tokenizer, top_k, server_requests, trust_remote_code=trust_remote_code
-        )
+    if server is None:
+        made_from = _made_from(model, loading["load_in"])
+        make_runner = partial(_batch_runner, model, process.device, loading, top_k, tokens_per_batch)
+        options |= {"load_in": loading["load_in"]} if loading["load_in"] else {}
+    else:
+        _check_no_loading(loading, gguf_file)
+        from fusechat_fuse.capture.server import connect
+
+        vocab_size = load_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        served = connect(server, server_kind, encoder.tokenizer, top_k, server_requests, vocab_size)
         encoder.max_length = min(encoder.max_length, served.max_length or encoder.max_length)
-        options = {**options, "dtype": "the server's", "server": server_kind}
-    made_from = served.identity if served else _made_from(model, load_in)
-    template_of = _template_of(template, encoder, made_from["name"], pivot)
-    identity = _identity(made_from, options, encoder, found)
+        made_from, make_runner = served.identity, lambda: served
+        options |= {"dtype": "the server's", "server": server_kind}
+    capture = Capture(found, report, encoder, made_from, _template_of(template, encoder, made_from["name"], pivot))
+    identity = capture.identity(options, _data_digest(found))
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
-    shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
-    mine = [n for n in range(process.index, len(shards), process.count) if not writer.done(n)]
     if process.first:
-        if encoder.max_length < max_length:
-            lowered = (max_length, encoder.max_length)
-            logger.warning("max_length is lowered from %d to the model's %d positions.", *lowered)
-        _say_which_template(template, encoder, template_of, pivot)
-        _say_what_is_there(writer, len(shards), mine)
-    try:
-        if mine:
-            loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-            loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-            runner = served or _batch_runner(_loaded(model, process.device, **loading), top_k, tokens_per_batch)
-            compute(runner, encoder, shards, mine, writer, show=process.first)
-        process.wait()
-        if process.first:
-            finish(writer, len(shards), report, encoder, made_from, template_of)
-    except Exception:
-        if process.first:
-            writer.release()
-        raise
-    process.wait()
-    return load_representation(output_dir)
+        _log_settings(capture, template, pivot, max_length)
+    return write_representation(capture, writer, shard_size, process, make_runner)
 
 
-def _check_options(options: dict, tokens_per_batch, device_map, process: Process) -> None:
-    numbers = {**options, "tokens_per_batch": tokens_per_batch}
-    dtype, _ = numbers.pop("dtype"), numbers.pop("load_in", None)
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} for represent: expected an integer from 1, got {value!r}.")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
+    for name in ("top_k", "max_length", "shard_size"):
+        check_integer(f"{name} for represent", options[name])
+    check_integer("tokens_per_batch for represent", tokens_per_batch)
+    if (dtype := options["dtype"]) not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
     if device_map and process.count > 1:
         raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
 
 
+def _check_no_loading(loading: dict, gguf_file: str | None) -> None:
+    """Raise InputError where options say how weights are loaded, which the server does."""
+    if loading["load_in"] or loading["device_map"] or gguf_file:
+        raise InputError(
+            "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
+            "Leave them out."
+        )
+
+
 def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote_code: bool) -> ConversationEncoder:
-    """The encoder that fits the options to the model: its tokenizer, its number of positions."""
+    """The encoder with the model's tokenizer and the chosen template, cut at the model's number of positions."""
     config = load_config(model, trust_remote_code=trust_remote_code)
     if tokenizer is None and not is_named(model):
         raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
@@ -197,35 +179,40 @@ def _made_from(model, load_in: str | None) -> Identity:
     return found
 
 
-def _batch_runner(model, top_k: int, tokens_per_batch: int) -> Runner:
+def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_per_batch: int) -> Runner:
     from fusechat_fuse.capture.distributions import PredictionHead
 
+    model = _load(model, device, loading)
     rows = int(model.get_input_embeddings().weight.shape[0])
     return BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch, rows)
 
 
-def _identity(made_from: Identity, options: dict, encoder: ConversationEncoder, found: list[Conversation]) -> dict:
-    """What decides the content of the directory."""
+def _load(model, device: str | None, loading: dict):
+    """The model in evaluation mode on this process's device; a model that was given loaded stays where it is."""
+    import torch
+
+    if not is_named(model):
+        return model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization_of(model, loading["load_in"]) not in (None, "gguf") and not loading["device_map"]:
+        loading = {**loading, "device_map": {"": device}}  # quantised weights cannot be moved later
+    loaded = load_model(model, **loading)
+    return loaded if loading["device_map"] else loaded.to(device)
+
+
+def _data_digest(found: list[Conversation]) -> str:
     digest = hashlib.sha256()
     for conversation in found:
         digest.update(json.dumps([conversation.id, conversation.content_hash, conversation.slice]).encode())
-    return {
-        "model": {"fingerprint": made_from["fingerprint"]},
-        "options": options,
-        "tokenizer": tokenizer_hash(encoder.tokenizer),
-        "template": {"name": encoder.template.name, "sha256": encoder.template.sha256},
-        "bos": encoder.bos,
-        "end_of_turn_id": encoder.end_of_turn_id,
-        "data": digest.hexdigest()[:16],
-    }
+    return short_digest(digest)
 
 
 def _check_template(encoder: ConversationEncoder, found: list[Conversation]) -> None:
     """Raise InputError, before the model is loaded, where the template refuses too many conversations.
 
-    Of many a sample is asked, and all where the sample is refused.
+    It is tried on a sample, and on all where it refuses too many of the sample.
     """
-    sample = [found[n] for n in np.random.default_rng(0).permutation(len(found))[:CHECKED]]
+    sample = [found[n] for n in np.random.default_rng(0).permutation(len(found))[:SAMPLE_SIZE]]
     for tried in (sample, found):
         refused = []
         for conversation in tried:
@@ -241,7 +228,7 @@ def _check_template(encoder: ConversationEncoder, found: list[Conversation]) -> 
 
 
 def _template_of(template: str, encoder: ConversationEncoder, model: str, pivot) -> str:
-    """Whose chat template the encoder has."""
+    """Name of the model or file that the encoder's chat template comes from."""
     if template not in ("pivot", "native"):
         return encoder.template.name
     if template == "native" or pivot is None:
@@ -249,20 +236,14 @@ def _template_of(template: str, encoder: ConversationEncoder, model: str, pivot)
     return Path(pivot).name if is_named(pivot) else getattr(pivot, "name_or_path", "") or "the pivot"
 
 
-def _say_which_template(template: str, encoder: ConversationEncoder, template_of: str, pivot) -> None:
+def _log_settings(capture: Capture, template: str, pivot, max_length: int) -> None:
+    encoder, template_of = capture.encoder, capture.template_of
+    if encoder.max_length < max_length:
+        logger.warning("max_length is lowered from %d to the model's %d positions.", max_length, encoder.max_length)
     if template in ("pivot", "native") and (name := encoder.template.built_in):
-        logger.info("%s has no chat template: the built-in one of its family, %s, is taken.", template_of, name)
+        logger.info("%s has no chat template: its family's built-in template, %s, is used.", template_of, name)
     if template == "pivot" and pivot is None:
-        logger.info(
-            "Chat template: %s's own, as the pivot's. A source sees the pivot's if pivot is given.", template_of
-        )
-
-
-def _say_what_is_there(writer: ShardWriter, num_shards: int, mine: list[int]) -> None:
-    there = sum(n not in mine and writer.holds(n) for n in range(num_shards))
-    if there:
-        end = "nothing is left to compute" if there == num_shards else "going on with the rest"
-        logger.info("%s: %d of %d shards there, %s.", writer.path, there, num_shards, end)
+        logger.info("Chat template: that of %s itself, taken as the pivot. For a source, give its pivot.", template_of)
 
 
 def _load_in(model, four: bool, eight: bool) -> str | None:
@@ -270,19 +251,6 @@ def _load_in(model, four: bool, eight: bool) -> str | None:
         got = "both" if four and eight else "a loaded model"
         raise InputError(f"load_in_4bit or load_in_8bit for represent: expected one, of a named model, got {got}.")
     return "4bit" if four else "8bit" if eight else None
-
-
-def _loaded(model, device: str | None, *, device_map, **loading):
-    """The model in evaluation mode, on this process's device; one that was given loaded stays where it is."""
-    import torch
-
-    if not is_named(model):
-        return model.eval()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if quantization_of(model, loading["load_in"]) not in (None, "gguf"):
-        device_map = device_map or {"": device}  # what is quantised is laid where it stays
-    loaded = load_model(model, device_map=device_map, **loading)
-    return loaded if device_map else loaded.to(device)
 
 
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:

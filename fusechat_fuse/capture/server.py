@@ -23,8 +23,7 @@ import orjson
 
 from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.server_protocols import PROTOCOLS, Answer
-from fusechat_fuse.errors import InputError, first_line
-from fusechat_fuse.models.files import load_config
+from fusechat_fuse.errors import InputError, check_integer, first_line
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.text.chat import Encoded
 
@@ -35,21 +34,16 @@ _PROBE = "The three words"
 _TOLERANCE = 1e-2  # log-probabilities of one prompt differ by so much between batches
 
 
-def connect(
-    server: str | list[str], kind: str, model, tokenizer, top_k: int, requests: int, *, trust_remote_code: bool = False
-) -> ServerRunner:
-    """The servers that are named, looked at.
+def connect(server: str | list[str], kind: str, tokenizer, top_k: int, requests: int, vocab_size: int) -> ServerRunner:
+    """The servers, each tried with a short prompt.
 
     Args:
-        server: URLs, a list or with commas. kind: vllm or sglang. model: directory or Hub name of what is served.
-        tokenizer, top_k, requests: as `ServerRunner` takes them.
+        server: URLs, a list or separated by commas. The others: as `ServerRunner` takes them.
     """
     urls = [url for url in (server.split(",") if isinstance(server, str) else server) if url]
     if not urls or not all(map(_is_url, urls)):
         raise InputError(f"server for represent: expected URLs such as http://localhost:8000, got {server!r}.")
-    if not isinstance(requests, int) or requests < 1:
-        raise InputError(f"server_requests for represent: expected an integer from 1, got {requests!r}.")
-    vocab_size = load_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    check_integer("server_requests for represent", requests)
     return ServerRunner(urls, kind, tokenizer, top_k=top_k, requests=requests, vocab_size=vocab_size)
 
 
