@@ -1,7 +1,7 @@
 """Start-up hook: merge methods that installed packages declare are served by an unchanged mergekit.
 
 mergekit 0.1.5 has no plug-in discovery. `fusechat_merge.pth` calls `install()` when Python starts, which only puts a
-finder in front of `sys.meta_path`. When one of three modules of mergekit has been executed, its follower is called:
+finder in front of `sys.meta_path`. When one of three modules of mergekit has been executed, a function is called:
 
 - `mergekit.merge_methods.registry`: every method of the entry-point group `mergekit.merge_methods` is registered, in
   place of a built-in one of the same name.
@@ -26,27 +26,27 @@ SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
 TESTED = ("0.1.5",)  # releases of mergekit
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
 
-_waiting = {}  # methods whose module was still being imported when the registry was ready
+_waiting = {}  # methods whose module was itself being imported when the registry was ready
 
 
 class Finder:
     """Finds these modules of mergekit, as the other finders would, and has a function called when each is executed.
 
     Args:
-        followers: name of a module -> the function, called with the module.
+        callbacks: name of a module -> the function, called with the module.
     """
 
-    def __init__(self, followers):
-        self.followers = followers
+    def __init__(self, callbacks):
+        self.callbacks = callbacks
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.followers:
+        if name not in self.callbacks:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find else None
             if spec is not None and spec.loader is not None:
-                _follow(spec.loader, self.followers[name])
+                _call_after_execution(spec.loader, self.callbacks[name])
                 return spec
         return None
 
@@ -54,12 +54,12 @@ class Finder:
 def install() -> None:
     """Put the finder in front, once, unless the hook is switched off."""
     if os.environ.get(SWITCH) != "0" and not installed():
-        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: follow_planner, MERGE: follow_merge}))
+        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: patch_planner, MERGE: patch_run_merge}))
 
 
 def installed() -> bool:
     """Whether the finder is in place in this process."""
-    return any(isinstance(finder, Finder) and REGISTRY in finder.followers for finder in sys.meta_path)
+    return any(isinstance(finder, Finder) and REGISTRY in finder.callbacks for finder in sys.meta_path)
 
 
 def register() -> None:
@@ -68,34 +68,34 @@ def register() -> None:
 
     serve(importlib.import_module(REGISTRY), OWN)
     later = {}
-    for name, follower in ((PLANNER, follow_planner), (MERGE, follow_merge)):
+    for name, callback in ((PLANNER, patch_planner), (MERGE, patch_run_merge)):
         if name in sys.modules:
-            follower(sys.modules[name])
+            callback(sys.modules[name])
         else:
-            later[name] = follower
+            later[name] = callback
     if later and not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder(later))
 
 
-def _follow(loader, follower) -> None:
+def _call_after_execution(loader, callback) -> None:
     execute = loader.exec_module
 
     def exec_module(module):
         execute(module)
         try:
-            follower(module)
+            callback(module)
         except Exception as error:
             _warn(f"the merge methods of installed packages are not served: {error!r}")
 
     loader.exec_module = exec_module
 
 
-def follow_planner(plan) -> None:
+def patch_planner(plan) -> None:
     """Have the planner leave the inputs of our methods in the dtype of their files."""
     try:
         from fusechat_merge import planning
 
-        planning.follow(plan)
+        planning.patch(plan)
     except Exception as error:
         _warn(
             f"its planner is not the one this version knows ({error!r}), so it rounds the inputs to the recipe's "
@@ -103,12 +103,12 @@ def follow_planner(plan) -> None:
         )
 
 
-def follow_merge(merge) -> None:
+def patch_run_merge(merge) -> None:
     """Have `run_merge` write the merge report."""
     try:
         from fusechat_merge import reporting
 
-        reporting.follow(merge)
+        reporting.patch(merge)
     except Exception as error:
         _warn(
             f"its `run_merge` is not the one this version knows ({error!r}), so a merge report may lack its summary. "
@@ -129,7 +129,7 @@ def serve(registry, also=()) -> None:
         module_name, _, attribute = place.partition(":")
         module = sys.modules.get(module_name)
         if module is not None and getattr(module.__spec__, "_initializing", False):
-            _waiting[name] = (registry, module_name, attribute)  # `finish` comes when it is ready
+            _waiting[name] = (registry, module_name, attribute)  # `register_waiting` does it
         else:
             _register(registry, name, module_name, attribute)
 
@@ -141,8 +141,8 @@ def declared() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
-def finish(module_name: str) -> None:
-    """Register the methods of a module that itself started mergekit's import. Called on the module's last line."""
+def register_waiting(module_name: str) -> None:
+    """Register the methods of a module whose own import started mergekit's. Called on the module's last line."""
     for name, (registry, waiting_for, attribute) in list(_waiting.items()):
         if waiting_for == module_name:
             del _waiting[name]

@@ -12,7 +12,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write(merged: str | Path, report_directory: str | Path | None = None) -> Path:
-    """Add the section and the metadata to MERGED/README.md; calling it again replaces them.
+    """Add the section about the merge and the metadata to MERGED/README.md, or replace them.
 
     Args:
         merged: a merged model's directory with mergekit_config.yml.
@@ -22,7 +22,7 @@ def write(merged: str | Path, report_directory: str | Path | None = None) -> Pat
         The README's path.
 
     Raises:
-        ValueError: no merged model, or no report there.
+        ValueError: the directory holds no merged model, or `report_directory` no report.
     """
     merged = Path(merged)
     recipe_path = merged / "mergekit_config.yml"
@@ -65,7 +65,7 @@ def _split(text: str) -> tuple[dict, str]:
 
 
 def _metadata(metadata: dict, summary: dict) -> dict:
-    """The front matter with base_model, base_model_relation and tags; what was there stays."""
+    """The front matter with base_model, base_model_relation, datasets and tags added; other keys stay."""
     named = _names(metadata.get("base_model"))
     models = [summary["pivot"], *summary["targets"].values()]
     named = [model for model in models if HUB_NAME.fullmatch(model)] + named
@@ -78,7 +78,7 @@ def _metadata(metadata: dict, summary: dict) -> dict:
     if named:
         result |= {"base_model": list(dict.fromkeys(named)), "base_model_relation": "merge"}
     else:
-        result.pop("base_model", None)  # an empty list, where all models are local directories
+        result.pop("base_model", None)  # mergekit writes an empty list where all models are local directories
     data = [name for card in (metadata, *map(_front_matter, models)) for name in _names(card.get("datasets"))]
     if data:
         result["datasets"] = list(dict.fromkeys(data))
@@ -86,7 +86,7 @@ def _metadata(metadata: dict, summary: dict) -> dict:
 
 
 def _names(entry) -> list[str]:
-    """What a card gives as one name or as a list of them."""
+    """The names in an entry of a card, which is one string or a list."""
     return [entry] if isinstance(entry, str) else list(entry or [])
 
 
@@ -95,7 +95,7 @@ def _front_matter(model: str) -> dict:
     readme = Path(model) / "README.md"
     try:
         return _split(readme.read_text(encoding="utf-8"))[0] if readme.is_file() else {}
-    except yaml.YAMLError:  # someone else's card
+    except yaml.YAMLError:  # not our card to correct
         return {}
 
 

@@ -1,7 +1,7 @@
-"""What the files of a checkpoint say before anything is merged: the dtype of every tensor, and whether all is there.
+"""Checks of checkpoints before anything is merged: complete files, dtypes that can be merged, an output layer.
 
-Only headers are read. A safetensors file begins with the length of its header (8 bytes, little endian) and the header,
-JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
+Of the weights only the headers are read. A safetensors file begins with the length of its header (8 bytes, little
+endian) and the header, JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
 """
 
 import json
@@ -22,7 +22,7 @@ OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 
 
 def read_json(file: Path) -> dict:
-    """The mapping in a JSON file of a checkpoint; ValueError, with its path, where there is none."""
+    """The mapping in a JSON file of a checkpoint; a ValueError names the file where it holds none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -36,7 +36,7 @@ def stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
     """Name -> safetensors' name of the dtype, of every tensor in these safetensors files.
 
     Raises:
-        ValueError: a file that is no safetensors file, or is cut off.
+        ValueError: a file is not a safetensors file, or is cut off.
         OSError: a file cannot be read.
     """
     found = {}
@@ -75,11 +75,11 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def quantised(stored: dict[str, str], config: dict) -> str | None:
-    """What shows that the weights need scales to be numbers ("float8 ... in lm_head.weight"); None: nothing does.
+    """The evidence that weights are quantised, such as "F8_E4M3 in lm_head.weight"; None: they are not.
 
     Args:
-        stored: see `stored_dtypes`; empty where it is not known.
-        config: what config.json says.
+        stored: see `stored_dtypes`; empty where the dtypes are unknown.
+        config: the contents of config.json.
     """
     for name, dtype in stored.items():
         narrow = dtype in NARROW or (dtype in BYTES and name.endswith("weight"))
@@ -91,16 +91,16 @@ def quantised(stored: dict[str, str], config: dict) -> str | None:
     return None
 
 
-def quantised_sentence(shown: str) -> str:
-    """What to say about it."""
+def quantised_error(shown: str) -> str:
+    """The error text for what `quantised` returned."""
     return (
-        f"expected float32, float16 or bfloat16 weights, got {shown}, whose scales a merge cannot see. "
+        f"expected float32, float16 or bfloat16 weights, got {shown}, whose scales a merge does not apply. "
         "Convert that model first."
     )
 
 
 def check_distinct(where: str, models: Sequence[ModelReference]) -> None:
-    """Raises ValueError where two names of models lead to one: `T`, `T/`, a symbolic link to it."""
+    """Raises ValueError where two names mean the same model: `T`, `T/`, a symbolic link to it."""
     found: dict[ModelReference, ModelReference] = {}
     for model in models:
         parts = {
@@ -111,13 +111,13 @@ def check_distinct(where: str, models: Sequence[ModelReference]) -> None:
         first = found.setdefault(model.model_copy(update=parts), model)
         if first is not model:
             raise ValueError(
-                f"inputs for {where}: expected each model once, got {first} and {model}, which are one. Remove one, or "
-                "give it a weight."
+                f"inputs for {where}: expected each model once, got {first} and {model}, which are the same model. "
+                "Remove one, or give it a weight."
             )
 
 
 def check_all(method: str, models: Sequence[ModelReference]) -> None:
-    """Refuse, while mergekit plans, what cannot be merged or would be merged as something else.
+    """Refuse checkpoints that cannot be merged, or that mergekit would read wrongly. Called while mergekit plans.
 
     Raises:
         ValueError: a weights file is cut off, weights are quantised, or the output layer of a model that does not share
@@ -133,7 +133,7 @@ def check_all(method: str, models: Sequence[ModelReference]) -> None:
         configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
         shown = quantised(stored, configs[model].to_dict())
         if shown is not None and model.lora is None:
-            raise ValueError(f"model {model} for {method}: {quantised_sentence(shown)}")
+            raise ValueError(f"model {model} for {method}: {quantised_error(shown)}")
         outputs[model] = {name for name in index.tensor_paths if name.endswith(OUTPUT_LAYERS)}
     expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
     for model in models:

@@ -1,4 +1,4 @@
-"""The command `fusechat-merge`: is the plug-in in place, what would a merge do, a merge that leaves nothing half done.
+"""The command `fusechat-merge`: check the installation, inspect a recipe, merge, complete the model card.
 
 Exit codes: 0 done, 1 the run failed, 2 bad arguments or bad input (one sentence on standard error; `--debug` shows the
 traceback), 130 interrupted.
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = parser.parse_known_args(words)
     if flags and arguments.command != "yaml":
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    arguments.words = words[words.index(arguments.command) + 1 :]
+    arguments.raw = words[words.index(arguments.command) + 1 :]
     try:
         return arguments.run(arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -40,32 +40,38 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fusechat-merge", description="SCE and VaRM merges with mergekit.")
+    parser = argparse.ArgumentParser(prog="fusechat-merge", description="Merge models by SCE or VaRM with mergekit.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="say which implementation mergekit runs for `sce` and `varm`")
+    doctor = commands.add_parser("doctor", help="show which implementation mergekit uses for `sce` and `varm`")
     doctor.set_defaults(run=_doctor)
 
     inspect = commands.add_parser("inspect", help="compute the coefficients of a recipe without writing a model")
     inspect.add_argument("config", metavar="CONFIG", help="mergekit configuration with merge_method sce or varm")
-    inspect.add_argument("--output", required=True, metavar="DIR", help="new directory for table, summary and pictures")
-    inspect.add_argument("--device", help="where to compute (default: cpu)")
-    inspect.add_argument("--lora_merge_cache", metavar="DIR", help="where mergekit merges adapters (model+adapter)")
-    inspect.add_argument("--trust_remote_code", action="store_true", help="run code that a model brings along")
-    inspect.add_argument("--quiet", action="store_true", help="no progress bar")
+    inspect.add_argument(
+        "--output", required=True, metavar="DIR", help="new directory for the table, the summary and the pictures"
+    )
+    inspect.add_argument("--device", help="device to compute on (default: cpu)")
+    inspect.add_argument(
+        "--lora_merge_cache", metavar="DIR", help="directory to merge LoRA adapters in (model+adapter)"
+    )
+    inspect.add_argument("--trust_remote_code", action="store_true", help="allow custom code from a model's repository")
+    inspect.add_argument("--quiet", action="store_true", help="show no progress bar")
     inspect.set_defaults(run=_inspect)
 
-    card = commands.add_parser("card", help="add recipe, coefficients and Hub metadata to a merged model's README")
+    card = commands.add_parser(
+        "card", help="add the recipe, the coefficients and Hub metadata to a merged model's README"
+    )
     card.add_argument("merged", metavar="MERGED_DIR", help="output of mergekit-yaml")
     card.add_argument(
-        "--report", metavar="DIR", help="its report (default: MERGED_DIR/merge-report, computed if missing)"
+        "--report", metavar="DIR", help="merge report (default: MERGED_DIR/merge-report, computed if missing)"
     )
     card.set_defaults(run=_card)
 
     merge = commands.add_parser(
         "yaml",
-        help="run mergekit-yaml with these methods; the output appears whole or not at all",
+        help="run mergekit-yaml with these methods; the output appears complete or not at all",
         usage="%(prog)s [-h] CONFIG OUT [FLAG ...]",
         epilog="All flags are mergekit-yaml's own (see mergekit-yaml --help).",
     )
@@ -78,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 def _yaml(arguments: argparse.Namespace) -> None:
     from fusechat_merge import staging
 
-    config, out, *flags = arguments.words
-    if (config, out) != (arguments.config, arguments.out):  # the value of a flag would be taken for OUT
+    config, out, *flags = arguments.raw
+    if (config, out) != (arguments.config, arguments.out):  # else a flag's value would be taken for OUT
         raise ValueError(
-            f"arguments of fusechat-merge yaml: expected CONFIG OUT before the flags, got {' '.join(arguments.words)}. "
+            f"arguments of fusechat-merge yaml: expected CONFIG OUT before the flags, got {' '.join(arguments.raw)}. "
             "Put the flags last."
         )
     staging.merge(config, out, flags)
@@ -114,7 +120,7 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Prints what serves the methods; 1 where the start-up hook is not active or mergekit's own `sce` is served."""
+    """Print which implementation serves each method; 1 where the hook is not active or one is not ours."""
     from fusechat_merge import _autoload
     from fusechat_merge.versions import versions
 

@@ -1,4 +1,4 @@
-"""The passes of a merge over tensors in a processor's memory, compiled by numba.
+"""The passes of a merge over tensors in a CPU's memory, compiled by numba.
 
 Each pass is one loop over the elements that reads every tensor as it is stored, does the whole step in registers and
 writes nothing but the result. Task vectors, majority and result are float32; squares and variances are float64, where
@@ -7,7 +7,7 @@ the chunks changes a bit.
 
 A pass is compiled when it first meets a number of targets with their dtypes (a second or two) and kept on disk by numba
 for later processes. The targets are a tuple of arrays, `rows`; what is done for each is a function that calls itself
-with one array less, which the compiler unrolls. In Python such a function has a docstring and no body: numba asks the
+with one array less, which the compiler unrolls. In Python such a function has a docstring and no body: numba calls the
 `overload` below it (`compile_...`) for one that fits the types. Arrays of float32 hold float32, of uint16 bfloat16, of
 int16 float16.
 
@@ -42,17 +42,17 @@ from fusechat_merge.chunks import map_threads, split
 from fusechat_merge.passes import Passes
 
 logger = logging.getLogger(__name__)
-BLOCK = 1024  # elements whose squares are added first; here and not imported: numba looks at the date of this file only
+BLOCK = 1024  # elements whose squares are added first; defined here: numba checks the date of this file only
 CHUNK = 1 << 18  # elements of a chunk: large beside Python's cost of a call
-MOST_TARGETS = 16  # beyond, the compiler gives up on doing several elements at once
+MOST_TARGETS = 16  # beyond, the compiler no longer vectorises
 STORED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 TINY = np.finfo(np.float32).tiny
 
 Result = TypeVar("Result")
 
 
-def serves(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether these tensors can be read, and a result of this dtype written, here."""
+def supports(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the loops can read these tensors and write a result of this dtype."""
     if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]  # NUMBA_DISABLE_JIT=1
         return False
     here = all(tensor.device.type == "cpu" and tensor.dtype in STORED for tensor in tensors)
@@ -85,16 +85,16 @@ class Loop:
             result = self._uncached(*arguments)
             if self._call is not self._uncached:
                 self._call = self._uncached
-                _warn_of_cache(call.stats.cache_path, repr(error))
+                _warn_about_cache(call.stats.cache_path, repr(error))
             return result
 
 
 @cache
-def _warn_of_cache(directory: str, error: str) -> None:
-    """Say it once for a directory and an error, whatever the number of loops."""
+def _warn_about_cache(directory: str, error: str) -> None:
+    """Warn once for a directory and an error, whatever the number of loops."""
     logger.warning(
-        "numba's cache in %s cannot be used (%s): the loops are compiled again in every process. Delete it, make room, "
-        "or name another directory in NUMBA_CACHE_DIR.",
+        "numba's cache in %s cannot be used (%s): the loops are compiled again in every process. Delete it, free "
+        "space, or name another directory in NUMBA_CACHE_DIR.",
         directory,
         error,
     )
@@ -282,7 +282,7 @@ def square_sums_loop(pivot, rows, keep, zeros, sums):
     for block in range(sums.shape[1]):
         added, start = zeros, np.uint64(block * BLOCK)
         for k in range(min(BLOCK, len(pivot) - block * BLOCK)):
-            i = start + np.uint64(k)  # unsigned: numba would look whether it counts from the end
+            i = start + np.uint64(k)  # unsigned: else numba checks for a negative index
             added = add_squares(added, rows, read(pivot[i]), keep, i)
         for j in range(len(added)):
             sums[j, block] = added[j]

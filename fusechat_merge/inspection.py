@@ -1,7 +1,7 @@
 """`fusechat-merge inspect`: the numbers of a merge without the merged model.
 
-mergekit plans and reads as it would for the merge, so filters, gradients, slices and adapters count as they will; each
-merged tensor is dropped as soon as its row is written.
+mergekit plans and reads as it would for the merge, so filters, gradients, slices and adapters have the same effect.
+Each merged tensor is dropped as soon as its row is written.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
 
     Args:
         config_path: a mergekit configuration with merge_method sce or varm.
-        directory: where to; new or empty.
-        options: mergekit.options.MergeOptions; None is mergekit's defaults.
+        directory: output directory, new or empty.
+        options: mergekit.options.MergeOptions; None: mergekit's defaults.
 
     Returns:
         The finished report.
@@ -40,7 +40,7 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     if config.merge_method not in METHODS:
         raise ValueError(
             f"merge_method in {config_path}: expected sce or varm, got {config.merge_method}. "
-            "Inspect a recipe with coefficients."
+            "Inspect a recipe of these methods."
         )
     if config.base_model is None:
         raise ValueError(f"base_model in {config_path}: expected the pivot, got none. Add `base_model: PIVOT`.")
@@ -52,7 +52,7 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-    with _whole_or_not_at_all(running.directory):
+    with _removed_on_failure(running.directory):
         with reporter.recording(running):
             planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
             saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
@@ -67,8 +67,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(directory: Path) -> Iterator[None]:
-    """Remove what was written to this directory, new or empty now, where the block fails; and the directories made."""
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """Where the block fails, remove the files in this directory (new or empty now) and the directories created."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         yield
@@ -76,7 +76,7 @@ def _whole_or_not_at_all(directory: Path) -> Iterator[None]:
         if directory.is_dir():
             for file in directory.iterdir():
                 file.unlink()
-        with contextlib.suppress(OSError):  # one is not there, or has been put to another use
+        with contextlib.suppress(OSError):  # one does not exist, or holds other files by now
             for path in made:
                 path.rmdir()
         raise

@@ -112,7 +112,7 @@ def varm_merge(
 
 @dataclass(frozen=True)
 class Merge:
-    """One merged tensor and what is known about it for free.
+    """One merged tensor and the figures that its computation yields.
 
     Attributes:
         merged: the result.
@@ -167,7 +167,7 @@ def varm(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Steps 1 and 2, done, and what does the rest."""
+    """Steps 1 and 2 computed, and the passes for steps 3 and 4."""
 
     passes: Passes
     shape: torch.Size
@@ -177,9 +177,9 @@ class _Plan:
     coefficients: Tensor
 
     def merge(self, keep: Tensor | None, write: Callable[[Tensor], None]) -> Merge:
-        """The result, by `write` where there is something to compute."""
+        """The result; `write` computes it where it is not simply the pivot or the one target."""
         passes = self.passes
-        if not bool(self.coefficients.any()):  # nothing moves: the pivot
+        if not bool(self.coefficients.any()):  # no target differs where it counts: the pivot
             merged = passes.pivot.to(self.dtype, copy=True)
         elif len(passes.targets) == 1:  # nothing to weigh, nothing to erase: the target, not rounded through d
             merged = passes.targets[0].to(self.dtype, copy=True)
@@ -197,7 +197,7 @@ def _calculate(
     weights: Sequence[float] | None,
     dtype: torch.dtype | None = None,
 ) -> _Plan:
-    """Steps 1 and 2, by the fastest passes that these numbers allow."""
+    """Compute steps 1 and 2 by the fastest passes whose range these numbers are in."""
     dtype = dtype or pivot.dtype
     for passes in available_passes(pivot, targets, dtype):
         measured = _measure(passes, tau)
@@ -211,11 +211,11 @@ def _calculate(
 
 
 def available_passes(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Passes]:
-    """What can do the passes over these tensors for a result of this dtype, the fastest first."""
+    """The passes that can merge these tensors into a result of this dtype, the fastest first."""
     if pivot.device.type == "cpu":
         from fusechat_merge import compiled  # numba takes half a second to load
 
-        if compiled.serves((pivot, *targets), dtype):
+        if compiled.supports((pivot, *targets), dtype):
             yield compiled.Compiled(pivot, targets)
     yield Passes(pivot, targets)
 
@@ -269,7 +269,8 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
         raise ValueError(f"weights for the targets: expected {count}, got {len(weights)}. Give one for each target.")
     if not all(0 <= float(weight) < float("inf") for weight in weights):
         raise ValueError(
-            f"weights for the targets: expected numbers >= 0, got {list(weights)}. Leave a target out of the list."
+            f"weights for the targets: expected numbers >= 0, got {list(weights)}. "
+            "To leave a target out, remove it from the list."
         )
 
 

@@ -1,4 +1,4 @@
-"""SCE and VaRM as mergekit merge methods: what they accept, checked while mergekit plans; errors that name the model.
+"""SCE and VaRM as mergekit merge methods: parameters checked while mergekit plans, errors that name the model.
 
 `sce` and `varm` below are mergekit `MergeMethod` objects. mergekit resolves filters and gradients of the YAML
 parameters and calls them tensor by tensor; the numbers are `kernel`'s. Inputs of different dtypes are read as they are
@@ -35,33 +35,35 @@ from fusechat_merge.versions import versions
 logger = logging.getLogger(__name__)
 SLICE = re.compile(r"\.slices\[\d+\]$")  # mergekit's name of a slice that it plans
 NO_EFFECT = ("int8_mask", "normalize")  # parameters of sce
-_said: set[str] = set()  # what the log says once for an output
+_warned: set[str] = set()  # messages already logged for this output
 
 
-def _refuse(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
+def _parameter_error(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
     text = f"{name} for {method}: expected {expected}, got {value!r}. {remedy}"
     return PydanticCustomError("merge_parameter", "{text}", {"text": text})
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         logger.warning("%s", message)
 
 
 def _without_effect(name: str):
-    """A parameter of old recipes: any value is taken, and the log says that it changes nothing."""
+    """A parameter of old recipes: any value is accepted; a true one is logged as having no effect."""
 
     def validate(value: Any) -> Any:
         if value:
-            _say_once(f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8")
+            _warn_once(
+                f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8"
+            )
         return value
 
     return validate
 
 
 def _number(value: Any) -> float:
-    """A YAML scalar as a number; NaN for what is none (a boolean is none)."""
+    """A YAML scalar as a number; NaN where it is not one (a boolean is not)."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:
@@ -72,7 +74,7 @@ def _number(value: Any) -> float:
 
 def _select_topk(value: Any) -> float:
     if not 0 <= _number(value) <= 1:
-        raise _refuse("select_topk", "sce", "a number in [0, 1]", value, "Use 1.0 to select all elements.")
+        raise _parameter_error("select_topk", "sce", "a number in [0, 1]", value, "Use 1.0 to select all elements.")
     return _number(value)
 
 
@@ -80,14 +82,14 @@ def _weight(value: Any) -> float | None:
     if value is None:
         return None
     if not 0 <= _number(value) < math.inf:
-        raise _refuse("weight", "sce and varm", "a number >= 0", value, "To leave a target out, remove it.")
+        raise _parameter_error("weight", "sce and varm", "a number >= 0", value, "To leave a target out, remove it.")
     return _number(value)
 
 
 def _choice(name: str, method: str, choices: Sequence[str]):
     def validate(value: Any) -> str:
         if value not in choices:
-            raise _refuse(name, method, " or ".join(choices), value, "Use one of these.")
+            raise _parameter_error(name, method, " or ".join(choices), value, "Use one of these.")
         return value
 
     return validate
@@ -110,7 +112,7 @@ WEIGHT = ParameterSpec(
 class PivotMerge(MergeMethod):
     """A merge of targets into the pivot (mergekit's base model), one tensor at a time."""
 
-    reads_as_stored = True  # for `planning`
+    reads_as_stored = True  # read by `planning`
 
     def __init__(self, name: str, pretty_name: str, reference_url: str, parameters: tuple[ParameterSpec, ...], compute):
         self.spec = MergeMethodSpec(
@@ -126,7 +128,7 @@ class PivotMerge(MergeMethod):
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
     ) -> None:
-        """mergekit's structural check, at planning time and before each tensor, in words that say what to change."""
+        """mergekit's structural check, while it plans and before each tensor, with errors that say what to change."""
         where = f"{self.spec.name}, {group_name}" if group_name else self.spec.name
         if base_id is None:
             raise ValueError(
@@ -147,12 +149,12 @@ class PivotMerge(MergeMethod):
                 f"inputs for {where}: expected each model once, got {repeated} twice. Remove one, or give it a weight."
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if group_name and SLICE.search(group_name):  # a slice is planned, and what it merges can be looked at
+        if group_name and SLICE.search(group_name):  # mergekit plans a slice: its checkpoints can be read
             models = [model for model in input_ids if isinstance(model, ModelReference)]
             checkpoint.check_distinct(where, models)
             checkpoint.check_all(self.spec.name, models)
-            if group_name.endswith(".slices[0]"):  # once for a planned output
-                _said.clear()
+            if group_name.endswith(".slices[0]"):  # once per planned output
+                _warned.clear()
                 ours, theirs = versions()
                 logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
 
@@ -176,14 +178,14 @@ class PivotMerge(MergeMethod):
                     dtype = str(entry.tensor.dtype).removeprefix("torch.")
                     raise ValueError(
                         f"dtype for tensor {group.metadata.name} of {entry.id}: expected float32, float16 or bfloat16, "
-                        f"got {dtype}, whose scales a merge cannot see. Convert that model first."
+                        f"got {dtype}, whose scales a merge does not apply. Convert that model first."
                     )
         return super()._execute_resolved(groups, parameters, **options)
 
     def _execute(self, groups, parameters, options, *, input_dtypes, out_dtype=None) -> tuple[torch.Tensor, ...]:
         results = []
         for group, values, dtype in zip(groups, parameters, input_dtypes):
-            if dtype != promoted_dtype(group):  # asked for: the inputs are to be seen in this precision
+            if dtype != promoted_dtype(group):  # the caller asked for the inputs in this precision
                 group = align_dtype(group, dtype)
             results.append(self._merge(group, dict(values), out_dtype or dtype))
         return tuple(results)
@@ -219,7 +221,7 @@ class PivotMerge(MergeMethod):
     ) -> list[float] | None:
         values = [given[entry.id] for entry in targets]
         pivots = given[pivot.id]
-        if pivots is not None and any(value != pivots for value in values):  # all the same: one global setting
+        if pivots is not None and any(value != pivots for value in values):  # all equal: one global setting
             raise ValueError(
                 f"weight for the pivot {pivot.id}: expected none, got {pivots}. Give weights to the targets only."
             )
@@ -227,10 +229,10 @@ class PivotMerge(MergeMethod):
             return None
         weights = [1.0 if value is None else value for value in values]
         if len(set(weights)) > 1:
-            _say_once(
+            _warn_once(
                 f"weight multiplies the coefficient that {self.spec.name} computes for a target, before they are "
                 f"normalised: {', '.join(f'{entry.id} {weight:g}' for entry, weight in zip(targets, weights))} change "
-                "the result. Leave weight out to merge as published (it is not the share that it is for linear or ties)"
+                "the result. Leave weight out to merge as published (it is not the share, as in linear or ties)"
             )
         return weights
 
@@ -277,4 +279,4 @@ varm = PivotMerge(
     kernel.varm,
 )
 
-_autoload.finish(__name__)
+_autoload.register_waiting(__name__)

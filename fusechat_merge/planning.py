@@ -1,4 +1,4 @@
-"""What mergekit's planner does otherwise for a method with `reads_as_stored`.
+"""Changes to mergekit's planner for merge methods with `reads_as_stored`.
 
 mergekit casts every input to the recipe's `dtype` when it reads it. With `dtype: bfloat16` the float32 weights of a
 target are rounded before its task vector is taken, and a task vector of a fine-tuning is smaller than that rounding.
@@ -23,10 +23,10 @@ class GatherWide(GatherTensors, frozen=True):  # pyright: ignore[reportGeneralTy
         return {model: t.float() if t.dtype in (bfloat16, float16) else t for model, t in gathered.items()}
 
 
-def follow(plan: Any) -> None:
-    """Wrap the planner of `mergekit.plan` (the module); calling it again changes nothing."""
+def patch(plan: Any) -> None:
+    """Wrap `plan_tensor` of the planner in `mergekit.plan`, the module; calling it again changes nothing."""
     planner = plan.MergePlanner
-    if getattr(planner, "followed_by_fusechat", False):
+    if getattr(planner, "patched_by_fusechat", False):
         return
     plan_tensor = planner.plan_tensor
 
@@ -39,7 +39,7 @@ def follow(plan: Any) -> None:
             self._tensors[planned:] = added
 
     planner.plan_tensor = plan_tensor_as_stored
-    planner.followed_by_fusechat = True
+    planner.patched_by_fusechat = True
 
 
 def as_stored(weight: Any, task: Any, config: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Read a mergekit configuration as mergekit does, and name what mergekit would pass over in silence.
+"""Read a mergekit configuration as mergekit does, and refuse what mergekit would silently ignore.
 
-mergekit 0.1.5 ignores parameters that the method does not know, shared parameters set for a single model and keys that
-come twice; it casts quantised weights without their scales. Models in local directories are looked at (see
-`checkpoint`), those of the Hub by mergekit's plan.
+mergekit 0.1.5 ignores parameters that the method does not know, shared parameters set for a single model and duplicate
+keys; it casts quantised weights without their scales. Models in local directories are checked here (see `checkpoint`),
+models of the Hub when mergekit plans.
 """
 
 import difflib
@@ -22,13 +22,13 @@ from fusechat_merge import checkpoint
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32"}
-NICKNAMES |= {"f32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
-DIGITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of the significand, in bits
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32"}
+DTYPE_ALIASES |= {"f32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
+SIGNIFICAND_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of the significand, in bits
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML in which a key comes once."""
+    """YAML without duplicate keys."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -42,8 +42,8 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
     """(configuration, its YAML text), checked.
 
     Raises:
-        ValueError: no YAML, no merge configuration, an unknown merge method or dtype, an unknown, misspelt or misplaced
-            parameter, or a local model directory that cannot be merged.
+        ValueError: not YAML, not a merge configuration, an unknown merge method or dtype, an unknown, misspelt or
+            misplaced parameter, or a local model directory that cannot be merged.
         OSError: the file cannot be read.
     """
     try:
@@ -58,10 +58,13 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ValueError(
-            f"configuration {path}: expected each key once, got {error.problem} in the mapping at line {line}. Mend it."
+            f"configuration {path}: expected each key once, got {error.problem} in the mapping at line {line}. "
+            "Correct it."
         ) from None
     except yaml.YAMLError as error:
-        raise ValueError(f"configuration {path}: expected YAML, got {str(error).splitlines()[0]}. Mend it.") from None
+        raise ValueError(
+            f"configuration {path}: expected YAML, got {str(error).splitlines()[0]}. Correct it."
+        ) from None
     if not isinstance(document, dict):
         raise ValueError(
             f"configuration {path}: expected a mapping with merge_method and models, got {type(document).__name__}. "
@@ -75,22 +78,22 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ValueError(f"configuration {path}, {place}: {first['msg']}. Mend it.") from None
+        raise ValueError(f"configuration {path}, {place}: {first['msg']}. Correct it.") from None
     except RuntimeError as error:
-        raise ValueError(f"configuration {path}: {error}. Mend it.") from None
+        raise ValueError(f"configuration {path}: {error}. Correct it.") from None
     check(config, str(path))
     return config, text
 
 
 def check(config: MergeConfiguration, name: str) -> None:
-    """Raises ValueError for what `load` lists, beyond the syntax."""
+    """Raises ValueError for what `load` lists, except for faults of the syntax."""
     methods = [method.spec.name for method in registry.registered_methods()]
     if config.merge_method not in methods:
         raise ValueError(f"merge_method in {name}: " + _unexpected(config.merge_method, methods))
     for key in ("dtype", "out_dtype"):
         dtype = getattr(config, key)
         if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
-            raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, NICKNAMES.get(dtype.lower())))
+            raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, DTYPE_ALIASES.get(dtype.lower())))
     spec = registry.get(config.merge_method).spec
     shared = [p.name for p in spec.parameters if p.scope == ParameterScope.SHARED]
     known = [p.name for p in spec.parameters]
@@ -126,11 +129,11 @@ def _check_models(config: MergeConfiguration, name: str) -> None:
     for model in sorted(config.referenced_models(), key=str):
         path = model.model.path
         if os.path.isabs(path) or path.startswith((".", "~")) or os.path.isdir(path):
-            layers[model], digits[model] = _layers_and_digits(model, name)
+            layers[model], digits[model] = _layers_and_bits(model, name)
     for holder in (config, *(config.modules or {}).values()):
         _check_layers([config.base_model, *(entry.model for entry in holder.models or ())], layers, name)
-    narrowed = [model for model in digits if config.dtype and digits[model] > _digits(config.dtype)]
-    ours = config.merge_method in ("sce", "varm")  # whose inputs are read as they are stored
+    narrowed = [model for model in digits if config.dtype and digits[model] > _significand_bits(config.dtype)]
+    ours = config.merge_method in ("sce", "varm")  # they read the inputs in the dtype of their files
     if narrowed and not (ours and config.out_dtype):
         logger.warning(
             "dtype %s in %s is narrower than the weights of %s: %s. Write `dtype: float32`%s.",
@@ -142,25 +145,25 @@ def _check_models(config: MergeConfiguration, name: str) -> None:
         )
 
 
-def _digits(dtype: str) -> int:
-    return DIGITS[dtype.removeprefix("torch.")]
+def _significand_bits(dtype: str) -> int:
+    return SIGNIFICAND_BITS[dtype.removeprefix("torch.")]
 
 
-def _layers_and_digits(model: ModelReference, name: str) -> tuple[int | None, int]:
+def _layers_and_bits(model: ModelReference, name: str) -> tuple[int | None, int]:
     """(number of layers, None where config.json does not say; bits of the significand of its finest weights)."""
     path = model.model.path
     file = Path(path, "config.json")
     if not file.is_file():
         raise ValueError(
             f"model {path} in {name}: expected a model directory with config.json, got "
-            f"{'one without' if os.path.isdir(path) else 'no such directory'}. Mend the path."
+            f"{'one without' if os.path.isdir(path) else 'no such directory'}. Correct the path."
         )
     settings = checkpoint.read_json(file)
     stored = checkpoint.stored_dtypes(checkpoint.weight_files(path))
     shown = checkpoint.quantised(stored, settings)
     if shown is not None and model.lora is None:
-        raise ValueError(f"model {path} in {name}: {checkpoint.quantised_sentence(shown)}")
-    floats = [_digits(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
+        raise ValueError(f"model {path} in {name}: {checkpoint.quantised_error(shown)}")
+    floats = [_significand_bits(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
     return settings.get("num_hidden_layers") or settings.get("n_layer"), max(floats, default=0)
 
 
@@ -190,7 +193,7 @@ def _parameters(config: MergeConfiguration):
 
 
 def _unexpected_key(key: str, method: str | None) -> str:
-    """What to say about a top-level key that mergekit would ignore: often a parameter in the wrong place."""
+    """The error text for a top-level key that mergekit would ignore, often a parameter in the wrong place."""
     methods = {m.spec.name: m for m in registry.registered_methods()}
     if method in methods and key in [p.name for p in methods[method].spec.parameters]:
         return f"expected {key} under parameters, got it at the top level, where it has no effect. Move it."

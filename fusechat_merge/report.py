@@ -1,9 +1,9 @@
-"""What a merge did, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
+"""The report on a merge, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that the pictures are what a report
-costs. A row of `coefficients.csv` is written when its tensor is done; `summary.json` and the pictures when the output
-is. `reporting` says which merges get a report.
+one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that only the pictures take time. A row
+of `coefficients.csv` is written when its tensor is done, `summary.json` and the pictures when the output is. Module
+`reporting` says which merges get a report.
 
 Shape letters: M targets.
 """
@@ -86,11 +86,11 @@ class Report:
         self.targets = list(targets)
         self.names = short_names(self.targets)
         self.rows: list[dict] = []
-        self.begun: set[str] = set()  # tensors that belong to it, with a row or about to have one
+        self.begun: set[str] = set()  # tensors with a row, or about to have one
         self._lock = threading.Lock()
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise ValueError(
-                f"report directory {self.directory}: expected a new or empty one, got one with files. Name another."
+                f"report directory {self.directory}: expected a new or empty one, got one with files. Choose another."
             )
 
     def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
@@ -136,7 +136,7 @@ class Report:
                 writer.writerow(row)
 
     def continued_by(self, method: str, pivot: str, targets: Sequence[str], tensor: str) -> bool:
-        """Whether this tensor may be of the same output as those before it."""
+        """Whether this tensor can belong to the same output as those before it."""
         same = (method, pivot) == (self.method, self.pivot) and set(targets) <= set(self.targets)
         return same and tensor not in self.begun
 

@@ -38,7 +38,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def recording(self, report: Report) -> Iterator[None]:
-        """Add every tensor that the block merges to this report; an error in it is raised."""
+        """Add every tensor that the block merges to this report; an error in the report is raised."""
         self._reports, self._fixed = [report], True
         try:
             yield
@@ -47,7 +47,9 @@ class Reporter:
 
     @contextlib.contextmanager
     def one_output(self) -> Iterator[None]:
-        """Report on the one output of the block: the reports are finished after it, and not where it fails. Nests.
+        """Report on the output that the block merges. Its reports are finished after the block, unless it fails.
+
+        Inside another `one_output` it does nothing.
 
         Raises:
             ValueError: FUSECHAT_MERGE_REPORT cannot be a directory.
@@ -60,7 +62,7 @@ class Reporter:
             path for path in (Path(root).absolute(), *Path(root).absolute().parents) if os.path.lexists(path)
         )
         if not existing.is_dir():
-            raise ValueError(f"{SWITCH}: expected a directory, got {root}, as {existing} is none. Name another.")
+            raise ValueError(f"{SWITCH}: expected a directory, got {root}, as {existing} is not one. Choose another.")
         self.finish()
         self._one_output = True
         try:
@@ -68,7 +70,7 @@ class Reporter:
             self.finish()
         finally:
             for report in self._reports:
-                logger.warning("merge report %s: the merge did not end, so it has no summary", report.directory)
+                logger.warning("merge report %s: the merge failed, so it has no summary", report.directory)
             self._forget()
 
     def add(
@@ -93,7 +95,7 @@ class Reporter:
             with self._lock:
                 if not self._failed:
                     root = os.environ[SWITCH]
-                    logger.warning("merge report in %s: the merge goes on without it and its summary: %s", root, error)
+                    logger.warning("merge report in %s: the merge continues without its report: %s", root, error)
                 self._failed = True
 
     def report_for(self, method: str, pivot: str, targets: Sequence[str], tensor: str) -> Report | None:
@@ -135,10 +137,10 @@ reporter = Reporter()
 atexit.register(reporter.finish)  # for a merge that did not go through `run_merge`
 
 
-def follow(merge: Any) -> None:
-    """Wrap `run_merge` of `mergekit.merge` (the module), so that its output is reported on; again changes nothing."""
+def patch(merge: Any) -> None:
+    """Have `run_merge` of `mergekit.merge`, the module, report on its output; calling it again changes nothing."""
     run_merge = merge.run_merge
-    if getattr(run_merge, "reported_by_fusechat", False):
+    if getattr(run_merge, "patched_by_fusechat", False):
         return
 
     @functools.wraps(run_merge)
@@ -146,7 +148,7 @@ def follow(merge: Any) -> None:
         with reporter.one_output() if merge_config.merge_method in METHODS else contextlib.nullcontext():
             return run_merge(merge_config, *args, **kwargs)
 
-    run_merge_with_report.reported_by_fusechat = True  # pyright: ignore[reportAttributeAccessIssue]
+    run_merge_with_report.patched_by_fusechat = True  # pyright: ignore[reportAttributeAccessIssue]
     merge.run_merge = run_merge_with_report
 
 

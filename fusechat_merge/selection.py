@@ -5,7 +5,7 @@ computed from the targets' differences to the first target: those are exact wher
 counts as "all equal" exactly when the stored numbers are. Kept are the floor(tau * n) elements of largest v, n = number
 of elements not all equal, ties at the threshold by lowest index.
 
-One pass over the targets decides nearly every element: a sample of the elements tells a band of variances that the
+One pass over the targets decides nearly every element: a sample of the elements gives a band of variances that the
 threshold must lie in; above the band an element is kept, below it is not. The few elements inside are ranked by their
 variance rounded to 41 bits, which for 16-bit storage is exact, so rounding decides no tie. Should the threshold prove
 to lie outside, the pass is repeated with a wider band. Memory: one byte for each element, and 16 for each in the band.
@@ -21,8 +21,8 @@ from torch import Tensor
 from fusechat_merge.chunks import map_threads, split
 from fusechat_merge.passes import Passes, variance_and_square
 
-SAMPLE = 1 << 16  # at most so many elements, and at most one in 64, tell the band by their variances
-RANK_ALL = 1 << 14  # in a tensor of no more elements than that the band is everything
+SAMPLE = 1 << 16  # elements whose variances give the band: at most so many, and at most one in 64
+RANK_ALL = 1 << 14  # in a tensor of no more elements the band covers all variances
 RANKED_AT_ONCE = 1 << 15
 SEARCHED_AT_ONCE = 1 << 18
 

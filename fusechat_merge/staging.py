@@ -1,7 +1,7 @@
-"""`fusechat-merge yaml`: mergekit's own command, writing beside the output and renaming at the end.
+"""`fusechat-merge yaml`: mergekit's own command, writing to a staging directory that is renamed at the end.
 
 mergekit streams shards into the output directory and writes the config last; a run that fails half way leaves a
-directory that looks like a model. Here the output appears whole or not at all.
+directory that looks like a model. Here the output appears complete or not at all.
 """
 
 import os
@@ -31,13 +31,13 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
 
     out = _resolved(out_path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Name another.")
+        raise ValueError(f"output {out_path}: expected a new or empty directory, got one with files. Choose another.")
     if out.is_mount():
-        raise ValueError(f"output {out_path}: expected a directory, got a mount point. Name a directory in it.")
+        raise ValueError(f"output {out_path}: expected a directory, got a mount point. Choose a directory in it.")
     reports = os.environ.get(reporting.SWITCH)
     if reports and out in (resolved := Path(reports).resolve(), *resolved.parents):
         raise ValueError(
-            f"{reporting.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Name another."
+            f"{reporting.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Choose another."
         )
     recipe.check_adapters(
         recipe.load(config_path)[0],
@@ -57,33 +57,33 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     except (OSError, SafetensorError) as error:
         if not re.search(r"os error \d+|\[Errno \d+\]", str(error)) or getattr(error, "filename", None):
             raise
-        raise OSError(  # as a full disk says no path
-            f"output {out_path}: expected to write the whole model, got {error}. Make room, or name another disk."
+        raise OSError(  # the error of a full disk names no path
+            f"output {out_path}: expected to write the whole model, got {error}. Free space, or choose another disk."
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _resolved(out_path: str) -> Path:
-    """Where the output goes: where a symbolic link leads (it stays a link)."""
+    """The output directory, with symbolic links followed (they stay links)."""
     try:
         out = Path(out_path).resolve()
     except (OSError, RuntimeError):  # Python before 3.13 raises it
         out = None
     if out is None or out.is_symlink():
-        raise ValueError(f"output {out_path}: expected a directory, got a symbolic link in a loop. Name another.")
+        raise ValueError(f"output {out_path}: expected a directory, got a symbolic link in a loop. Choose another.")
     return out
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what a killed run towards the same output has left."""
+    """Remove the staging directories that killed runs for the same output left."""
     for entry in out.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)-\w+", entry.name)
-        if match and not _alive(int(match.group(1))):
+        if match and not _is_running(int(match.group(1))):
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

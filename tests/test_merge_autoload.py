@@ -125,7 +125,7 @@ def test_registering_by_hand_follows_modules_imported_before_and_after(site, fir
     (site / "fusechat_methods.py").write_text("sce, varm = 'ours', 'ours too'\n")
     for name in ("plan", "merge"):
         (site / "mergekit" / f"{name}.py").touch()
-    code = OURS + "a.follow_planner = a.follow_merge = lambda module: setattr(module, 'followed', True)\n"
+    code = OURS + "a.patch_planner = a.patch_run_merge = lambda module: setattr(module, 'followed', True)\n"
     code += f"import mergekit.{first}\n" if first != "register" else ""
     code += "fusechat_merge.register(); import mergekit.plan, mergekit.merge\n"
     code += "print(mergekit.plan.followed, mergekit.merge.followed)"
@@ -145,7 +145,7 @@ def test_a_method_module_that_imports_mergekit_is_served_in_any_order(site, orde
     )
     (site / "plugin-1.0.dist-info" / "entry_points.txt").write_text("")
     methods = "import mergekit.merge_methods\nfrom fusechat_merge import _autoload\n"
-    methods += "sce, varm = object(), object()\n_autoload.finish(__name__)\n"
+    methods += "sce, varm = object(), object()\n_autoload.register_waiting(__name__)\n"
     (site / "fusechat_methods.py").write_text(methods)
     code = f"{ORDERS[order]}\nprint(m.get('sce') is sce, m.get('varm') is varm)"
     assert python(site, code) == ("True True", "")
@@ -172,7 +172,7 @@ def test_real_mergekit_serves_ours_when_our_module_comes_first(tmp_path):
     code = "from fusechat_merge.method import sce, varm; import mergekit.merge_methods as m\n"
     code += "from mergekit.plan import MergePlanner; from mergekit.merge import run_merge\n"
     code += "print(m.get('sce') is sce, m.get('varm') is varm, m.sce_merge is not sce, "
-    code += "MergePlanner.followed_by_fusechat, run_merge.reported_by_fusechat)"
+    code += "MergePlanner.patched_by_fusechat, run_merge.patched_by_fusechat)"
     assert python(tmp_path, code) == ("True True True True True", "")
 
 

@@ -515,7 +515,7 @@ def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypat
         run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
     [first] = (tmp_path / "reports").iterdir()
     assert [path.name for path in first.iterdir()] == ["coefficients.csv"]
-    assert "the merge did not end, so it has no summary" in caplog.text
+    assert "the merge failed, so it has no summary" in caplog.text
     document["models"] = document["models"][:2]
     run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "mended"), options)
     assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()

@@ -24,7 +24,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 def choose_passes(request, monkeypatch):
     """A test that uses this runs twice: by the compiled passes, and by those that serve accelerators."""
     if request.param == "torch":
-        monkeypatch.setattr(compiled, "serves", lambda tensors, dtype: False)
+        monkeypatch.setattr(compiled, "supports", lambda tensors, dtype: False)
 
 
 by_both_passes = pytest.mark.usefixtures("choose_passes")

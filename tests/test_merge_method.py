@@ -361,7 +361,9 @@ def test_a_target_under_two_names_is_refused(spelling, models, tmp_path):
     other = {"slash": f"{targets[0]}/", "link": str(tmp_path / "link"), "pivot": f"{pivot}/."}[spelling]
     config = recipe(pivot, targets)
     config["models"].append({"model": other})
-    with pytest.raises(ValueError, match=r"inputs for sce.*: expected each model once, got .* and .*, which are one"):
+    with pytest.raises(
+        ValueError, match=r"inputs for sce.*: expected each model once, got .* and .*, which are the same model"
+    ):
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
