@@ -1,4 +1,4 @@
-"""What the measuring examples share: intervals, the clock over several starts, and the files of results."""
+"""Shared by the examples that measure: intervals, time over several starts, and files of results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ START = time.monotonic()
 
 
 def half_width(values: np.ndarray) -> float:
-    """Half width of the 95 % interval of a mean, Student's t; nan for one value."""
+    """Half width of the 95 % interval of a mean (Student's t); nan for a single value."""
     n = len(values)
     return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
 def facts(command: str, root: Path, packages: tuple[str, ...], finished: bool = True) -> dict:
-    """How figures came about: command, minutes of all starts that ended (None: some rows are missing), machine."""
+    """How figures were made: command, minutes of all finished starts (None: rows are missing), machine, versions."""
     minutes = None
     if finished:
         clock = root / "minutes.txt"
@@ -38,12 +38,12 @@ def facts(command: str, root: Path, packages: tuple[str, ...], finished: bool = 
 
 def sentence(about: dict) -> str:
     """The facts in Markdown."""
-    took = "what was finished" if about["minutes"] is None else f"{about['minutes']} minutes in all starts"
+    took = "finished rows only" if about["minutes"] is None else f"{about['minutes']} minutes in all starts"
     return f"`{about['command']}`, {took}, {about['machine']}; {about['versions']}."
 
 
 def write(folder: Path, name: str, results: dict, tables: str) -> None:
-    """NAME.json and NAME.md, and the tables on standard output."""
+    """Write NAME.json and NAME.md, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
     (folder / f"{name}.md").write_text(tables)
@@ -51,7 +51,7 @@ def write(folder: Path, name: str, results: dict, tables: str) -> None:
 
 
 def draw(rows: list[tuple[str, float, float]], label: str, path: Path) -> None:
-    """Differences with their intervals, (name, mean, half width), from the top down."""
+    """Plot differences with their intervals, (name, mean, half width), from the top down."""
     from matplotlib.figure import Figure
 
     names, means, halves = zip(*rows[::-1], strict=True)

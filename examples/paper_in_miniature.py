@@ -1,14 +1,14 @@
 """The paper's experiment in miniature: does fusion help, which settings, and by how much, with intervals over seeds.
 
 For every seed a pivot and three sources of other tokenizers, sizes and architectures are taught from scratch (six
-skills that can be checked exactly, `quickstart.py`); 30 % of the fusion data's answers are wrong. Then every row of the
+skills that can be checked exactly, `toy_models.py`); 30 % of the fusion data's answers are wrong. Then every row of the
 table is trained, merged and asked the same held-out questions: plain fine-tuning, distillation from one source, targets
 and multi (one training on the best source of each slice) by the paper's settings and by ours, merges of the targets by
 seven methods, and one change at a time from our settings.
 
     python examples/paper_in_miniature.py [--output DIR] [--seeds 5] [--ablation_seeds 3] [--jobs 2] [--fast]
 
-Every stage leaves a file: the same command goes on where a killed one stopped. The results go to `--results`
+Every stage leaves a file: the same command continues a killed run. The results go to `--results`
 (miniature.json, .md, .png): exact match in %, mean over seeds, and the paired difference to plain with its 95 %
 interval (Student's t over seeds).
 """
@@ -32,10 +32,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-import quickstart
 import torch
 from measurement import draw, facts, half_width, sentence, write
-from quickstart import NUMBER_SKILLS, SKILLS, WORD_SKILLS, Recipe, conversations, exact_match, test_questions
+from quickstart import WRONG_ANSWERS
+from toy_models import (
+    NUMBER_SKILLS,
+    SKILLS,
+    WORD_SKILLS,
+    ModelSpec,
+    byte_level_tokenizer,
+    conversations,
+    exact_match,
+    pretrain,
+    quiet,
+    test_questions,
+    unigram_tokenizer,
+)
 from transformers import LlamaConfig, MistralConfig, Phi3Config, StableLmConfig
 
 SOURCES = {"numbers": NUMBER_SKILLS, "words": WORD_SKILLS, "mixed": ("larger", "capitals")}
@@ -46,7 +58,7 @@ PLAIN = {"lm_loss_weight": 1.0}
 TARGETS = tuple(f"target-{name}" for name in SOURCES)
 SELECT_TOPK = (0.1, 0.3, 1.0)
 
-# name -> (aligned data, options of train); data are NAME, or a combination as `combinations` makes them
+# name -> (aligned data, options of train); data: a source, or an entry of COMBINATIONS
 MAIN = {
     "plain": ("numbers", PLAIN),
     **{f"distilled from {name}": (name, {**OURS, "fusion_function": "source"}) for name in SOURCES},
@@ -71,7 +83,7 @@ CHANGES = {  # one change at a time from "multi"
     "slices: none": ("none", OURS),
 }
 NO_WRONG_ANSWERS = ("plain", "paper multi", *TARGETS, "multi")
-COMBINATIONS = {  # options of combine; an entry with a mapping combines what was aligned by it
+COMBINATIONS = {  # options of combine; an entry with a mapping combines data aligned with that mapping
     "ours": {"slice_pattern": BY_SKILL},
     "paper": {"preset": "paper"},
     "min_ce": {"function": "min_ce"},
@@ -95,7 +107,7 @@ METHODS = {  # merges of our targets, base the pivot
 
 
 class Work:
-    """One seed's directory: models, representations, aligned data, results, each made once."""
+    """The directory of one seed: models, representations, aligned data and results, each made once."""
 
     def __init__(self, root: Path, seed: int, fast: bool):
         self.seed, self.fast, self.path = seed, fast, root / f"seed-{seed}"
@@ -105,9 +117,9 @@ class Work:
         self.questions = test_questions(10 if fast else 100, seed + 11)
 
     def teach(self, name: str) -> None:
-        """One model with its tokenizer, from scratch."""
+        """Train one model and its tokenizer from scratch."""
         texts = [turn["value"] for row in conversations(SKILLS, 3000, self.seed) for turn in row["conversations"]]
-        byte_level, unigram = quickstart.byte_level_tokenizer, quickstart.unigram_tokenizer
+        byte_level, unigram = byte_level_tokenizer, unigram_tokenizer
         make, size, marks, config, hidden, layers, skills, steps = {
             "pivot": (
                 *(byte_level, 420, ("<|bos|>", "<|end_of_turn|>", "User:\n", "Assistant:\n")),
@@ -127,8 +139,8 @@ class Work:
             ),
         }[name]
         steps = round(steps * (0.05 if self.fast else 1))
-        quickstart.pretrain(
-            Recipe(make(texts, size, *marks), config, hidden, layers, skills, steps), self.models / name, self.seed
+        pretrain(
+            ModelSpec(make(texts, size, *marks), config, hidden, layers, skills, steps), self.models / name, self.seed
         )
         self.ask(name)
 
@@ -136,7 +148,7 @@ class Work:
         return self.path / f"conversations-{wrong}.json"
 
     def prepare(self, wrong: float, pivot: str = "pivot") -> None:
-        """All representations and aligned data of one data set; trainings side by side then read them alone."""
+        """All representations and aligned data of one data set, which the trainings then only read."""
         from fusechat_fuse import align, combine, represent
 
         if pivot == "pivot":
@@ -163,11 +175,11 @@ class Work:
             combine(parts, self.aligned(name, wrong, pivot), **options)
 
     def aligned(self, data: str, wrong: float, pivot: str, mapping: str = "prefix") -> Path:
-        """Where aligned data are: of one source by a mapping, or a combination of all."""
+        """The path of aligned data: one source with a mapping, or a combination of all sources."""
         return self.path / "aligned" / "-".join([pivot, data, *([mapping] if data in SOURCES else []), str(wrong)])
 
     def train(self, name: str, data: str, options: dict, wrong: float, pivot: str = "pivot") -> None:
-        """One row: fine-tune the pivot, ask the questions."""
+        """One row of the table: fine-tune the pivot, test the result."""
         from fusechat_fuse import FusionConfig
         from fusechat_fuse.training.run import train
 
@@ -190,7 +202,7 @@ class Work:
         self.ask(name)
 
     def merge(self, name: str, method: str, targets: tuple[str, ...], parameters: dict, base: str = "pivot") -> None:
-        """One merge of targets by plain mergekit-yaml (mergekit's own sce: without our hook), and ask it."""
+        """Merge targets by plain mergekit-yaml (mergekit's own sce: without our hook), and test the result."""
         config = {"merge_method": method, "dtype": "float32", "parameters": parameters}
         config["models"] = [{"model": str(self.models / target)} for target in targets]
         if method != "linear":
@@ -219,8 +231,8 @@ def no_wrong(name: str) -> str:
 
 
 def phases(work: Work, ablations: bool) -> list[list[tuple[str, str, tuple]]]:
-    """A seed's tasks, (result, method of Work, arguments), phase after phase; those of a phase are independent."""
-    wrong, round_two = quickstart.WRONG_ANSWERS, [f"second round {target}" for target in TARGETS]
+    """The tasks of a seed in phases, as (result, method of Work, arguments); tasks of one phase are independent."""
+    wrong, round_two = WRONG_ANSWERS, [f"second round {target}" for target in TARGETS]
     rows = MAIN | (CHANGES if ablations else {})
     trainings = [(name, "train", (name, data, options, wrong)) for name, (data, options) in rows.items()]
     for name in NO_WRONG_ANSWERS if ablations else ():
@@ -243,7 +255,7 @@ def phases(work: Work, ablations: bool) -> list[list[tuple[str, str, tuple]]]:
 
 
 def perform(root: Path, seed: int, fast: bool, method: str, arguments: tuple) -> None:
-    """One task, in a process of the pool."""
+    """Carry out one task, in a process of the pool."""
     torch.set_num_threads(1)
     for name in ("transformers", "fusechat_fuse", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -251,7 +263,7 @@ def perform(root: Path, seed: int, fast: bool, method: str, arguments: tuple) ->
 
 
 def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None:
-    """All tasks of all seeds, those of one phase side by side; what has its result is not done again."""
+    """Carry out all tasks of all seeds, those of one phase side by side; a task with a result is not repeated."""
     start = time.monotonic()
     works = [Work(root, seed, fast) for seed in seeds]
     plans = [phases(work, work.seed < ablations) for work in works]
@@ -271,7 +283,7 @@ def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None
 
 
 def collect(root: Path, seeds: range, ablations: int, fast: bool) -> dict[str, list[dict]]:
-    """row -> the scores of each seed that has it (the first ones), in the order of the table."""
+    """row -> its scores, one entry per seed, in the order of the table."""
     works, found = [Work(root, seed, fast) for seed in seeds], {}
     for work in works:
         for phase in phases(work, work.seed < ablations):
@@ -282,7 +294,7 @@ def collect(root: Path, seeds: range, ablations: int, fast: bool) -> dict[str, l
 
 
 def rounded(value: float) -> float | None:
-    """For JSON: two digits, None for what one seed cannot tell."""
+    """A figure for JSON: two digits, None if one seed is not enough for it."""
     return None if np.isnan(value) else round(float(value), 2)
 
 
@@ -291,7 +303,7 @@ def with_interval(mean: float, half: float | None, sign: str = "") -> str:
 
 
 def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
-    """row -> mean, interval, and the paired difference to the plain of the same data with its interval (points)."""
+    """row -> mean, and paired difference to `plain` on the same data, with their intervals (in points)."""
     overall = {name: np.array([100 * seed["overall"] for seed in several]) for name, several in scores.items()}
     found = {}
     for name, values in overall.items():
@@ -315,7 +327,7 @@ def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def markdown(found: dict[str, dict], about: dict) -> str:
-    """The tables, for people."""
+    """The tables in Markdown."""
     lines = [
         "# The paper in miniature",
         "",
@@ -343,18 +355,18 @@ def markdown(found: dict[str, dict], about: dict) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the tables."""
+    """Run the missing tasks, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="new, or an earlier start's")
+    parser.add_argument("--output", type=Path, default=Path("miniature-output"), help="new, or of an interrupted run")
     parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ablation_seeds", type=int, default=3, help="of them, those with all changes of one option")
+    parser.add_argument("--ablation_seeds", type=int, default=3, help="seeds that also run the changes of one option")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--fast", action="store_true", help="a test of the script: models that know nothing")
+    parser.add_argument("--fast", action="store_true", help="test the script, with models that know nothing")
     options = parser.parse_args()
     root = options.output.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    quickstart.quiet()
+    quiet()
     run(root, range(options.seeds), options.ablation_seeds, options.jobs, options.fast)
     scores = collect(root, range(options.seeds), options.ablation_seeds, options.fast)
     found = summary(scores)

