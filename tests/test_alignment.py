@@ -178,7 +178,7 @@ def test_nothing_in_common_is_refused(two, tiny_unigram, tmp_path):
         ({"num_proc": 0}, "num_proc"),
         ({"fail_under_coverage": 95}, "share from 0 to 1, got 95"),
         ({"mapping": "statistics", "counts": "nowhere"}, "counts"),
-        ({"counts": "nowhere"}, "expected mapping statistics beside it, got 'prefix'"),
+        ({"counts": "nowhere"}, "expected mapping statistics with it, got 'prefix'"),
     ],
 )
 def test_bad_options(options, message, two, tmp_path):
@@ -200,7 +200,7 @@ def test_another_run_has_another_directory(two, tmp_path):
 
 
 def test_coverage_below_the_limit_stops_the_run(two, tmp_path):
-    with pytest.raises(CoverageError, match="expected at least 99\\.00%"):
+    with pytest.raises(CoverageError, match="expected an answer for at least 99\\.00%"):
         align(two[0].path, two[1].path, tmp_path / "out", mapping="exact", fail_under_coverage=0.99)
     with pytest.raises(InputError, match="manifest"):
         load_representation(tmp_path / "out")

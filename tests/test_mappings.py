@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment.candidate_outcomes import single_id_fates
+from fusechat_fuse.alignment.candidate_outcomes import single_id_outcomes
 from fusechat_fuse.alignment.mappings import MAPPINGS, Mapping
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.alignment.single_id import single_id_rows
@@ -22,7 +22,7 @@ def everything_to_seven(source_bytes, pivot_bytes, by_bytes, counts, workers) ->
 def seven(monkeypatch):
     """A mapping of no use: every source id becomes pivot id 7."""
     mapping = Mapping(
-        "seven", "for the test", single_id_rows, single_id_fates, everything_to_seven, True, True, renormalised=True
+        "seven", "for the test", single_id_rows, single_id_outcomes, everything_to_seven, True, True, renormalised=True
     )
     monkeypatch.setitem(MAPPINGS, "seven", mapping)
 

@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 
 from fusechat_fuse.alignment import prefix
-from fusechat_fuse.alignment.candidate_outcomes import prefix_fates
+from fusechat_fuse.alignment.candidate_outcomes import prefix_outcomes
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import EXACT, NONE, correspond
 from fusechat_fuse.alignment.paths import PathTable
@@ -150,13 +150,13 @@ def test_a_hole_after_a_token_that_straddles():
     assert out.kind.tolist() == [EXACT, NONE]
 
 
-def test_fates_say_why():
+def test_outcomes_say_why():
     streams = toy_streams(
         [(0, 0, 4), (6, 4, 5)],
         [(2, 0, 5)],
         [({2: 0.25, 0: 0.3, 1: 0.2, 3: 0.1}, 0.25)],
     )
-    at_the, at_y = prefix_fates(*streams)
+    at_the, at_y = prefix_outcomes(*streams)
     assert [(SOURCE[f.id], PIVOT[f.pivot_id], f.actual) for f in at_the] == [
         (b" they", b" the", True),
         (b" the", b" the", False),
@@ -168,7 +168,7 @@ def test_fates_say_why():
         (-1, "ends here, or cannot be spelled"),
         *[(-1, "does not begin with the text so far")] * 2,
     ]
-    (at_the,) = prefix_fates(*toy_streams([(0, 0, 4)], [(0, 0, 4)], [({2: 0.1}, 0.5)]))
+    (at_the,) = prefix_outcomes(*toy_streams([(0, 0, 4)], [(0, 0, 4)], [({2: 0.1}, 0.5)]))
     assert [(f.pivot_id, f.why) for f in at_the] == [(-1, "another, longer word")]
 
 

@@ -1,4 +1,7 @@
-"""What became of each candidate at each pivot token, and why: for a reader, by plain loops (`inspect`)."""
+"""Which pivot token each source candidate became at each pivot position, and why not where it became none.
+
+Written as plain loops, for `inspect`; the mappings themselves compute whole batches at once.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularie
 from fusechat_fuse.alignment.correspondence import Correspondence
 
 
-class Fate(NamedTuple):
-    """Of one kept candidate: its source id and P, the pivot id it became (-1: none, and `why` not), whether it is the
-    actual token."""
+class CandidateOutcome(NamedTuple):
+    """The outcome for one kept candidate: its source id and probability, the pivot id it became (-1: none, `why` says
+    the reason), and whether it is the actual token."""
 
     id: int
     probability: float
@@ -21,12 +24,14 @@ class Fate(NamedTuple):
     actual: bool
 
 
-def prefix_fates(pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies) -> list[list[Fate]]:
-    """For each pivot token the fates of its source prediction's candidates, most likely first, by `prefix_rows`."""
+def prefix_outcomes(
+    pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies
+) -> list[list[CandidateOutcome]]:
+    """For each pivot token the outcomes of the candidates that answer it, most likely first, as in `prefix_rows`."""
     placement = place(pivot, source)
     rows = candidates_of(pivot, source, placement, vocab)
 
-    def fate(p: int, q: int, k: int) -> tuple[int, str]:
+    def outcome(p: int, q: int, k: int) -> tuple[int, str]:
         y, done = int(pivot.ids[p]), pivot.ids[placement.first[q] : p].tolist()
         if source.topk_ids[q, k] == source.ids[q]:
             return y, ""
@@ -39,28 +44,28 @@ def prefix_fates(pivot: Stream, source: SourceStream, match: Correspondence, voc
             return -1, "another, longer word"
         return path[len(done)], ""
 
-    return _fates(source, match, fate)
+    return _outcomes(source, match, outcome)
 
 
-def single_id_fates(
+def single_id_outcomes(
     pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies
-) -> list[list[Fate]]:
-    """The same for `single_id_rows`."""
+) -> list[list[CandidateOutcome]]:
+    """The same as in `single_id_rows`."""
     to_pivot = vocab.to_pivot
     assert to_pivot is not None
 
-    def fate(p: int, q: int, k: int) -> tuple[int, str]:
+    def outcome(p: int, q: int, k: int) -> tuple[int, str]:
         i = int(to_pivot[source.topk_ids[q, k]]) if pivot.start[p] == source.start[q] else -1
         return i, "" if i >= 0 else "no pivot token for it"
 
-    return _fates(source, match, fate)
+    return _outcomes(source, match, outcome)
 
 
-def _fates(source: SourceStream, match: Correspondence, fate) -> list[list[Fate]]:
+def _outcomes(source: SourceStream, match: Correspondence, outcome) -> list[list[CandidateOutcome]]:
     probs = np.exp(source.topk_logprobs.astype(np.float64))  # [Q, K]
     return [
         [
-            Fate(int(i), float(probs[q, k]), *fate(p, q, k), actual=bool(i == source.ids[q]))
+            CandidateOutcome(int(i), float(probs[q, k]), *outcome(p, q, k), actual=bool(i == source.ids[q]))
             for k, i in enumerate(source.topk_ids[q])
         ]
         if q >= 0

@@ -1,6 +1,6 @@
-"""The work of one run of `align`, shard by shard, in this process or several: aligned rows, and counts of ids.
+"""What one run of `align` computes, shard by shard, in one process or several: aligned rows, and counts of ids.
 
-A shard holds some of the joined conversations, in order (`shard_ranges`); what it gives depends on nothing else.
+A shard holds a range of the joined conversations (`shard_ranges`); its content depends on nothing else.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
 from fusechat_fuse.store.shards import Representation
 
 _BATCH_TOKENS = 8192
-_LEAST_MASS = 6e-8  # of an answered position: what float16 can tell from 0, which means no answer
+_LEAST_MASS = 6e-8  # of a position with an answer: the smallest that float16 keeps above 0, which means no answer
 
 
 @dataclass
 class Job:
-    """What one run works on; picklable, shared by its processes.
+    """The input of one run, shared by its processes; picklable.
 
     Attributes:
         pivot, source: the representations.
         joined: (pivot row, source row) of each conversation that both have.
         pair: the two tokenizers.
-        mapping, safe_only: as `align` takes them.
-        vocab: the pair's maps; not needed for counts.
+        mapping, safe_only: options of `align`.
+        vocab: the vocabulary maps; not needed for counting.
     """
 
     pivot: Representation
@@ -51,12 +51,17 @@ class Job:
     vocab: Vocabularies | None = None
 
     @property
+    def needs_counts(self) -> bool:
+        """Whether the mapping is decided by counts over the corpus."""
+        return self.mapping.needs_counts and not self.pair.identity
+
+    @property
     def shards(self) -> range:
         """Numbers of the shards."""
         return range(len(shard_ranges(len(self.joined))))
 
     def batches(self, shard: int) -> Iterator[tuple[list[dict], list[dict]]]:
-        """Conversations of one shard, (pivot rows, source rows) of about _BATCH_TOKENS pivot tokens at once."""
+        """The conversations of one shard in batches of about _BATCH_TOKENS pivot tokens: (pivot rows, source rows)."""
         pivot_rows, source_rows, tokens = [], [], 0
         for n in shard_ranges(len(self.joined))[shard]:
             p, q = self.joined[n]
@@ -87,7 +92,7 @@ class Job:
         writer.write(shard, *self.aligned(shard))
 
     def counts(self, shard: int) -> AlignedCounts:
-        """How often pivot and source ids start together in one shard."""
+        """How often each pair of pivot and source ids starts at the same byte, in one shard."""
         size, parts = len(self.pair.pivot.bytes), []
         for pivot_rows, source_rows in self.batches(shard):
             batch = make_batch(pivot_rows, source_rows, self.pair)
@@ -99,14 +104,14 @@ class Job:
 
 
 def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch, mapped: Mapped) -> list[dict]:
-    """The pivot's rows with the source's columns; a token of no bytes, which is in no batch, has no answer."""
+    """The pivot's rows with the source's columns; tokens without bytes, which no batch contains, have no answer."""
     ids, probs = mapped.ids, mapped.probs.astype(np.float32)
     token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
     tail = mapped.label_tail
     if not batch.kept.all():
-        ids, probs = _spread(ids, batch.kept, -1), _spread(probs, batch.kept, 0)
-        token_ce, mass = _spread(token_ce, batch.kept, np.inf), _spread(mass, batch.kept, 0)
-        tail = _spread(tail, batch.kept, 0)
+        ids, probs = _scatter(ids, batch.kept, -1), _scatter(probs, batch.kept, 0)
+        token_ce, mass = _scatter(token_ce, batch.kept, np.inf), _scatter(mass, batch.kept, 0)
+        tail = _scatter(tail, batch.kept, 0)
     cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]
     half = (mass.astype(np.float16), tail.astype(np.float16))
     columns = (np.split(array, cuts) for array in (ids, probs, token_ce.astype(np.float32), *half))
@@ -128,19 +133,19 @@ def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch,
     return rows
 
 
-def _spread(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
+def _scatter(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
     full = np.full((len(kept), *values.shape[1:]), fill, values.dtype)
     full[kept] = values
     return full
 
 
 def write_shards(job: Job, writer: ShardWriter, processes: int) -> None:
-    """Align and write the shards that are not there yet."""
+    """Align and write the shards that are missing."""
     _each(partial(job.write, writer), writer.left(job.shards), processes, "align")
 
 
 def collect_counts(job: Job, folder: Path, processes: int) -> AlignedCounts:
-    """Counts over the whole corpus, kept beside the shards for this run's repetition and for other corpora."""
+    """Counts over the whole corpus, stored beside the shards for a repeated run and for other corpora."""
     file = folder / "counts.safetensors"
     if file.exists():
         return load_counts(file, job.pair)
@@ -150,7 +155,7 @@ def collect_counts(job: Job, folder: Path, processes: int) -> AlignedCounts:
     return total
 
 
-_work: Callable[[int], Any] | None = None  # of a worker process
+_work: Callable[[int], Any] | None = None  # set in each worker process
 
 
 def _start(work: Callable[[int], Any]) -> None:
@@ -164,23 +169,23 @@ def _call(shard: int):
 
 
 def _each(work: Callable[[int], Any], shards: list[int], processes: int, title: str) -> list:
-    """work(shard) for each, in this process or several (then `work` is pickled); results in the order of `shards`."""
+    """work(shard) for each shard, in one process or several (`work` is then pickled); results in order of `shards`."""
     from tqdm.auto import tqdm
 
     processes = min(processes, len(shards))
     with tqdm(total=len(shards), desc=title, unit="shard", disable=len(shards) < 2) as bar:
 
-        def followed(results) -> list:
+        def collect(results) -> list:
             return [(result, bar.update())[0] for result in results]
 
         if processes < 2:
-            return followed(map(work, shards))
+            return collect(map(work, shards))
         before = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else a forked tokenizer warns
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise a forked tokenizer warns
         try:
             method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
             with multiprocessing.get_context(method).Pool(processes, _start, (work,)) as pool:
-                return followed(pool.imap(_call, shards))
+                return collect(pool.imap(_call, shards))
         finally:
             if before is None:
                 del os.environ["TOKENIZERS_PARALLELISM"]

@@ -1,6 +1,6 @@
-"""The table of mappings: how each builds its map, makes its rows and accounts for them. A new mapping is a new entry.
+"""The table of mappings: how each builds its vocabulary map and its rows. A new mapping is a new entry.
 
-Cheap to import (numpy alone), so that the command's help can list it.
+Imports numpy alone, so that the command's help can list the mappings quickly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.alignment.candidate_outcomes import Fate, prefix_fates, single_id_fates
+from fusechat_fuse.alignment.candidate_outcomes import CandidateOutcome, prefix_outcomes, single_id_outcomes
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import Correspondence
 from fusechat_fuse.alignment.prefix import prefix_rows
@@ -21,25 +21,25 @@ from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, exact_map, mi
 
 @dataclass(frozen=True)
 class Mapping:
-    """One way from a source's candidates to the pivot's tokens.
+    """One rule that maps a source's candidates to the pivot's tokens.
 
     Attributes:
-        name: as users write it.
+        name: the value of `--mapping`.
         summary: a few words for `--help`.
-        rows: makes the rows of a batch.
-        fates: says of each candidate what became of it.
+        rows: computes the rows of a batch.
+        outcomes: for `inspect`, the pivot token that each candidate became, or the reason why none.
         to_pivot: builds the map from source id to pivot id (int32 [V_S], -1: none) from the bytes of the source's and
             the pivot's ids, the pivot's ids by their bytes, the counts if it needs them, and the number of threads;
-            None: the rows need paths alone.
-        kept_on_disk: building that map takes minutes.
-        needs_counts: how often ids were aligned over the corpus decides.
-        renormalised: rows sum to 1, and a position without an answer takes the one-hot row of the actual token.
+            None: the rows need no such map, only paths.
+        kept_on_disk: whether the map is cached on disk, since building it takes minutes.
+        needs_counts: whether the map depends on how often ids were aligned over the corpus.
+        renormalised: whether rows sum to 1; a position without an answer then has the one-hot row of the actual token.
     """
 
     name: str
     summary: str
     rows: Callable[[Stream, SourceStream, Correspondence, Vocabularies], Mapped]
-    fates: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[Fate]]]
+    outcomes: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[CandidateOutcome]]]
     to_pivot: Callable[[list, list, dict, AlignedCounts | None, int], np.ndarray] | None = None
     kept_on_disk: bool = False
     needs_counts: bool = False
@@ -60,7 +60,7 @@ def _statistics(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | Non
 
 
 def _paper(name: str, summary: str, to_pivot, **more) -> Mapping:
-    return Mapping(name, summary, single_id_rows, single_id_fates, to_pivot, renormalised=True, **more)
+    return Mapping(name, summary, single_id_rows, single_id_outcomes, to_pivot, renormalised=True, **more)
 
 
 MAPPINGS = {
@@ -69,6 +69,6 @@ MAPPINGS = {
         _paper("exact", "EM", _exact),
         _paper("min_edit", "MinED", _min_edit, kept_on_disk=True),
         _paper("statistics", "MS, the paper's choice", _statistics, needs_counts=True),
-        Mapping("prefix", "the source's own next-token probabilities", prefix_rows, prefix_fates),
+        Mapping("prefix", "the source's own next-token probabilities", prefix_rows, prefix_outcomes),
     )
 }

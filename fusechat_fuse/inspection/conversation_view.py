@@ -76,7 +76,7 @@ def conversation_view(opened: Representation, number: int, source_representation
         counts = load_counts(manifest["inputs"]["counts"] or opened.path, pair)
     vocab = pair.vocabularies(mapping, counts)
     match, mapped, safe = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
-    fates = mapping.fates(batch.pivot, batch.source, match, vocab)
+    outcomes = mapping.outcomes(batch.pivot, batch.source, match, vocab)
     pivot_name = Names(pair.pivot.pieces, pair.pivot.bytes)
     source_name = Names(pair.source.pieces, pair.source.bytes)
     pivot_tokens, source_tokens = [], []
@@ -92,7 +92,7 @@ def conversation_view(opened: Representation, number: int, source_representation
                 "class": CLASSES.get(int(mapped.kind[p]), "none"),
                 "safe": bool(safe[p]),
                 "mass": float(mapped.mass[p]),
-                "unmapped": sum(c.probability for c in fates[p] if c.pivot_id < 0),
+                "unmapped": sum(c.probability for c in outcomes[p] if c.pivot_id < 0),
                 "answer": int(match.source[p]),
                 "candidates": [
                     {
@@ -102,7 +102,7 @@ def conversation_view(opened: Representation, number: int, source_representation
                         "why": c.why,
                         "actual": c.actual,
                     }
-                    for c in fates[p]
+                    for c in outcomes[p]
                 ],
                 "row": _row(mapped.ids[p], mapped.probs[p], pivot_name),
             }

@@ -19,10 +19,15 @@ from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 
-_SHOWN = 40
 
-
-def inspect_path(path, *, row=0, html=None, source_representation=None, tokens: int = _SHOWN) -> str:
+def inspect_path(
+    path: str | Path,
+    *,
+    row: str | int = "0",
+    html: str | Path | None = None,
+    source_representation: str | Path | None = None,
+    tokens: int = 40,
+) -> str:
     """What is in a directory that `represent`, `align` or `combine` wrote.
 
     Args:
