@@ -1,29 +1,104 @@
-"""Flags of a command and the configuration files that stand for them: unknown names are errors with a suggestion."""
+"""Flags of a command, read from a function's signature or a dataclass's fields, and YAML files in place of flags."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import read_yaml
+
+_KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
+_YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads switches
+_SHORT = 4  # choices shown in place of the value; more are listed in the help text
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One `--name`, or a positional argument where the name is in capitals.
+
+    Attributes:
+        name: without dashes. help: a phrase without a full stop; the default, if there is one, is added to it.
+        kind: str, int, float, bool (a switch that also takes true or false) or dict (JSON).
+        default: its value where it is not given. required: whether it must be.
+        several: `nargs` of argparse: +, * or ?; None: one value.
+        choices: the values it takes; none: any.
+    """
+
+    name: str
+    help: str = ""
+    kind: str = "str"
+    default: Any = None
+    required: bool = False
+    several: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+def flags_of_function(function: Callable, help_texts: dict[str, str], parameters: dict[str, str]) -> list[Flag]:
+    """The flags of a function's options: types and defaults from its signature.
+
+    Args:
+        help_texts: name -> help text, in the order of the help; "NAME ..." takes several values.
+        parameters: name -> parameter, where the two differ.
+    """
+    signature, found = inspect.signature(function).parameters, []
+    for written, text in help_texts.items():
+        name, several = written.removesuffix(" ..."), "+" if written.endswith(" ...") else None
+        parameter = signature[parameters.get(name, name)]
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        kind = _kind_of(parameter.annotation, default)
+        found.append(Flag(name, text, kind, default, required, several))
+    return found
+
+
+def flags_of_fields(fields_of: type) -> list[Flag]:
+    """The flags of a dataclass: types and defaults of its fields, `help` and `choices` from their metadata."""
+    found = []
+    for field in dataclasses.fields(fields_of):
+        required = field.default is dataclasses.MISSING
+        default = None if required else field.default
+        choices = tuple(field.metadata.get("choices", ()))
+        kind = _kind_of(field.type, default)
+        found.append(Flag(field.name, as_phrase(field.metadata["help"]), kind, default, required, choices=choices))
+    return found
+
+
+def as_phrase(sentence: str) -> str:
+    """A help text as argparse shows them: one line, a small letter first, no full stop."""
+    words = sentence.split()
+    if words and words[0][1:].islower():
+        words[0] = words[0].lower()
+    text = " ".join(words)
+    return text if text.endswith("...") else text.removesuffix(".")
+
+
+def _kind_of(annotation, default) -> str:
+    words = re.findall(r"\w+", str(annotation))
+    named = next((kind for kind in _KINDS if kind in words), "str")
+    return type(default).__name__ if annotation is inspect.Parameter.empty and default is not None else named
 
 
 class FlagParser(argparse.ArgumentParser):
     """The flags of one subcommand in sections; bad arguments become InputError.
 
     Args:
-        name: of the subcommand. description: its help text. example: a whole command line, shown below the flags.
-        add_flags: called with the parser, to put the flags in.
+        name: of the subcommand. description: what it does. example: a whole command line, shown below the flags.
+        sections: title -> flags, in the order of the help.
+        rare: title of the section that only `--help-all` shows; None: there is none.
     """
 
-    def __init__(self, name: str, description: str, add_flags: Callable[[FlagParser], None], example: str):
-        self._rare: list[argparse.Action] = []
-        self._section: Any = None
+    def __init__(
+        self, name: str, description: str, sections: dict[str, list[Flag]], example: str, rare: str | None = None
+    ):
         super().__init__(
             prog=f"fusechat-fuse {name}",
             description=description,
@@ -31,46 +106,47 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         )
-        add_flags(self)
-        self.section("configuration and help")
-        add_flag(self, "config", metavar="FILE.yml", help="flags from a YAML file; flags given here win")
+        self._rare: list[argparse.Action] = []
+        self._switches: set[str] = set()
+        self.positionals = [flag.name for flags in sections.values() for flag in flags if not flag.name.islower()]
+        for title, flags in sections.items():
+            group = self.add_argument_group(title)
+            added = [self._add(group, flag) for flag in flags]
+            self._rare += added if title == rare else []
+        last = self.add_argument_group("configuration and help")
+        last.add_argument("--config", metavar="FILE.yml", help="YAML file with flags; flags of the command line win")
         if "--debug" not in self.flags:
-            self._section.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            last.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if self._rare:
-            self._section.add_argument("--help-all", action=_HelpAll, help="the rare flags too")
-        positionals = [f" {action.metavar}" for action in self._actions if not action.option_strings]
-        self.usage = f"%(prog)s{''.join(positionals)} [flags]"
+            last.add_argument("--help-all", action=_HelpAll, help="show all flags, the rare ones too")
+        self.usage = f"%(prog)s{''.join(f' {name}' for name in self.positionals)} [flags]"
 
     @property
     def flags(self) -> list[str]:
         """All flags, with their dashes."""
         return list(self._option_string_actions)
 
-    def flag(self, name: str) -> argparse.Action:
-        """The flag `--name`, to change it."""
-        return self._option_string_actions[f"--{name}"]
-
-    def section(self, title: str) -> None:
-        """What `add_flag` adds from here on stands below this title."""
-        self._section = self.add_argument_group(title)
-
-    def adopt(self, other: argparse.ArgumentParser, sections: dict[str, list[str]], rest: str) -> None:
-        """Take over the flags of another parser, by section; those that no section names are rare and stand in `rest`,
-        which `--help` leaves out."""
-        left = list(other._actions)
-        for title, names in {**sections, rest: [action.dest for action in left]}.items():
-            self.section(title)
-            chosen = [action for name in dict.fromkeys(names) for action in left if action.dest == name]  # --no_x too
-            left = [action for action in left if action not in chosen]
-            for action in chosen:
-                self._section._add_action(action)
-                text = " ".join((action.help or "").replace("%(default)s", str(action.default)).split())
-                if title != rest:
-                    text = action.help = text.split(". ")[0].removesuffix(".")
-                if action.default not in (None, False, "", [], argparse.SUPPRESS) and "default" not in text.lower():
-                    action.help = f"{text} (default: {str(action.default).replace('%', '%%')})"
-                if title == rest:
-                    self._rare.append(action)
+    def _add(self, group, flag: Flag) -> argparse.Action:
+        text, long = flag.help, len(flag.choices) > _SHORT
+        if long and not all(choice in text for choice in flag.choices):
+            text += f"; one of {', '.join(flag.choices)}"
+        if flag.required and flag.name.islower():
+            text += " (required)"
+        elif flag.default is not False and flag.default not in (None, "", []):
+            text += f" (default: {flag.default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "nargs": flag.several}
+        options["type"] = {"bool": _switch, "dict": _json}.get(flag.kind, _KINDS[flag.kind])
+        options["metavar"] = {"dict": "JSON"}.get(flag.kind, flag.kind.upper())
+        if flag.choices:
+            options["type"] = partial(_one_of, flag.choices)
+            options["metavar"] = "NAME" if long else f"{{{','.join(flag.choices)}}}"
+        if not flag.name.islower():
+            return group.add_argument(flag.name, **{**options, "metavar": flag.name})
+        if flag.kind == "bool":
+            self._switches.add(flag.name)
+        if flag.kind == "bool" or flag.several == "?":
+            options |= {"nargs": "?", "const": True}
+        return group.add_argument(f"--{flag.name}", default=flag.default, required=flag.required, **options)
 
     def format_help(self) -> str:
         shown = [(action, action.help) for action in self._rare]
@@ -88,20 +164,28 @@ class FlagParser(argparse.ArgumentParser):
         self.print_help()
 
     def error(self, message: str):
-        raise InputError(f"{message}. See {self.prog} --help.")
+        raise InputError(f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See {self.prog} --help.")
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         """The options that arguments and configuration file give, by name.
 
         Raises: InputError for an unknown or bad flag or key; SystemExit after --help.
         """
-        argv = self._with_config(argv)
-        for argument in argv:
-            if argument.startswith("--") and (flag := argument.split("=")[0]) not in self.flags:
-                raise InputError(unknown("flag", flag, self.flags))
-        options = vars(self.parse_args(argv))
+        options = vars(self.parse_args([self._spelled(word) for word in self._with_config(argv)]))
         del options["config"]
         return options
+
+    def _spelled(self, word: str) -> str:
+        """A flag as it is declared, also where it is spelled as transformers may: --top-k, --no_packing."""
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in self.flags:
+            return word
+        name = flag[2:].replace("-", "_")
+        if f"--{name}" in self.flags:
+            return f"--{name}{equals}{value}"
+        if name.startswith("no_") and name[3:] in self._switches and not equals:
+            return f"--{name[3:]}=false"
+        raise InputError(unknown("flag", flag, self.flags))
 
     def _with_config(self, argv: list[str]) -> list[str]:
         """The arguments after those that the configuration file stands for, so that they win."""
@@ -113,11 +197,13 @@ class FlagParser(argparse.ArgumentParser):
             self.error(str(error))
         if found.config is None:
             return argv
-        names = [flag.removeprefix("--") for flag in self.flags if flag.startswith("--")]
-        return [
-            *_config_as_flags(found.config, [n for n in names if n not in ("config", "debug", "help", "help-all")]),
-            *rest,
-        ]
+        entries = read_yaml(found.config, "--config")
+        own = ("config", "debug", "help", "help-all")
+        known = [flag[2:] for flag in self.flags if flag.startswith("--") and flag[2:] not in own]
+        for name in entries:
+            if name not in known:
+                raise InputError(f"--config {found.config}: {unknown('key', str(name), known)}")
+        return [*as_flags(entries), *rest]
 
 
 class _HelpAll(argparse.Action):
@@ -132,47 +218,29 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-def unknown(kind: str, name: str, known: list[str]) -> str:
-    """A sentence about a name that is none of the known, with the nearest one if any is near."""
+def unknown(kind: str, name: str, known) -> str:
+    """A sentence about a name that is none of the known ones, with the nearest one if any is near."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown {kind} {name!r}" + (f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}.")
 
 
 def _switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in (*_YES, *_NO):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
+    return text.lower() in _YES
 
 
-def add_flag(parser: FlagParser, name: str, default=None, help: str = "", **kwargs) -> None:
-    """One `--name`; a bool default makes it a switch that also takes true or false, as transformers' flags do."""
-    if isinstance(default, bool):
-        kwargs |= {"type": _switch, "nargs": "?", "const": True}
-    elif default is not None and not kwargs.get("type") and not kwargs.get("nargs"):
-        kwargs["type"] = type(default)
-    if default not in (None, False):
-        help = f"{help} (default: {default})"
-    elif kwargs.get("required"):
-        help = f"{help} (required)"
-    (parser._section or parser).add_argument(f"--{name}", default=default, help=help, **kwargs)
-
-
-def _config_as_flags(path: str, known: list[str]) -> list[str]:
-    """The YAML file's entries as the flags they stand for."""
-    import yaml
-
+def _json(text: str) -> dict[str, Any]:
     try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"--config {path}: expected a readable YAML file, got: {' '.join(str(error).split())}."
-        ) from error
-    if not isinstance(entries, dict):
-        raise InputError(f"--config {path}: expected flag: value pairs, got {type(entries).__name__}.")
-    for name in entries:
-        if name not in known:
-            raise InputError(f"--config {path}: {unknown('key', str(name), known)}")
-    return as_flags(entries)
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}") from error
+
+
+def _one_of(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices:
+        raise argparse.ArgumentTypeError(unknown("value", text, choices))
+    return text
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:

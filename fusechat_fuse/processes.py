@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,17 +36,16 @@ class Process:
         return self.index == 0
 
 
-def speaks() -> bool:
-    """Whether this process is the one of its launch that prints results; connects nothing."""
+def is_main_process() -> bool:
+    """Whether this is rank 0 of its launch, which prints results; connects nothing."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def end_process_group() -> None:
-    """Ends what connects the processes of one launch. Left to the interpreter's end, gloo's threads can abort it."""
-    import gc
-
-    from torch import distributed
-
+    """Leave the process group, if there is one. At the interpreter's exit gloo's threads could abort it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None:
+        return
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # a wrapped model in a cycle of references would keep the group alive
         distributed.destroy_process_group()

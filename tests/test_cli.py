@@ -9,13 +9,26 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from fusechat_fuse import load_representation
-from fusechat_fuse.cli import COMMANDS, main, parser_of
+from fusechat_fuse.alignment.combination import COMBINATIONS
+from fusechat_fuse.alignment.mappings import MAPPINGS
+from fusechat_fuse.cli import main, options_of, parser_of
+from fusechat_fuse.commands import COMMANDS
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.evaluation.answers import MAX_NEW_TOKENS
+from fusechat_fuse.flags import Flag
+from fusechat_fuse.pipeline.costs import GPUS
+from fusechat_fuse.pipeline.steps import STAGES
+from fusechat_fuse.training import transformers_flags
+from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.options import TrainArguments
+from fusechat_fuse.training.options import TrainArguments, train_flags
+from fusechat_fuse.training.transformers_flags import installed_flags, kept_flags, table_is_exact
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
+from tests.helpers.recipes import written
 from tests.helpers.tiny_models import tiny_model
 
 CHATS = [
@@ -131,7 +144,7 @@ def test_flags_win_over_the_configuration_file(world, tmp_path):
     ("written", "told"),
     [
         ("maping: prefix\n", "unknown key 'maping': did you mean 'mapping'?"),
-        ("- a list\n", "expected flag: value pairs, got list"),
+        ("- a list\n", "expected name: value pairs, got"),
         ("a: b: c\n", "expected a readable YAML file"),
         (None, "expected a readable YAML file"),
     ],
@@ -154,6 +167,12 @@ def test_bad_configuration_files_are_named(tmp_path, capsys, written, told):
         (["align", "--mapping", "prefix"], "required: --pivot_representation"),
         (["align", "--config"], "argument --config: expected one argument. See fusechat-fuse align --help."),
         (["represent", "--top_k", "many"], "argument --top_k: invalid int value: 'many'"),
+        (
+            ["train", "--lr_scheduler_type", "cosin"],
+            "scheduler_type: unknown value 'cosin': did you mean 'cosine'? See fuse",
+        ),
+        (["train", "--save_dtype", "half"], "unknown value 'half': known are float32, bfloat16, float16. See fusechat"),
+        (["train", "--bf16", "on"], "argument --bf16: expected true or false, got 'on'."),
     ],
 )
 def test_bad_arguments_get_one_sentence(capsys, arguments, told):
@@ -260,9 +279,27 @@ def test_help(name, capsys):
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_the_example_of_every_command_is_one_that_it_takes(name):
-    program, subcommand, *argv = shlex.split(COMMANDS[name].example)
-    assert (program, subcommand) == ("fusechat-fuse", name)
+    subcommand, *argv = shlex.split(COMMANDS[name].example)
+    assert subcommand == name
     assert parser_of(name).parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("align", [name for mapping in MAPPINGS.values() for name in (mapping.name, mapping.summary)]),
+        ("combine", COMBINATIONS),
+        ("plan", GPUS),
+        ("run", STAGES),
+        ("answer", MAX_NEW_TOKENS),
+        ("represent", [".zst", "flash_attention_2, ..."]),
+        ("train", [*CHOICES, *SchedulerType, *OptimizerNames]),
+    ],
+)
+def test_help_names_all_values_of_an_option(command, names, capsys):
+    assert main([command, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert not [name for name in names if name not in shown]
 
 
 def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
@@ -276,11 +313,45 @@ def test_rare_flags_are_shown_on_request_and_always_taken(capsys):
     parser = parser_of("train")
     flags = {flag for flag in parser.flags if flag.startswith("--")}
     assert all(flag in whole for flag in flags)
-    given = HfArgumentParser([TrainArguments, FusionConfig])
-    assert {flag for action in given._actions for flag in action.option_strings if flag != "-h"} <= set(parser.flags)
-    argv = shlex.split(COMMANDS["train"].example)[2:]
+    argv = shlex.split(COMMANDS["train"].example)[1:]
     assert parser.parse([*argv, "--lean_head", "false"])["lean_head"] is False
     assert parser.parse([*argv, "--adam_beta1", "0.5"])["adam_beta1"] == 0.5
+    assert "--data-path" not in whole  # as transformers also spells it: taken, not shown
+    other = ["--model-name-or-path", "PIVOT", "--data-path=aligned/source", "--output-dir", "target", "--no-lean-head"]
+    assert parser.parse(other) == parser.parse([*argv, "--lean_head", "false"])
+
+
+def test_flags_of_train_are_those_of_the_installed_transformers():
+    assert kept_flags() == installed_flags(), "run python -m fusechat_fuse.training.transformers_flags"
+    assert table_is_exact()
+
+
+def test_train_reads_flags_as_transformers_does():
+    """The same values as from its own parser, for the defaults and for one other value of every flag."""
+    argv = shlex.split(COMMANDS["train"].example)[1:]
+    ours, theirs = parser_of("train"), HfArgumentParser([TrainArguments, FusionConfig])  # pyright: ignore
+    values = {"int": "7", "float": "0.25", "bool": "yes", "str": "text"}
+    flags = [flag for flags in train_flags(kept_flags()).values() for flag in flags if not flag.required]
+    of_python = {"parallelism_config", "liger_kernel_config"}  # which transformers reads from no text
+    given = [[], *([f"--{f.name}={f.choices[-1] if f.choices else values[f.kind]}"] for f in flags if f.kind != "dict")]
+    assert len(given) > 120
+    for more in given:
+        read, expected = ours.parse([*argv, *more]), vars(theirs.parse_args([*argv, *more]))
+        assert {name: read[name] for name in expected if name not in of_python} == {
+            name: value for name, value in expected.items() if name not in of_python
+        }, more
+
+
+def test_other_versions_of_transformers_are_asked_for_their_own_flags(monkeypatch, capsys):
+    argv = shlex.split(COMMANDS["train"].example)
+    kept = [flag for flag in kept_flags() if flag.name != "data_seed"]
+    monkeypatch.setattr(transformers_flags, "kept_flags", lambda: [*kept, Flag("removed")])
+    assert options_of([*argv, "--removed", "x"])["removed"] == "x"
+    with pytest.raises(InputError, match="unknown flag '--data_seed'"):
+        options_of([*argv, "--data_seed", "3"])
+    monkeypatch.setattr(transformers_flags, "table_is_exact", lambda: False)
+    assert options_of([*argv, "--data_seed", "3"])["data_seed"] == 3
+    assert "unknown flag '--removed'" in sentence(capsys, *argv, "--removed", "x")
 
 
 def test_version(capsys):
@@ -298,6 +369,25 @@ def test_python_m_runs_the_same_command():
     finished = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert all(name in finished.stdout for name in COMMANDS)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+def test_help_dry_runs_and_bad_input_import_neither_torch_nor_transformers(tmp_path):
+    recipe, broken, bad_flag = written(tmp_path, multi=True), tmp_path / "broken.yml", tmp_path / "bad_flag.yml"
+    broken.write_text("pivots: p\n")
+    bad_flag.write_text(f"{recipe.read_text()}train: {{optim: sdg}}\n")
+    commands = [["--help"], *([name, "--help"] for name in COMMANDS), ["train", "--help-all"]]
+    commands += [["run", str(recipe), "--dry_run"]]
+    bad = [["plan", str(broken)], ["run", str(bad_flag)], ["train", "--lr_scheduler_type", "cosin"]]
+    program = f"""
+import sys
+from fusechat_fuse.cli import main
+for argv in {commands + bad!r}:
+    print("RAN", *argv, main(argv), *{{"torch", "transformers"}} & sys.modules.keys(), flush=True)
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    ran = [line.removeprefix("RAN ") for line in finished.stdout.splitlines() if line.startswith("RAN")]
+    expected = [f"{' '.join(argv)} {2 if argv in bad else 0}" for argv in commands + bad]
+    assert ran == expected, finished.stderr
 
 
 @pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3.0])])

@@ -15,7 +15,8 @@ from mergekit.merge import MergeOptions, run_merge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusechat_fuse
-from fusechat_fuse.cli import COMMANDS, main, parser_of
+from fusechat_fuse.cli import main, parser_of
+from fusechat_fuse.commands import COMMANDS
 from fusechat_fuse.store.shards import load_representation
 from fusechat_merge.cli import _parser as merge_parser
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram

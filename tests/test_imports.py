@@ -47,7 +47,7 @@ SHARED = (
     "presets",
     "flags",
 )  # which any room may use; they use none
-COMMAND = ("cli",)  # the top, which nothing below it uses
+COMMAND = ("cli", "commands")  # the top, which nothing below it uses
 
 
 def loaded_after(code: str) -> set[str]:

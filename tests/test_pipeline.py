@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fusechat_fuse.cli import _options_of, main
+from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.plan import plan
@@ -230,9 +230,9 @@ def finished(recipe_models, tmp_path_factory, forked):
     folder = tmp_path_factory.mktemp("finished")
     more = {"held_out": str(recipe_models / "held.json"), "launcher": {"evaluate": forked.launcher}}
     recipe = recipe_of(recipe_models, folder, ("one",), plain=False, **more)
-    before = plan(recipe, options_of=_options_of)
-    run(recipe, check=_options_of)
-    after = plan(recipe, options_of=_options_of)
+    before = plan(recipe, options_of=options_of)
+    run(recipe, check=options_of)
+    after = plan(recipe, options_of=options_of)
     return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=content(folder / "out"))
 
 

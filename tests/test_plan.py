@@ -9,7 +9,7 @@ import transformers
 
 from fusechat_fuse import represent
 from fusechat_fuse.capture import distributions
-from fusechat_fuse.cli import _options_of, main
+from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.plan import plan
@@ -26,7 +26,7 @@ def planned(recipe_models, tmp_path):
 
     def of(gpu=None, sample=10_000, sources=("one",), **changes):
         recipe = recipe_of(recipe_models, tmp_path, sources, **changes)
-        return plan(recipe, options_of=_options_of, gpu=gpu, sample=sample)
+        return plan(recipe, options_of=options_of, gpu=gpu, sample=sample)
 
     return of
 

@@ -1,17 +1,18 @@
 """The options of `fusechat-fuse train` as dataclass fields: type, default, help text, choices. Imports no torch and no
 transformers, so that the command's help and its checks start at once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.flags import Flag, flags_of_fields
 from fusechat_fuse.presets import LOSS_KINDS, PRESETS
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
 
 DTYPES = ("float32", "bfloat16", "float16")
-# The flags that `train --help` shows, by section; `--help-all` shows the others too.
-SECTIONS = {
-    "what goes in and out": [
+RARE = "all other arguments of transformers.TrainingArguments"
+SECTIONS = {  # of `train --help`; RARE has the rest
+    "input and output": [
         *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "overwrite", "max_length"),
         *("dtype", "save_dtype", "attn_implementation", "trust_remote_code"),
     ],
@@ -29,6 +30,21 @@ SECTIONS = {
         *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "logging_steps"),
         *("eval_strategy", "eval_steps", "report_to", "push_to_hub", "hub_model_id", "debug"),
     ],
+}
+HELP = {  # of TrainingArguments' own fields that `--help` shows
+    "max_steps": "optimizer steps, in place of num_train_epochs if positive",
+    "optim": "optimizer",
+    "seed": "random seed",
+    "activation_checkpointing": "recompute activations in the backward pass: less memory, about 20 % slower",
+    "deepspeed": "JSON file with DeepSpeed's configuration",
+    "save_steps": "steps between checkpoints, for save_strategy steps; below 1: as a ratio of all steps",
+    "resume_from_checkpoint": "checkpoint to continue from; unset: the last whole one of the same run",
+    "eval_strategy": "when to evaluate on eval_data_path",
+    "eval_steps": "steps between evaluations, for eval_strategy steps; below 1: as a ratio of all steps",
+    "report_to": "service that receives the logs, such as wandb or tensorboard",
+    "push_to_hub": "upload the finished target to the Hub",
+    "hub_model_id": "repository on the Hub; unset: named as the output directory",
+    "debug": "show the traceback of an error; with a value: that debugging feature of transformers",
 }
 
 
@@ -49,7 +65,10 @@ class TrainArguments:
     )
     save_dtype: str | None = field(
         default=None,
-        metadata={"help": "Precision of the saved target; unset: as trained, which keeps small task vectors exact."},
+        metadata={
+            "help": "Precision of the saved target; unset: as trained, which keeps small task vectors exact.",
+            "choices": list(DTYPES),
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 or another."}
@@ -226,3 +245,20 @@ class FusionOptions:
     length_column_name: str = field(
         default="num_tokens", metadata={"help": "Column with the lengths for group_by_length."}
     )
+
+
+def train_flags(of_transformers: list[Flag]) -> dict[str, list[Flag]]:
+    """The flags of `fusechat-fuse train` by section.
+
+    Args:
+        of_transformers: TrainingArguments' own. A field of FusionOptions replaces the one of its name, except for
+            choices that it does not give.
+    """
+    found = {flag.name: replace(flag, help=HELP.get(flag.name, flag.help)) for flag in of_transformers}
+    for flag in (*flags_of_fields(TrainArguments), *flags_of_fields(FusionOptions)):
+        inherited = found[flag.name].choices if flag.name in found else ()
+        found[flag.name] = replace(flag, choices=flag.choices or inherited)
+    found["output_dir"] = replace(found["output_dir"], required=True)
+    found["debug"] = replace(found["debug"], several="*")
+    sections = {title: [found.pop(name) for name in names] for title, names in SECTIONS.items()}
+    return {**sections, RARE: list(found.values())}

@@ -1,0 +1,266 @@
+"""The subcommands of `fusechat-fuse`: the function of the library that each one calls, and the help texts of its flags.
+
+Types and defaults of the flags are the function's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+PRESET = "settings where a flag names a preset: fusechat (ours) or paper (FuseChat's)"
+OUTPUT = "directory of the result: new, or an interrupted run's, which is continued"
+TRUST = "run code that comes with the model"
+DTYPE = "precision of the weights: auto (as in the checkpoint), float32, bfloat16 or float16"
+DEVICE_MAP = "placement of the model; auto: spread over several GPUs"
+SHARD = "conversations per shard (the most that are computed again if the run is killed)"
+ENCODING = "format on disk: plain, or compact (under 40 bytes per predicted token)"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand around one function of the library.
+
+    Attributes:
+        what: what it does, in a sentence.
+        function: `module.name` below fusechat_fuse.
+        example: one whole command line, without the program.
+        help_texts: by section: flag -> help text ("NAME ..." takes several values, capitals are positional).
+        parameters: flag -> the function's parameter, where the two differ.
+        text_of: what is printed of the result; None: nothing.
+    """
+
+    what: str
+    function: str
+    example: str
+    help_texts: dict[str, dict[str, str]]
+    parameters: dict[str, str] = field(default_factory=dict)
+    text_of: Callable[[Any], Any] | None = None
+
+
+def _compare_text(result: dict[str, Any]) -> str:
+    from fusechat_fuse.evaluation.comparison import table_lines
+
+    return "\n".join(table_lines(result))
+
+
+def _align_text(result: dict[str, Any]) -> str:
+    from fusechat_fuse.alignment.certificate import summary_lines
+
+    return "\n".join(summary_lines(result["certificate"]))
+
+
+def _combine_text(result: dict[str, Any]) -> str:
+    from fusechat_fuse.alignment.combination import combination_lines
+
+    return "\n".join(combination_lines(result))
+
+
+def _plan_text(result: dict[str, Any]) -> str:
+    from fusechat_fuse.pipeline.plan import format_plan
+
+    return format_plan(result)
+
+
+COMMANDS = {
+    "run": Command(
+        "Run a whole recipe: every stage below, the merges and a report.",
+        "pipeline.run.run",
+        "run examples/recipes/fusechat-7b-v2.yml",
+        {
+            "input and output": {
+                "RECIPE.yml": "models, data and options of the whole fusion",
+                "only": "the one stage to run: represent, compare, align, combine, train, merge, evaluate or report",
+                "from": "the first stage to run; the results of earlier stages must be there",
+                "dry_run": "print the commands without running them",
+            }
+        },
+        parameters={"RECIPE.yml": "recipe", "from": "start"},
+    ),
+    "plan": Command(
+        "Show what a recipe costs, and which of its steps will fail, before anything runs.",
+        "pipeline.plan.plan",
+        "plan examples/recipes/fusechat-7b-v2.yml --gpu h100",
+        {
+            "input and output": {
+                "RECIPE.yml": "recipe, as `run` takes it",
+                "gpu": "GPU whose memory and times are planned: v100, a10, a100-40, a100, rtx4090, l40s, h100, h200 or "
+                "b200 (default: none, main memory)",
+                "sample": "conversations encoded of each data set; counts are exact if it has no more",
+            }
+        },
+        parameters={"RECIPE.yml": "recipe"},
+        text_of=_plan_text,
+    ),
+    "represent": Command(
+        "Run a model once over chat data and store its top-k next-token distributions.",
+        "capture.run.represent",
+        "represent --model_name_or_path SOURCE --pivot_name_or_path PIVOT --data_path chats.jsonl --output_dir "
+        "representations/source",
+        {
+            "input and output": {
+                "model_name_or_path": "model to run: a directory (of adapters, too), Hub name or GGUF file",
+                "data_path ...": "chat data: JSON or JSONL (also .gz, .zst), Parquet, globs, directories or Hub names, "
+                "several at once",
+                "output_dir": OUTPUT,
+                "pivot_name_or_path": "pivot whose chat template is used by --template pivot",
+                "template": "chat template: pivot, native (the model's own), the name of a built-in one or a .jinja "
+                "file",
+            },
+            "what is stored": {
+                "top_k": "candidates stored per predicted token",
+                "max_length": "tokens kept of a conversation",
+                "encoding": ENCODING,
+                "shard_size": SHARD,
+                "tokens_per_batch": "padded tokens of one forward pass; halved when memory runs out",
+            },
+            "loading the model": {
+                "dtype": DTYPE,
+                "device_map": DEVICE_MAP,
+                "attn_implementation": "attention kernel: eager, sdpa, flash_attention_2, ...",
+                "gguf_file": "GGUF file in the model's directory or repository; without a model: its path",
+                "load_in_4bit": "quantise the weights to 4 bits while loading (bitsandbytes, NF4)",
+                "load_in_8bit": "quantise the weights to 8 bits while loading (bitsandbytes)",
+                "trust_remote_code": TRUST,
+            },
+            "inference servers": {
+                "server": "URL[,URL] of inference servers that run the model instead of this process",
+                "server_kind": "kind of the servers: vllm or sglang",
+                "server_requests": "concurrent requests to each server",
+            },
+            "reading the data": {
+                "split": "split to read",
+                "limit": "stop after this number of usable conversations",
+                "shuffle_seed": "shuffle the conversations with this seed, before --limit counts them",
+                "messages_column": "column with the messages, if not `messages` or `conversations`",
+                "strict": "treat rows that would be skipped or repaired as errors",
+            },
+        },
+        parameters={"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"},
+        text_of=lambda representation: representation.manifest["counts"],
+    ),
+    "import": Command(
+        "Import distributions that others released: a model's own, or aligned ones.",
+        "capture.released.import_released",
+        "import RELEASED --model_name_or_path TOKENIZER --output_dir representations/source",
+        {
+            "input and output": {
+                "RELEASED ...": "data sets with per_step_logits, saved to disk",
+                "model_name_or_path": "tokenizer that made the ids (the pivot's, if they are aligned)",
+                "output_dir": OUTPUT,
+                "template": "chat template: native (the tokenizer's own), the name of a built-in one or a .jinja file",
+                "max_length": "tokens to which the conversations were cut",
+                "shard_size": SHARD,
+                "encoding": ENCODING,
+                "trust_remote_code": "run code that comes with the tokenizer",
+            }
+        },
+        parameters={"RELEASED": "released"},
+        text_of=lambda representation: {**representation.manifest["counts"], **representation.manifest["released"]},
+    ),
+    "compare": Command(
+        "Compare models on the same conversations: bits per byte by slice of the data.",
+        "evaluation.comparison.compare",
+        "compare representations/pivot representations/source --output_dir comparison",
+        {
+            "input and output": {
+                "R ...": "two or more directories that represent wrote, the pivot's first",
+                "output_dir": "directory for compare.json, compare.md and compare.png (default: none)",
+            }
+        },
+        parameters={"R": "representation_dirs"},
+        text_of=_compare_text,
+    ),
+    "align": Command(
+        "Map a source's distributions to the pivot's tokens and vocabulary.",
+        "alignment.run.align",
+        "align --pivot_representation representations/pivot --source_representation representations/source "
+        "--output_dir aligned/source",
+        {
+            "input and output": {
+                "pivot_representation": "directory that represent wrote for the pivot",
+                "source_representation": "directory that represent wrote for the source",
+                "output_dir": OUTPUT,
+                "cache_dir": "directory for vocabulary maps (default: FUSECHAT_CACHE or ~/.cache/fusechat)",
+            },
+            "alignment": {
+                "mapping": "mapping of candidates to the pivot's vocabulary: exact (EM), min_edit (MinED), "
+                "statistics (MS, the paper's choice) or prefix (the source's own next-token probabilities) (preset: "
+                "prefix, paper statistics)",
+                "preset": PRESET,
+                "num_proc": "number of processes (default: 1)",
+                "safe_only": "align only positions where no token of either vocabulary could span the start",
+                "counts": "counts.safetensors of an earlier corpus, or its directory, for --mapping statistics",
+                "fail_under_coverage": "share of predicted tokens below which the run fails, 0 to 1",
+            },
+        },
+        text_of=_align_text,
+    ),
+    "combine": Command(
+        "Combine several aligned sources into one.",
+        "alignment.combination.combine",
+        "combine --aligned aligned/a aligned/b --output_dir combined",
+        {
+            "input and output": {
+                "aligned ...": "two or more directories that align or combine wrote",
+                "output_dir": OUTPUT,
+            },
+            "combination": {
+                "function": "rule: min_ce_slice (the best source of each slice), min_ce (of each conversation) or "
+                "avg_ce (weighted mean) (preset: min_ce_slice, paper min_ce)",
+                "ce_unit": "unit of cross-entropies: byte (comparable between tokenizers) or token (preset: byte, "
+                "paper token)",
+                "preset": PRESET,
+                "slice_column": "slices for min_ce_slice: slice (named in the data) or auto (clusters of prompts)",
+                "slice_pattern": "regular expression that takes the slice's name from the id instead",
+            },
+        },
+        parameters={"aligned": "aligned_dirs"},
+        text_of=_combine_text,
+    ),
+    "inspect": Command(
+        "Show the content of a representation or an alignment.",
+        "inspection.run.inspect_path",
+        "inspect aligned/source --row 3 --html page.html",
+        {
+            "input and output": {
+                "PATH": "directory that represent, align or combine wrote",
+                "row": "conversation to show: its number or its id",
+                "tokens": "predicted tokens to show",
+                "html": "file for a self-contained page of this conversation (aligned data)",
+                "source_representation": "directory of the source's representation, if it was moved",
+            }
+        },
+        parameters={"PATH": "path"},
+        text_of=str,
+    ),
+    "train": Command(
+        "Fine-tune the pivot on aligned data: one target.",
+        "training.run.train",
+        "train --model_name_or_path PIVOT --data_path aligned/source --output_dir target",
+        {},  # fusechat_fuse.training.options
+        text_of=dict,
+    ),
+    "answer": Command(
+        "Answer a benchmark's questions in the format of its judge.",
+        "evaluation.answers.answer",
+        "answer --benchmark mt_bench --model MERGED --questions question.jsonl --output model_answer/MERGED.jsonl",
+        {
+            "input and output": {
+                "benchmark": "benchmark whose formats are used: mt_bench, alpaca_eval or chat",
+                "model": "model that answers: a directory or a Hub name",
+                "questions": "file of the benchmark's questions; for chat any chat data",
+                "output": "file for the answers; for mt_bench model_answer/MODEL_ID.jsonl",
+            },
+            "generation": {
+                "temperature": "temperature for all questions; 0 is greedy (default: mt_bench by category, else 0)",
+                "max_new_tokens": "longest answer in tokens (default: 1024, alpaca_eval 2048)",
+                "batch_size": "questions generated at once",
+                "seed": "random seed for temperatures above 0",
+            },
+            "loading the model": {"dtype": DTYPE, "device_map": DEVICE_MAP, "trust_remote_code": TRUST},
+        },
+        text_of=dict,
+    ),
+}
