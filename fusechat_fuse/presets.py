@@ -1,6 +1,7 @@
-"""Settings that belong together, by one name: `fusechat`, what wins in our measurements, and `paper`, FuseChat's own.
+"""The one source of defaults: option values that belong together under one name.
 
-A single option that is given wins over the preset. `examples/results` has the measurements.
+`fusechat` (the default) does best in our measurements (`examples/results`); `paper` is FuseChat's own. An option that
+is given explicitly overrides the preset.
 """
 
 from typing import Any
@@ -11,20 +12,20 @@ LOSS_KINDS = ("ce", "kl")
 PRESETS = {
     "fusechat": {
         "mapping": "prefix",
-        "function": "avg_ce_slice",
+        "fusion_function": "avg_ce_slice",
         "combination": "min_ce_slice",
-        "fallback": "label",
+        "fusion_fallback": "label",
         "ce_unit": "byte",
-        "tail": "label",
+        "fusion_tail": "label",
         "lm_loss_weight": 0.5,
     },
     "paper": {
         "mapping": "statistics",
-        "function": "min_ce",
+        "fusion_function": "min_ce",
         "combination": "min_ce",
-        "fallback": "pivot",
+        "fusion_fallback": "pivot",
         "ce_unit": "token",
-        "tail": "drop",
+        "fusion_tail": "drop",
         "lm_loss_weight": 0.9,
     },
 }

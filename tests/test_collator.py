@@ -14,7 +14,7 @@ from tests.helpers.tiny_runs import aligned_directory
 
 def test_padded_batch_holds_what_the_rows_say():
     rows = aligned_rows(4, seed=3)
-    batch = FusionCollator(pad_token_id=2, vocab_size=50)(rows)
+    batch = FusionCollator(preset="paper", pad_token_id=2, vocab_size=50)(rows)
     T = max(len(row["input_ids"]) for row in rows)
     assert batch["input_ids"].shape == (4, T)
     for b, row in enumerate(rows):
@@ -40,7 +40,10 @@ def test_padded_batch_holds_what_the_rows_say():
 
 def test_packed_batch_is_the_padded_one_without_padding():
     rows = aligned_rows(3, seed=4)
-    padded, packed = FusionCollator()(rows), FusionCollator(packing=True, pad_to_multiple_of=16)(rows)
+    padded, packed = (
+        FusionCollator(preset="paper")(rows),
+        FusionCollator(preset="paper", packing=True, pad_to_multiple_of=16)(rows),
+    )
     keep = padded["attention_mask"].bool()
     n = int(keep.sum())
     assert packed["input_ids"].shape[0] == 1
@@ -57,7 +60,7 @@ def test_packed_batch_is_the_padded_one_without_padding():
 def test_stored_rows_are_decoded(tmp_path):
     rows = aligned_rows(3, seed=5)
     stored = list(datasets.load_from_disk(str(aligned_directory(tmp_path, rows))))
-    collate = FusionCollator(vocab_size=50, fusion_function="source")
+    collate = FusionCollator(preset="paper", vocab_size=50, fusion_function="source")
     got, expected = collate(stored), collate(rows)
     assert torch.equal(got["shift_labels"], expected["shift_labels"])
     kept = [sorted(x[x >= 0].tolist()) for x in got["target_ids"].flatten(0, 1)]
@@ -68,21 +71,21 @@ def test_stored_rows_are_decoded(tmp_path):
 def test_truncation_keeps_whole_predicted_tokens():
     row = aligned_row(6, tokens=20, predicted=8)
     cut = int(row["predicted"][4])  # the fifth predicted token is the first one left out
-    batch = FusionCollator(max_length=cut)([row])
+    batch = FusionCollator(preset="paper", max_length=cut)([row])
     assert batch["input_ids"].shape == (1, cut)
     assert (batch["labels"] != -100).sum() == 4
     assert (batch["target_ids"][0] >= 0).any(-1).sum() == (batch["target_probs"][0] > 0).any(-1).sum()
     stats = dict(zip(STATS, batch["conversation_stats"][0, 0].tolist()))
     assert stats["predicted_tokens"] == 4
     assert stats["cut_tokens"] == 20 - cut
-    nothing = FusionCollator(max_length=int(row["predicted"][0]))([row, aligned_row(7)])
+    nothing = FusionCollator(preset="paper", max_length=int(row["predicted"][0]))([row, aligned_row(7)])
     assert (nothing["shift_labels"][0] == -100).all()
 
 
 def test_stats_name_the_source_of_a_combined_row():
     row = aligned_row(8, source_better=True) | {"source_index": np.array([2])}
     mixed = aligned_row(9, source_better=False) | {"source_index": np.array([0, 1])}
-    stats = FusionCollator()([row, mixed])["conversation_stats"][:, 0]
+    stats = FusionCollator(preset="paper")([row, mixed])["conversation_stats"][:, 0]
     assert stats[:, :2].tolist() == [[2.0, 1.0], [-1.0, 0.0]]
     assert stats[0, 2].item() == pytest.approx(float(row["mapped_mass"].astype(float).sum()))
 
@@ -92,7 +95,7 @@ def test_ids_beyond_the_vocabulary_are_refused(column, place):
     row = aligned_row(10)
     row[column][place] = 64
     with pytest.raises(InputError, match=r"token id for conversation 'c10': expected less than .* of 50, got 64"):
-        FusionCollator(vocab_size=50, fusion_function="source")([row])
+        FusionCollator(preset="paper", vocab_size=50, fusion_function="source")([row])
 
 
 @pytest.mark.parametrize(
@@ -105,14 +108,14 @@ def test_ids_beyond_the_vocabulary_are_refused(column, place):
 )
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        FusionCollator(**options)
+        FusionCollator(preset="paper", **options)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("count", [-2, 0, 2, 4, 9])
 def test_the_first_conversations_alone_keep_labels_and_figures(packing, count):
     rows = aligned_rows(4)
-    batch = FusionCollator(packing=packing, pad_to_multiple_of=8)(rows)
+    batch = FusionCollator(preset="paper", packing=packing, pad_to_multiple_of=8)(rows)
     kept = first_conversations(batch, count)
     expected = sum(len(row["predicted"]) for row in rows[: max(count, 0)])
     assert [(kept[name] != -100).sum().item() for name in ("labels", "shift_labels")] == [expected] * 2

@@ -149,7 +149,9 @@ def exact_distribution(case, b, t, which, temperature):
 def test_our_distributions_are_its_without_rounding(case, temperature):
     """Released: top-k logits and probabilities are rounded to bfloat16; ours are the softmax of the logits given."""
     rows = aligned(case)
-    collate = FusionCollator(fuse_temperature=temperature, fusion_function="source", pad_to_multiple_of=16)
+    collate = FusionCollator(
+        preset="paper", fuse_temperature=temperature, fusion_function="source", pad_to_multiple_of=16
+    )
     batch = collate(rows)
     got = dense(batch)
     theirs = torch.from_numpy(ARRAYS[f"{case}__T{temperature:.0f}__fused_target_dist"])
@@ -181,7 +183,7 @@ def test_the_choice_follows_exact_cross_entropy(case):
 @pytest.mark.parametrize("case", ["mixed", "base_wins", "fused_wins"])
 def test_from_rows_to_the_loss(case):
     """Where only its rounding of distributions enters, the whole way gives its loss within that rounding."""
-    batch = FusionCollator(pad_to_multiple_of=16)(aligned(case, empty_as_pivot=True))
+    batch = FusionCollator(preset="paper", pad_to_multiple_of=16)(aligned(case, empty_as_pivot=True))
     for entry in entries(case=case, temperature=1.0, logits_dtype="f32", fuse_with_ref_model=True, loss_type="ce"):
         assert our_loss(entry, batch["target_ids"], batch["target_probs"]) == pytest.approx(entry["loss"], rel=5e-3)
 
@@ -197,7 +199,7 @@ def test_rows_are_borrowed():
     """Released: the collator deletes keys of the caller's rows and pads their labels in place."""
     rows = aligned("mixed")
     before = [{key: np.copy(value) for key, value in row.items()} for row in rows]
-    FusionCollator(max_length=7)(rows)
+    FusionCollator(preset="paper", max_length=7)(rows)
     for row, copy in zip(rows, before):
         assert row.keys() == copy.keys()
         assert all(np.array_equal(row[key], copy[key]) for key in row)
@@ -205,5 +207,5 @@ def test_rows_are_borrowed():
 
 def test_distributions_stay_sparse():
     """Released: two dense [B, T, V] tensors per batch."""
-    batch = FusionCollator()(aligned("mixed"))
+    batch = FusionCollator(preset="paper")(aligned("mixed"))
     assert batch["target_ids"].shape[2] == 10 < V

@@ -78,7 +78,7 @@ def test_arithmetic_is_float32_for_any_logits_dtype(dtype):
     logits, labels, ids, probs = random_case(seed=5, V=300, dtype=torch.float32)
     low = logits.to(dtype).requires_grad_()
     gold = low.detach().double()
-    out = fusion_loss(low, labels, ids, probs)
+    out = fusion_loss(low, labels, ids, probs, lm_loss_weight=0.9)
     out.loss.backward()
     expected, *_, gradient = reference_loss(gold.tolist(), labels.tolist(), ids.tolist(), probs.tolist(), 0.9, "ce")
     assert out.loss.dtype == torch.float32

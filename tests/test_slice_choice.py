@@ -1,5 +1,6 @@
 """min_ce_slice from data to batches: who serves a slice, what the Trainer makes of it, and what it says."""
 
+import inspect
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import torch
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.collator import STATS, FusionCollator
+from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.run import train
 from fusechat_fuse.training.slice_choice import source_by_slice
 from fusechat_fuse.training.trainer import FusionTrainer
@@ -93,6 +95,19 @@ def test_the_target_keeps_who_served_which_slice(data, tmp_path):
     assert f"| good | 20 | {medians} | strong-source |" in card
     train(tmp_path / "pivot", data.path, config(tmp_path / "paper", preset="paper", max_steps=1))
     assert not (tmp_path / "paper" / "slices.json").exists()
+
+
+def test_a_collator_made_by_hand_trains_on_what_the_trainers_own_would(data, tmp_path):
+    settings = config(tmp_path / "t")
+    batches = [
+        FusionTrainer(
+            tiny_model("Llama", vocab_size=VOCAB), settings, data_collator=collator, train_dataset=data
+        ).data_collator([data[0], data[1]])
+        for collator in (None, FusionCollator())
+    ]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    weight = inspect.signature(fusion_loss).parameters["lm_loss_weight"].default
+    assert weight == settings.lm_loss_weight == 0.5
 
 
 def test_a_collator_by_hand_needs_the_choice(data):

@@ -74,7 +74,7 @@ def test_weight_one_is_plain_fine_tuning(tmp_path):
     mine = run(tmp_path, rows, lm_loss_weight=1.0, gradient_accumulation_steps=2, max_grad_norm=0.0)
 
     def collate(items):
-        batch = FusionCollator()(items)
+        batch = FusionCollator(preset="paper")(items)
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     model = tiny_model()
@@ -148,10 +148,11 @@ def test_evaluation_is_a_mean_over_tokens(tmp_path):
     options = config(tmp_path, preset="paper", per_device_eval_batch_size=3)
     trainer = FusionTrainer(tiny_model(), options, train_dataset=rows, eval_dataset=rows)
     metrics = trainer.evaluate()
-    batch = FusionCollator()(rows)
+    batch = FusionCollator(preset="paper")(rows)
     with torch.no_grad():
         logits = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = fusion_loss(logits, *(batch[name] for name in ("shift_labels", "target_ids", "target_probs")))
+    columns = (batch[name] for name in ("shift_labels", "target_ids", "target_probs"))
+    expected = fusion_loss(logits, *columns, lm_loss_weight=0.9)
     for name, value in zip(("eval_loss", "eval_lm_loss", "eval_fusion_loss"), expected):
         assert metrics[name] == pytest.approx(value.item(), rel=1e-5)
     assert 0 <= metrics["eval_source_share"] <= 1
@@ -210,7 +211,7 @@ def test_router_loss_is_added(tmp_path):
         tmp_path, rows, tiny_model("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5), max_steps=1
     )
     with torch.no_grad():
-        batch = FusionCollator()(rows)
+        batch = FusionCollator(preset="paper")(rows)
         model = tiny_model("Mixtral", output_router_logits=True)
         aux = model(batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
     assert routed[0][0] == pytest.approx(quiet[0][0] + 0.5 * aux.item(), rel=1e-5)
@@ -346,5 +347,6 @@ def test_direct_call_without_num_items(tmp_path):
     trainer = FusionTrainer(tiny_model(), config(tmp_path, lm_loss_weight=0.9))
     batch = batch_of()
     logits = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = fusion_loss(logits, *(batch[name] for name in ("shift_labels", "target_ids", "target_probs")))
+    columns = (batch[name] for name in ("shift_labels", "target_ids", "target_probs"))
+    expected = fusion_loss(logits, *columns, lm_loss_weight=0.9)
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.loss.item(), rel=1e-5)

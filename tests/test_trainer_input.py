@@ -76,7 +76,7 @@ def test_rows_of_lists_and_iterables_give_the_same_run(tmp_path):
 
 
 def test_an_iterable_without_an_end_is_chosen_from_its_beginning(tmp_path, monkeypatch):
-    monkeypatch.setattr(slice_choice, "LOOKED_AT", 6)
+    monkeypatch.setattr(slice_choice, "MAX_SAMPLED_ROWS", 6)
     taken = []
 
     def endless():
@@ -93,7 +93,7 @@ def test_an_iterable_without_an_end_is_chosen_from_its_beginning(tmp_path, monke
 def test_adapters_that_add_tokens_are_refused(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(InputError, match=r"expected some that leave the tokens alone .*, got PromptTuningConfig"):
+    with pytest.raises(InputError, match=r"expected some that add no tokens .*, got PromptTuningConfig"):
         FusionTrainer(model, config(tmp_path), train_dataset=aligned_rows(2))
 
 

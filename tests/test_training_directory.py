@@ -19,7 +19,6 @@ from fusechat_fuse.errors import InputError, as_sentence, writing
 from fusechat_fuse.store.files import write_atomic
 from fusechat_fuse.training.run import train
 from fusechat_fuse.training.trainer import FusionTrainer
-from fusechat_fuse.training.weights import cast_weights
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
@@ -55,7 +54,7 @@ def test_a_run_that_fails_before_training_leaves_nothing(pivot, data, tmp_path, 
     def fail(self, *args, **kwargs):
         raise InputError("the trainer cannot be built.")
 
-    monkeypatch.setattr(FusionTrainer, "_check_packing", fail)
+    monkeypatch.setattr(FusionTrainer, "_prepare_collator", fail)
     with pytest.raises(InputError, match="cannot be built"):
         train(pivot, data, config(tmp_path / "targets" / "t", max_steps=1))
     assert list(tmp_path.iterdir()) == []
@@ -240,7 +239,7 @@ def test_float16_weights_are_refused_where_all_are_trained(pivot, data, tmp_path
 
 def test_weights_beyond_float16_are_not_saved_in_it():
     with pytest.raises(FloatingPointError, match="weights for w: expected numbers within float16"):
-        cast_weights({"w": torch.tensor([1.0, 1e5])}, torch.float16)
+        target_module.cast_weights({"w": torch.tensor([1.0, 1e5])}, torch.float16)
 
 
 def test_a_full_disk_is_told_with_the_path_and_leaves_no_part_of_a_target(pivot, data, tmp_path, monkeypatch, capsys):
@@ -255,7 +254,7 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_no_part_of_a_target(pivot,
     assert {entry.name for entry in (tmp_path / "t").iterdir()} <= {"fusion_run.json", "trainer_state.json"}
     assert main(["train", *map(str, flags)]) == 0
     assert (tmp_path / "t" / "model.safetensors").exists()
-    assert not (tmp_path / "t" / target_module.ASIDE).exists()
+    assert not (tmp_path / "t" / target_module.STAGING_DIR).exists()
 
 
 def test_a_disk_that_fills_up_under_torch_save_is_told():
@@ -331,7 +330,7 @@ def test_a_tied_weight_is_saved_once_in_another_precision(data, tmp_path):
 
 
 def test_what_shares_memory_goes_on_sharing_it():
-    weights = cast_weights(tiny_model("Llama-tied").state_dict(), torch.bfloat16)
+    weights = target_module.cast_weights(tiny_model("Llama-tied").state_dict(), torch.bfloat16)
     assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
     assert len({id(tensor) for tensor in weights.values()}) == len(weights) - 1
 

@@ -37,6 +37,31 @@ def add_adapters(model, arguments, *, seed: int) -> Any:
     return _add(model, arguments)
 
 
+def check_adapters(model) -> None:
+    """Raise InputError for a PEFT model whose adapters put tokens of their own before the conversation's."""
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise InputError(
+            f"adapters for FusionTrainer: expected some that add no tokens (LoRA), got "
+            f"{type(model.active_peft_config).__name__}, which puts its own before the conversation. Use LoRA."
+        )
+
+
+def merge_adapters(trainer, base=None) -> None:
+    """Replace a trainer's PEFT model by the model with the adapters merged into its weights (not for sharded models).
+
+    Args:
+        trainer: FusionTrainer, changed.
+        base: the same model with the weights to merge into, where training used quantised ones; used up.
+    """
+    adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if base is not None:
+        peft = _import_peft()
+        adapters = peft.get_peft_model_state_dict(adapted)
+        adapted = peft.get_peft_model(base, adapted.peft_config["default"])
+        peft.set_peft_model_state_dict(adapted, adapters)
+    trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
+
+
 def _import_peft():
     try:
         import peft

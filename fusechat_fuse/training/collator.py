@@ -9,11 +9,13 @@ The only Python loop runs over the conversations of a batch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.presets import or_preset
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
 from fusechat_fuse.training.choice import (
@@ -26,9 +28,10 @@ from fusechat_fuse.training.choice import (
     require_columns,
 )
 from fusechat_fuse.training.loss import IGNORED
+from fusechat_fuse.training.options import FusionOptions
 
-INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
 TABLES = ("topk_ids", "topk_logprobs", "source_ids", "source_probs")
+INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
 
 
@@ -39,17 +42,19 @@ class FusionCollator:
     Args:
         pad_token_id: any id of the vocabulary; padding is masked everywhere.
         vocab_size: rows of the model's embedding; a conversation with an id beyond it is refused. None: no check.
-        max_length: tokens kept of a conversation; a predicted token beyond is left out with its distribution, whole.
-        fusion_function: the choice, one of `choice.CHOICES`.
-        fusion_fallback: pivot or label, where a min_ce choice does not take the source.
-        fusion_tail: label or drop, what stands for the entries that were not kept.
+        max_length: tokens kept of a conversation; predicted tokens beyond it are left out with their distributions.
+        fusion_function: the choice, one of `choice.CHOICES`; None: the preset's.
+        fuse_temperature: temperature T > 0 of the fusion distribution.
+        ce_unit: token or byte, the unit of the cross-entropies that the choice compares; None: the preset's.
+        fusion_fallback: pivot or label, the distribution where the source's is not chosen; None: the preset's.
+        fusion_tail: label or drop, what replaces the entries that were not kept; None: the preset's.
         label_noise: for fusion_tail label, the share of labels that may be wrong.
-        fuse_temperature: T > 0 of the fusion distribution.
-        ce_unit: token or byte, for the choice by conversation.
         slice_choice: for a choice by slice, the source's weight in a row's slice (`slice_choice.source_by_slice`).
+            FusionTrainer sets it where it is None.
         packing: put all conversations of a batch into one row with restarting position ids (no padding). The model's
             attention must honour position ids (FlashAttention, flex, and transformers' own sdpa and eager masks do).
         pad_to_multiple_of: round T up (tensor cores).
+        preset: fusechat or paper, the defaults, which are FusionConfig's too.
 
     Returns (when called with a list of rows): dict of tensors as the module's text says; float32, int64.
     Raises: InputError naming the conversation.
@@ -57,19 +62,23 @@ class FusionCollator:
 
     pad_token_id: int = 0
     vocab_size: int | None = None
-    max_length: int = 2048
-    fusion_function: str = "min_ce"
-    fuse_temperature: float = 1.0
-    ce_unit: str = "token"
-    fusion_fallback: str = "pivot"
-    fusion_tail: str = "drop"
-    label_noise: float = 0.0
+    max_length: int = FusionOptions.max_length
+    fusion_function: str | None = None
+    fuse_temperature: float = FusionOptions.fuse_temperature
+    ce_unit: str | None = None
+    fusion_fallback: str | None = None
+    fusion_tail: str | None = None
+    label_noise: float = FusionOptions.label_noise
     slice_choice: Callable[[dict], float] | None = None
-    packing: bool = False
+    packing: bool = FusionOptions.packing
     pad_to_multiple_of: int | None = None
+    preset: str = FusionOptions.preset
     _options: dict = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
+        names = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
+        for name, value in or_preset(self.preset, **{name: getattr(self, name) for name in names}).items():
+            setattr(self, name, value)
         for name, value, allowed in (
             ("fusion_function", self.fusion_function, CHOICES),
             ("ce_unit", self.ce_unit, CE_UNITS),
@@ -91,6 +100,12 @@ class FusionCollator:
             "label_noise": self.label_noise,
             "fuse_temperature": self.fuse_temperature,
         }
+
+    def fit_vocabulary(self, vocab_size: int) -> None:
+        """Check ids against a vocabulary unless one is set; a padding id outside it becomes 0."""
+        self.vocab_size = vocab_size if self.vocab_size is None else self.vocab_size
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            self.pad_token_id = 0
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         items = [self._item(as_documented(row)) for row in rows]
@@ -137,7 +152,7 @@ class FusionCollator:
         if self.slice_choice is None:
             raise InputError(
                 f"slice_choice for {self.fusion_function}: expected what source_by_slice makes of the training data, "
-                "got none. Give it, or let FusionTrainer build the collator."
+                "got none. Set it, or pass the collator to FusionTrainer, which sets it."
             )
         return self.slice_choice(row)
 
@@ -181,8 +196,21 @@ class FusionCollator:
         return np.concatenate([np.arange(n) for n in runs])[None]
 
 
+def collator_options(options) -> dict[str, Any]:
+    """What a FusionCollator takes from a FusionConfig."""
+    names = ("max_length", "fuse_temperature", "label_noise", "packing")
+    chosen = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
+    return {name: getattr(options, name) for name in (*names, *chosen)}
+
+
+def make_collator(options, tokenizer) -> FusionCollator:
+    """The collator with the options of a FusionConfig; pads with the tokenizer's padding or end-of-text id."""
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return FusionCollator(pad_token_id=next((n for n in ids if n is not None), 0), **collator_options(options))
+
+
 def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """A batch whose first `count` conversations alone have labels and figures; below 1: none has."""
+    """The batch with labels and figures for its first `count` conversations only; none where `count` is below 1."""
     count, stats = max(count, 0), batch["conversation_stats"]  # [B, 1, 5], or packed [1, C, 5]
     if count >= stats.shape[0] * stats.shape[1]:
         return batch
@@ -195,7 +223,7 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
 
 
 def as_documented(row) -> dict:
-    """A row by its documented names and as numpy arrays: stored ones are decoded, lists become arrays."""
+    """A row with its documented names and numpy arrays: stored rows are decoded, lists become arrays."""
     if not isinstance(row, Mapping):
         raise InputError(
             f"row for FusionCollator: expected an aligned row, got {type(row).__name__}. Pass a directory that align "
@@ -207,15 +235,13 @@ def as_documented(row) -> dict:
 
 
 def _array(name: str, values: list) -> np.ndarray:
-    """A list as `datasets` gives it; an empty one of distributions has no entries."""
+    """A list as `datasets` gives it; an empty list of distributions has no entries."""
     array = np.asarray(values, np.int32 if name in INTEGERS else np.float32)
-    return (
-        array.reshape(len(values), -1) if name in ("topk_ids", "topk_logprobs", "source_ids", "source_probs") else array
-    )
+    return array.reshape(len(values), -1) if name in TABLES else array
 
 
 def _source_index(row: dict) -> int:
-    """Which source a combined row came from; 0 where there is one source, -1 where several were mixed."""
+    """Index of the source that a combined row came from; 0 where there is one source, -1 where several were mixed."""
     index = row.get("source_index")
     if index is None:
         return 0

@@ -36,11 +36,9 @@ class FusionConfig(FusionOptions, TrainingArguments):
     """
 
     def __post_init__(self):
-        names = {"lm_loss_weight": "lm_loss_weight", "ce_unit": "ce_unit"}
-        names |= {f"fusion_{name}": name for name in ("function", "fallback", "tail")}
-        values = or_preset(self.preset, **{name: getattr(self, field_name) for field_name, name in names.items()})
-        for field_name, name in names.items():
-            setattr(self, field_name, values[name])
+        names = ("lm_loss_weight", "fusion_function", "fusion_fallback", "fusion_tail", "ce_unit")
+        for name, value in or_preset(self.preset, **{name: getattr(self, name) for name in names}).items():
+            setattr(self, name, value)
         self.check_fusion_values()
         self._default_learning_rate = self.learning_rate is None
         if self.learning_rate is None:

@@ -1,4 +1,4 @@
-"""What a Trainer takes as data, and what the data's manifest says of its sources."""
+"""The data that a FusionTrainer takes, checked, and the names of their sources from the manifest."""
 
 import os
 from typing import Any
@@ -17,10 +17,10 @@ def load_aligned(path) -> Representation:
 
 
 def open_dataset(dataset) -> Any:
-    """What `FusionTrainer` was given, ready for a DataLoader: a directory is loaded, data that is not aligned refused.
+    """The data that `FusionTrainer` was given, ready for a DataLoader: directories are loaded, unaligned data refused.
 
     Args:
-        dataset: a directory, a Representation, rows in any other form (taken as they are), None, or a dict of these.
+        dataset: a directory, a Representation, rows in any other form (returned unchanged), None, or a dict of these.
     """
     if isinstance(dataset, dict):
         return {name: open_dataset(one) for name, one in dataset.items()}
@@ -30,29 +30,29 @@ def open_dataset(dataset) -> Any:
 
 
 def check_length(dataset, max_steps: int) -> None:
-    """Raise InputError for training data that does not say how long it is, where the run does not either."""
+    """Raise InputError for training data without a length where max_steps does not limit the run either."""
     if dataset is not None and not hasattr(dataset, "__len__") and max_steps <= 0:
         raise InputError(
-            f"max_steps for {type(dataset).__name__}: expected more than 0, as an iterable does not tell its length, "
+            f"max_steps for {type(dataset).__name__}: expected more than 0, since an iterable has no length, "
             f"got {max_steps}. Set it."
         )
 
 
 def check_not_empty(dataset) -> None:
-    """Raise InputError where data, which say how long they are, have no rows; of a dict the first that has none."""
+    """Raise InputError where data with a length have no rows (of a dict: any of them)."""
     for one in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if hasattr(one, "__len__") and len(one) == 0:
             raise InputError(
-                f"data for {getattr(one, 'path', type(one).__name__)}: expected conversations, got none. Check how it "
-                "was made."
+                f"data for {getattr(one, 'path', type(one).__name__)}: expected conversations, got none. Check how "
+                "they were made."
             )
 
 
 def check_rows(dataset, collate) -> None:
-    """Raise InputError where data has no rows, or a first one that makes no batch.
+    """Raise InputError where data have no rows, or the first row makes no batch.
 
     Args:
-        dataset: what `open_dataset` answers; of an iterable nothing is taken.
+        dataset: as `open_dataset` returned it; nothing is taken from an iterable.
         collate: makes a batch of a list of rows.
     """
     if isinstance(dataset, dict):
@@ -64,7 +64,7 @@ def check_rows(dataset, collate) -> None:
 
 
 def sources_of(dataset) -> list[str]:
-    """Names of the sources of aligned or combined data, as its manifest says; ["source"] where it has none."""
+    """Names of the sources of aligned or combined data, from the manifest; ["source"] without one."""
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()), None)
     return source_names(getattr(dataset, "manifest", {}))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.presets import LOSS_KINDS
+from fusechat_fuse.presets import LOSS_KINDS, PRESETS
 
 IGNORED = -100
 Number = TypeVar("Number", float, Tensor)
@@ -41,7 +41,7 @@ def fusion_loss(
     target_ids: Tensor,
     target_probs: Tensor,
     *,
-    lm_loss_weight: float = 0.9,
+    lm_loss_weight: float = PRESETS["fusechat"]["lm_loss_weight"],
     kind: str = "ce",
     num_items: int | float | Tensor | None = None,
 ) -> FusionLoss:
@@ -53,7 +53,7 @@ def fusion_loss(
         target_ids: [B, T, K] int64 vocabulary entries, padding -1. K may be 0. An id may occur twice (its
             probabilities add up), except under "kl", whose entropy is taken per entry.
         target_probs: [B, T, K] probabilities of these entries; each labelled position sums to m, of any size.
-        lm_loss_weight: lambda in [0, 1].
+        lm_loss_weight: lambda in [0, 1]; default: FusionConfig's 0.5 (the paper: 0.9).
         kind: "ce" or "kl".
         num_items: what the sums are divided by; None: the number of labelled positions here (at least 1).
 

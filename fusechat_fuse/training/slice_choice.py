@@ -20,7 +20,7 @@ from fusechat_fuse.training.collator import as_documented
 from fusechat_fuse.training.dataset import check_not_empty
 
 logger = logging.getLogger(__name__)
-LOOKED_AT = 20_000  # conversations of an iterable, which may have no end
+MAX_SAMPLED_ROWS = 20_000  # of an iterable, which may have no end
 SHARPNESS = {"token": 1.0, "byte": 4.0}  # b: a token is about four bytes, so both units weigh as AvgCE does per token
 
 
@@ -60,7 +60,7 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
 
     Args:
         data: a Representation of aligned or combined data, or rows in another form, or a dict of these (then `column`
-            must be slice); of an iterable without a length the first LOOKED_AT rows.
+            must be slice); of an iterable without a length the first MAX_SAMPLED_ROWS rows.
         ce_unit: token or byte. column, pattern: as `store.slices.name_slices` takes them.
     Raises: InputError for a column or pattern that names nothing, or a row without a column that the CE needs.
     """
@@ -68,7 +68,7 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     needed = ("ce", "source_ce", *(("start", "end", "source_tokens", "source_bytes") if ce_unit == "byte" else ()))
     check_not_empty(data)
     rows = chain.from_iterable(data.values()) if isinstance(data, dict) else data
-    for row in rows if hasattr(data, "__len__") else islice(rows, LOOKED_AT):
+    for row in rows if hasattr(data, "__len__") else islice(rows, MAX_SAMPLED_ROWS):
         row = as_documented(row)
         require_columns(row, *needed)
         keys.append((row["id"], row.get("content_hash")))
@@ -84,11 +84,11 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
 
 
-def lines_of(chosen: SourceBySlice, models: list[str], ce_unit: str) -> list[str]:
-    """The choice for people: a line a slice, medians in the order of the models (the pivot first)."""
-    choice, models = chosen.choice, chosen.models or models
+def format_slice_choice(chosen: SourceBySlice, models: list[str], ce_unit: str) -> str:
+    """The choice for the log: one line per slice, with the medians in the order of the models (the pivot first)."""
+    choice = chosen.choice
     lines = [f"slices by median cross-entropy, nats per {ce_unit} ({', '.join(models)}):"]
     for name, entry in choice.table.items():
         medians = ", ".join(f"{median:.4f}" for median in entry["medians"])
         lines.append(f"  {name or 'all'}: {medians} -> {models[entry['best']]}, {entry['conversations']} conversations")
-    return lines
+    return "\n".join(lines)

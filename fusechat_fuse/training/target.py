@@ -1,17 +1,26 @@
-"""The target of a run, written whole: aside first, then moved into its place, the configuration last."""
+"""The target of a run: its weights checked, then written whole into a staging directory and moved into place, the
+configuration last."""
 
+import contextlib
+import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fusechat_fuse.errors import first_line, writing
 from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
+from fusechat_fuse.training.adapters import merge_adapters
 from fusechat_fuse.training.card import write_model_card
+from fusechat_fuse.training.lean_head import causal_model
 
 logger = logging.getLogger(__name__)
-ASIDE = ".target.tmp"
+STAGING_DIR = ".target.tmp"
+# Entries of the configuration that Trainer sets for its own purposes; the target keeps the pivot's
+PIVOT_CONFIG = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def prepare_saving(trainer) -> None:
@@ -33,12 +42,12 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
     Raises: OSError naming the directory where it cannot be written; then no part of a target is left there.
     """
     output = Path(trainer.args.output_dir)
-    aside = output / ASIDE
+    staging = output / STAGING_DIR
     trainer.save_dtype = arguments.save_dtype and getattr(torch, arguments.save_dtype)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     first = trainer.args.should_save
     if first:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     try:
         with writing(output):
             if arguments.lora_r and sharded:
@@ -47,25 +56,89 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
                 )
             elif arguments.lora_r:
                 if first:
-                    trainer.model.save_pretrained(aside / "adapter")
+                    trainer.model.save_pretrained(staging / "adapter")
                 whole = pivot.load_model(dtype=getattr(torch, arguments.dtype)) if arguments.load_in_4bit else None
-                trainer.merge_adapter(whole)
+                merge_adapters(trainer, whole)
             if trainer.is_fsdp_enabled:  # Trainer's save_model writes nothing where checkpoints are sharded
-                trainer._save(str(aside), trainer.accelerator.get_state_dict(trainer.model))
+                trainer._save(str(staging), trainer.accelerator.get_state_dict(trainer.model))
             else:
-                trainer.save_model(str(aside), _internal_call=True)
+                trainer.save_model(str(staging), _internal_call=True)
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()
             if first:
-                pivot.copy_files(aside)
+                pivot.copy_files(staging)
                 if trainer.slices is not None:
-                    write_atomic(aside / "slices.json", json_bytes(trainer.slices))
-                write_model_card(aside, output.resolve().name, trainer, pivot, arguments, metrics)
-                move_in(aside, output, last="config.json")
+                    write_atomic(staging / "slices.json", json_bytes(trainer.slices))
+                write_model_card(staging, output.resolve().name, trainer, pivot, arguments, metrics)
+                move_in(staging, output, last="config.json")
     except BaseException:
         if first:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def pivot_config(model) -> dict[str, Any]:
+    """The entries of the pivot's configuration that training changes, before it does."""
+    config = causal_model(model).config
+    return {name: getattr(config, name, None) for name in PIVOT_CONFIG}
+
+
+@contextlib.contextmanager
+def as_pivot(model, entries: dict[str, Any]) -> Iterator[None]:
+    """Around saving: the model's configuration has the pivot's entries (`pivot_config`)."""
+    config = causal_model(model).config
+    trained_with = pivot_config(model)
+    vars(config).update(entries)
+    try:
+        yield
+    finally:
+        vars(config).update(trained_with)
+
+
+def tidy_saved(folder: Path, dtype: torch.dtype | None) -> None:
+    """After Trainer saved a model: no pickled arguments, and the precision of the weights in config.json."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    file = folder / "config.json"
+    if dtype is not None and file.is_file():
+        written = json.loads(file.read_bytes()) | {"dtype": str(dtype).removeprefix("torch.")}
+        write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
+
+
+def check_weights(model: torch.nn.Module, accelerator) -> None:
+    """Raise FloatingPointError where a weight is not finite: the last update is seen by no loss, and a frozen weight
+    that the data never read by none either."""
+    bad = 0
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        here: Any = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
+        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
+        bad += int(not torch.isfinite(here).all())
+    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
+        raise FloatingPointError(
+            "weights after the last step: expected numbers, got some that are not finite. Lower learning_rate, or "
+            "clip gradients with max_grad_norm."
+        )
+
+
+def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in `dtype`; what shares memory goes on sharing it, so that tied weights are saved once."""
+    done: dict[tuple, torch.Tensor] = {}
+    cast = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if not tensor.is_floating_point():
+            cast[name] = tensor
+        elif tensor.numel() == 0 or key not in done:
+            cast[name] = done[key] = tensor.to(dtype)
+            if dtype == torch.float16 and not torch.isfinite(done[key]).all():
+                raise FloatingPointError(
+                    f"weights for {name}: expected numbers within float16 (65504), got larger ones. "
+                    "Give save_dtype bfloat16 or float32."
+                )
+        else:
+            cast[name] = done[key]
+    return cast
 
 
 def push_target(config) -> None:

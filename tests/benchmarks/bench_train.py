@@ -102,7 +102,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
     rows = rows_of(shape, shape["batch"])
     with tempfile.TemporaryDirectory() as folder:
         trainers = {way: trainer_of(way, model, shape, device, folder) for way in ways}
-    batch = next(iter(trainers.values()))._prepare_inputs(FusionCollator()(rows))
+    batch = next(iter(trainers.values()))._prepare_inputs(FusionCollator(preset="paper")(rows))
     count = (batch["labels"] != -100).sum()
     found = {way: {"seconds": [], "lm_loss": None} for way in ways}
     for _ in range(steps):
@@ -198,11 +198,11 @@ def measure_loss(way: str, batch: int, tokens: int, V: int) -> dict:
     from fusechat_fuse.training.loss import fusion_loss
 
     rows = rows_of({"vocab": V, "tokens": tokens}, batch)
-    collated = FusionCollator()(rows)
+    collated = FusionCollator(preset="paper")(rows)
     logits = torch.randn(batch, tokens, V, generator=torch.Generator().manual_seed(0)).requires_grad_()
     before, started = peak_bytes("cpu"), time.perf_counter()
     if way == "sparse":
-        again = FusionCollator()(rows)
+        again = FusionCollator(preset="paper")(rows)
         middle = time.perf_counter()
         loss = fusion_loss(logits, *(again[name] for name in ("shift_labels", "target_ids", "target_probs"))).loss
     else:

@@ -44,6 +44,6 @@ def tiny_model(family: str = "Llama", seed: int = 0, dtype=torch.float32, **chan
 
 
 def batch_of(count: int = 3, seed: int = 0, dtype=torch.float32, **options) -> dict:
-    batch = FusionCollator(vocab_size=VOCAB, **options)(aligned_rows(count, seed=seed))
+    batch = FusionCollator(preset="paper", vocab_size=VOCAB, **options)(aligned_rows(count, seed=seed))
     batch["target_probs"] = batch["target_probs"].to(dtype)
     return batch

@@ -32,7 +32,7 @@ def steps(shape: dict) -> list[dict]:
     rows = bench_train.rows_of(shape, shape["batch"])
     with tempfile.TemporaryDirectory() as folder:
         trainers = {way: bench_train.trainer_of(way, model, shape, device, folder) for way in WAYS}
-    batch = trainers["plain"]._prepare_inputs(FusionCollator()(rows))
+    batch = trainers["plain"]._prepare_inputs(FusionCollator(preset="paper")(rows))
     count = (batch["labels"] != -100).sum()
     lines = []
     for way, trainer in trainers.items():
