@@ -20,8 +20,16 @@ import sys
 
 GROUP = "mergekit.merge_methods"
 REGISTRY = "mergekit.merge_methods.registry"
-PLANNER = "mergekit.plan"
-MERGE = "mergekit.merge"
+PATCHES = {  # module of mergekit -> (our module whose `patch` changes it, what happens where it cannot)
+    "mergekit.plan": (
+        "fusechat_merge.planning",
+        "inputs are rounded to the recipe's `dtype` first. Write `dtype: float32` with the `out_dtype` you want",
+    ),
+    "mergekit.merge": (
+        "fusechat_merge.reporting",
+        "a merge report may lack its summary. Install mergekit 0.1.5, or a newer fusechat",
+    ),
+}
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
 TESTED = ("0.1.5",)  # releases of mergekit
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
@@ -54,7 +62,7 @@ class Finder:
 def install() -> None:
     """Put the finder in front, once, unless the hook is switched off."""
     if os.environ.get(SWITCH) != "0" and not installed():
-        sys.meta_path.insert(0, Finder({REGISTRY: serve, PLANNER: patch_planner, MERGE: patch_run_merge}))
+        sys.meta_path.insert(0, Finder({REGISTRY: serve} | dict.fromkeys(PATCHES, patch)))
 
 
 def installed() -> bool:
@@ -67,14 +75,10 @@ def register() -> None:
     import importlib
 
     serve(importlib.import_module(REGISTRY), OWN)
-    later = {}
-    for name, callback in ((PLANNER, patch_planner), (MERGE, patch_run_merge)):
-        if name in sys.modules:
-            callback(sys.modules[name])
-        else:
-            later[name] = callback
-    if later and not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder(later))
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(dict.fromkeys(PATCHES, patch)))
+    for name in PATCHES.keys() & sys.modules.keys():
+        patch(sys.modules[name])
 
 
 def _call_after_execution(loader, callback) -> None:
@@ -90,30 +94,15 @@ def _call_after_execution(loader, callback) -> None:
     loader.exec_module = exec_module
 
 
-def patch_planner(plan) -> None:
-    """Have the planner leave the inputs of our methods in the dtype of their files."""
+def patch(module) -> None:
+    """Have this module of mergekit do what the docstring above says."""
+    import importlib
+
+    ours, consequence = PATCHES[module.__name__]
     try:
-        from fusechat_merge import planning
-
-        planning.patch(plan)
+        importlib.import_module(ours).patch(module)
     except Exception as error:
-        _warn(
-            f"its planner is not the one this version knows ({error!r}), so it rounds the inputs to the recipe's "
-            "`dtype` first. Write `dtype: float32` with the `out_dtype` you want"
-        )
-
-
-def patch_run_merge(merge) -> None:
-    """Have `run_merge` write the merge report."""
-    try:
-        from fusechat_merge import reporting
-
-        reporting.patch(merge)
-    except Exception as error:
-        _warn(
-            f"its `run_merge` is not the one this version knows ({error!r}), so a merge report may lack its summary. "
-            "Install mergekit 0.1.5, or a newer fusechat"
-        )
+        _warn(f"its {module.__name__} is not the one this version knows ({error!r}), so {consequence}")
 
 
 def serve(registry, also=()) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusechat_merge.passes import Passes
-from fusechat_merge.selection import Selection, select
+from fusechat_merge.selection import select
 
 SELECT_SCOPES = ("all", "coefficients")
 GRANULARITIES = ("matrix", "element")
@@ -85,7 +85,7 @@ def sce_coefficients(
     """
     _check(pivot, targets, weights)
     _check_tau(select_topk)
-    return _calculate(pivot, targets, select_topk, weights).coefficients
+    return _calculate(pivot, targets, select_topk, weights)[-1]
 
 
 def varm_merge(
@@ -142,9 +142,10 @@ def sce(
     _check(pivot, targets, weights)
     _check_tau(select_topk)
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
-    plan = _calculate(pivot, targets, select_topk, weights, dtype)
-    keep = plan.selection.keep if plan.selection and select_scope == "all" else None
-    return plan.merge(keep, lambda out: plan.passes.erase_and_merge(plan.coefficients, keep, out))
+    passes, keep, selected, sums, eta = _calculate(pivot, targets, select_topk, weights, dtype)
+    keep = keep if select_scope == "all" else None
+    merged = _merged(pivot, passes, eta, dtype, lambda out: passes.erase_and_merge(eta, keep, out))
+    return Merge(merged, eta, sums, selected, keep)
 
 
 def varm(
@@ -158,36 +159,30 @@ def varm(
     """`varm_merge` with the ratios beside the result, in `dtype` (None: the pivot's)."""
     _check(pivot, targets, weights)
     _check_choice("granularity", granularity, GRANULARITIES)
-    plan = _calculate(pivot, targets, 1.0, weights, dtype)
-    if granularity == "matrix":
-        return plan.merge(None, lambda out: plan.passes.varm_matrix(plan.coefficients, out))
-    priors = [weight / max(weights) for weight in weights] if weights and any(weights) else [1.0] * len(targets)
-    return plan.merge(None, lambda out: plan.passes.varm_element(priors, out))
+    passes, _, selected, sums, ratios = _calculate(pivot, targets, 1.0, weights, dtype)
+
+    def write(out: Tensor) -> None:
+        if granularity == "matrix":
+            passes.varm_matrix(ratios, out)
+        else:
+            passes.varm_element([weight / max(weights) for weight in weights] if weights else [1.0] * len(targets), out)
+
+    return Merge(_merged(pivot, passes, ratios, dtype, write), ratios, sums, selected, None)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Steps 1 and 2 computed, and the passes for steps 3 and 4."""
-
-    passes: Passes
-    shape: torch.Size
-    dtype: torch.dtype
-    selection: Selection | None
-    square_sums: Tensor
-    coefficients: Tensor
-
-    def merge(self, keep: Tensor | None, write: Callable[[Tensor], None]) -> Merge:
-        """The result; `write` computes it where it is not simply the pivot or the one target."""
-        passes = self.passes
-        if not bool(self.coefficients.any()):  # no target differs where it counts: the pivot
-            merged = passes.pivot.to(self.dtype, copy=True)
-        elif len(passes.targets) == 1:  # nothing to weigh, nothing to erase: the target, not rounded through d
-            merged = passes.targets[0].to(self.dtype, copy=True)
-        else:  # several targets
-            merged = passes.empty(self.dtype)
-            write(merged)
-        selected = self.selection.kept / passes.numel if self.selection and passes.numel else 1.0
-        return Merge(merged.view(self.shape), self.coefficients, self.square_sums, selected, keep)
+def _merged(
+    pivot: Tensor, passes: Passes, coefficients: Tensor, dtype: torch.dtype | None, write: Callable[[Tensor], None]
+) -> Tensor:
+    """The merged tensor, by `write` where it is not simply the pivot or the one target."""
+    dtype = dtype or pivot.dtype
+    if not bool(coefficients.any()):  # no target differs where it counts: the pivot
+        merged = passes.pivot.to(dtype, copy=True)
+    elif len(passes.targets) == 1:  # nothing to weigh, nothing to erase: the target, not rounded through d
+        merged = passes.targets[0].to(dtype, copy=True)
+    else:
+        merged = passes.empty(dtype)
+        write(merged)
+    return merged.view(pivot.shape)
 
 
 def _calculate(
@@ -196,14 +191,17 @@ def _calculate(
     tau: float,
     weights: Sequence[float] | None,
     dtype: torch.dtype | None = None,
-) -> _Plan:
-    """Compute steps 1 and 2 by the fastest passes whose range these numbers are in."""
-    dtype = dtype or pivot.dtype
-    for passes in available_passes(pivot, targets, dtype):
-        measured = _measure(passes, tau)
-        if measured is not None:
-            selection, sums = measured
-            return _Plan(passes, pivot.shape, dtype, selection, sums, _shares(sums, weights))
+) -> tuple[Passes, Tensor | None, float, Tensor, Tensor]:
+    """Steps 1 and 2: (the fastest passes whose range these numbers are in, kept elements or None for all, their share,
+    sum(d_j^2) over them, eta)."""
+    for passes in available_passes(pivot, targets, dtype or pivot.dtype):
+        selection = select(passes, tau) if tau < 1 else (None, passes.numel)
+        if selection is not None:
+            keep, kept = selection
+            sums = passes.square_sums(keep)
+            largest = float(sums.max())  # NaN where any is
+            if math.isfinite(largest) and largest <= passes.largest_mean_square * max(1, passes.numel):
+                return passes, keep, kept / passes.numel if passes.numel else 1.0, sums, _shares(sums, weights)
         _check_finite(pivot, targets)  # NaN and infinity defeat all passes
     raise ValueError(
         "task vectors for a merge: expected squares within float64, got larger ones. Repair or leave out that model."
@@ -218,19 +216,6 @@ def available_passes(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtyp
         if compiled.supports((pivot, *targets), dtype):
             yield compiled.Compiled(pivot, targets)
     yield Passes(pivot, targets)
-
-
-def _measure(passes: Passes, tau: float) -> tuple[Selection | None, Tensor] | None:
-    """(selection, sum(d_j^2) [M] over it); None where numbers are not finite, or too large for these passes."""
-    selection = None
-    if tau < 1:
-        selection = select(passes, tau)
-        if selection is None:
-            return None
-    sums = passes.square_sums(selection.keep if selection else None)
-    largest = float(sums.max())  # NaN where any is
-    within = math.isfinite(largest) and largest <= passes.largest_mean_square * max(1, passes.numel)
-    return (selection, sums) if within else None
 
 
 def _shares(sums: Tensor, weights: Sequence[float] | None) -> Tensor:
@@ -259,15 +244,11 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
                 f"tensor for {name}: expected shape {tuple(pivot.shape)} on {pivot.device} as the pivot, "
                 f"got {tuple(tensor.shape)} on {tensor.device}. Pass tensors of one weight."
             )
-    if weights is not None:
-        _check_weights(weights, len(targets))
-
-
-def _check_weights(weights: Sequence[float], count: int) -> None:
-    """Raises ValueError unless these are `count` finite numbers >= 0."""
-    if len(weights) != count:
-        raise ValueError(f"weights for the targets: expected {count}, got {len(weights)}. Give one for each target.")
-    if not all(0 <= float(weight) < float("inf") for weight in weights):
+    if weights is not None and len(weights) != len(targets):
+        raise ValueError(
+            f"weights for the targets: expected {len(targets)}, got {len(weights)}. Give one for each target."
+        )
+    if not all(0 <= float(weight) < math.inf for weight in weights or ()):
         raise ValueError(
             f"weights for the targets: expected numbers >= 0, got {list(weights)}. "
             "To leave a target out, remove it from the list."

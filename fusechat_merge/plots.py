@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 OUTSIDE = "outside"  # column of the tensors that belong to no layer: embeddings, final norm, lm_head
-
-
-class MissingMatplotlib(RuntimeError):
-    """matplotlib is not installed."""
 
 
 def draw(rows: Sequence[dict], names: Sequence[str], directory: Path) -> list[Path]:
@@ -17,22 +15,12 @@ def draw(rows: Sequence[dict], names: Sequence[str], directory: Path) -> list[Pa
         rows: rows of `report.Report`.
         names: short names of the targets.
         directory: where to.
-
-    Raises:
-        MissingMatplotlib: the `plot` extra is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingMatplotlib(
-            "pictures for the merge report: expected matplotlib, got none. Install fusechat[plot] "
-            "(the numbers are written)."
-        ) from None
     paths = [directory / "coefficients.png"]
-    _coefficients(Figure, rows, names).savefig(paths[0], dpi=130)
+    _coefficients(rows, names).savefig(paths[0], dpi=130)
     if any(row.get("erased") is not None for row in rows):
         paths.append(directory / "erased.png")
-        _erased(Figure, rows, names).savefig(paths[1], dpi=130)
+        _erased(rows, names).savefig(paths[1], dpi=130)
     return paths
 
 
@@ -45,15 +33,13 @@ def _axes(rows: Sequence[dict]) -> tuple[list[str], list]:
     return kinds, ([OUTSIDE] if any(row["layer"] is None for row in rows) else []) + layers
 
 
-def _coefficients(figure_class, rows: Sequence[dict], names: Sequence[str]):
+def _coefficients(rows: Sequence[dict], names: Sequence[str]) -> Figure:
     """One heat map for each target, layers x tensor kinds, on one colour scale from 0 to 1."""
     kinds, layers = _axes(rows)
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     panel = min(7.0, 2.2 + 0.17 * len(layers))
-    figure = figure_class(
-        figsize=(1.8 + panel * columns, 1.3 + (0.7 + 0.27 * len(kinds)) * lines), layout="constrained"
-    )
+    figure = Figure(figsize=(1.8 + panel * columns, 1.3 + (0.7 + 0.27 * len(kinds)) * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     while len(grid) > len(names):
         grid.pop().remove()
@@ -74,9 +60,9 @@ def _coefficients(figure_class, rows: Sequence[dict], names: Sequence[str]):
     return figure
 
 
-def _erased(figure_class, rows: Sequence[dict], names: Sequence[str]):
+def _erased(rows: Sequence[dict], names: Sequence[str]) -> Figure:
     """Share of each target's moved elements that the majority sign erased, by layer."""
-    figure = figure_class(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     for name in names:

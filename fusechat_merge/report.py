@@ -15,7 +15,6 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,25 +30,17 @@ SAMPLED = 256  # of so many stretches one has its signs counted
 LAYER = re.compile(r"\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class SignCounts:
-    """Signs of task vectors, counted; each float64 [M, M] but the last.
-
-    Attributes:
-        moved: elements that both targets move (on the diagonal: that the target moves).
-        agreement: of those, moved the same way minus moved opposite ways.
-        erased: elements that the target moves against the majority, float64 [M].
-    """
-
-    moved: Tensor
-    agreement: Tensor
-    erased: Tensor
-
-
-def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int) -> SignCounts:
-    """Counts in the first of each `every` stretches of a tensor, over the elements that `keep` (None: all) has.
+def count_signs(
+    pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs of the task vectors in the first of each `every` stretches of a tensor, over the elements that `keep` has.
 
     Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
+
+    Returns:
+        moved: float64 [M, M], elements that both targets move (on the diagonal: that the target moves).
+        agreement: float64 [M, M], of those, moved the same way minus moved opposite ways.
+        erased: float64 [M], elements that the target moves against the majority.
     """
     pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
     dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in (pivot, *targets)} else torch.float32
@@ -67,7 +58,8 @@ def count_signs(pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, e
 
     zeros = torch.zeros(len(targets), len(targets))
     counts = map_threads(count, range(0, pivot.numel(), length * every), pivot.device) or [(zeros, zeros, zeros.sum(0))]
-    return SignCounts(*(torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts)))
+    moved, agreement, erased = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
+    return moved, agreement, erased
 
 
 class Report:
@@ -102,7 +94,7 @@ class Report:
             targets: the names of those that have it, in the same order.
             merge: the result.
         """
-        signs = count_signs(pivot, tensors, merge.keep, self.every)
+        both_moved, agreement, erased = count_signs(pivot, tensors, merge.keep, self.every)
         layer = LAYER.search(tensor)
         row = {
             "tensor": tensor,
@@ -117,13 +109,13 @@ class Report:
             row[f"coefficient {name}"] = float(merge.coefficients[index])
             row[f"norm {name}"] = math.sqrt(float(merge.square_sums[index]))
         if self.method == "sce":
-            moved = torch.diagonal(signs.moved)
-            row["erased"] = _share(signs.erased.sum(), moved.sum())
+            moved = torch.diagonal(both_moved)
+            row["erased"] = _share(erased.sum(), moved.sum())
             for index, name in enumerate(names):
-                row[f"erased {name}"] = _share(signs.erased[index], moved[index])
+                row[f"erased {name}"] = _share(erased[index], moved[index])
         for a, b in _pairs(len(names)):
-            both = signs.moved[a, b]
-            row[f"agreement {names[a]} | {names[b]}"] = _share((both + signs.agreement[a, b]) / 2, both)
+            both = both_moved[a, b]
+            row[f"agreement {names[a]} | {names[b]}"] = _share((both + agreement[a, b]) / 2, both)
         with self._lock:
             self.rows.append(row)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -193,12 +185,15 @@ class Report:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        from fusechat_merge import plots
-
         try:
+            from fusechat_merge import plots
+        except ImportError:
+            logger.warning(
+                "pictures for the merge report: expected matplotlib, got none. Install fusechat[plot] "
+                "(the numbers are written)."
+            )
+        else:
             plots.draw(self.rows, self.names, self.directory)
-        except plots.MissingMatplotlib as error:
-            logger.warning("%s", error)
         return path
 
 

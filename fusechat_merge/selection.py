@@ -12,7 +12,6 @@ to lie outside, the pass is repeated with a wider band. Memory: one byte for eac
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,22 +26,7 @@ RANKED_AT_ONCE = 1 << 15
 SEARCHED_AT_ONCE = 1 << 18
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The kept elements of one tensor.
-
-    Attributes:
-        keep: uint8 [n], 1 where an element is kept, else 0.
-        kept: number of kept elements, floor(tau * differing).
-        differing: number of elements whose task vectors are not all equal.
-    """
-
-    keep: Tensor
-    kept: int
-    differing: int
-
-
-def select(passes: Passes, tau: float) -> Selection | None:
+def select(passes: Passes, tau: float) -> tuple[Tensor, int] | None:
     """The floor(tau * n) elements of largest variance.
 
     Args:
@@ -50,7 +34,8 @@ def select(passes: Passes, tau: float) -> Selection | None:
         tau: `select_topk`, in [0, 1).
 
     Returns:
-        The selection; None where a number, or the square of a difference, is not finite (not all such are found here).
+        (uint8 [n], 1 where an element is kept, else 0; the number of kept elements). None where a number, or the square
+        of a difference, is not finite (not all such are found here).
     """
     keep = torch.empty(passes.numel, dtype=torch.uint8, device=passes.device)
     for deviations in (4.0, 40.0, math.inf):
@@ -61,9 +46,9 @@ def select(passes: Passes, tau: float) -> Selection | None:
         differing, above = counts
         kept = math.floor(tau * differing)
         if kept == 0:
-            return Selection(keep.zero_(), 0, differing)
+            return keep.zero_(), 0
         if keep_largest_of_band(passes, keep, kept - above, low, high):
-            return Selection(keep, kept, differing)
+            return keep, kept
     return None  # no threshold among all variances: one of them is NaN
 
 

@@ -125,7 +125,7 @@ def test_registering_by_hand_follows_modules_imported_before_and_after(site, fir
     (site / "fusechat_methods.py").write_text("sce, varm = 'ours', 'ours too'\n")
     for name in ("plan", "merge"):
         (site / "mergekit" / f"{name}.py").touch()
-    code = OURS + "a.patch_planner = a.patch_run_merge = lambda module: setattr(module, 'followed', True)\n"
+    code = OURS + "a.patch = lambda module: setattr(module, 'followed', True)\n"
     code += f"import mergekit.{first}\n" if first != "register" else ""
     code += "fusechat_merge.register(); import mergekit.plan, mergekit.merge\n"
     code += "print(mergekit.plan.followed, mergekit.merge.followed)"
@@ -154,8 +154,8 @@ def test_a_method_module_that_imports_mergekit_is_served_in_any_order(site, orde
 @pytest.mark.parametrize(
     ("module", "problem", "remedy"),
     [
-        ("plan", "its planner is not the one", "Write `dtype: float32` with the `out_dtype` you want"),
-        ("merge", "its `run_merge` is not the one", "Install mergekit 0.1.5, or a newer fusechat"),
+        ("plan", "its mergekit.plan is not the one", "Write `dtype: float32` with the `out_dtype` you want"),
+        ("merge", "its mergekit.merge is not the one", "Install mergekit 0.1.5, or a newer fusechat"),
     ],
 )
 def test_an_unknown_planner_or_merge_is_one_warning_with_the_remedy(site, module, problem, remedy):
