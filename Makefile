@@ -2,14 +2,15 @@
 PYTHON ?= python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+SPREAD = -n 2 --dist loadfile # one thread each; a file stays whole, for what its tests share
 BENCHMARKS = merge merge_end_to_end align align_quality represent train
 
 .PHONY: fast test lint docs format bench
 fast:
-	$(PYTHON) -m pytest -m "not slow and not install and not distributed and not browser"
+	$(PYTHON) -m pytest $(SPREAD) -m "not slow and not install and not distributed and not browser"
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(SPREAD)
 
 lint:
 	$(PYTHON) -m ruff check .

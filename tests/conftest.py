@@ -1,5 +1,6 @@
 """Offline, on the CPU, one thread; tokenizers, tiny models and a server of forked processes as session fixtures."""
 
+import gc
 import os
 import sys
 
@@ -11,6 +12,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 import pytest
 
 from tests.helpers import real_tokenizers
+
+SLOWEST = ("test_examples.py", "test_quickstart.py", "test_pipeline.py", "test_merge_install.py")
+
+
+def pytest_configure(config):
+    """`-n 2 --dist loadfile` hands out files in the order below, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files of minutes first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_not_garbage():
+    """A full collection, which accelerate makes before every training, takes seconds over all that torch brings."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -646,10 +645,10 @@ def test_strict_names_the_row_that_the_tokenizer_refuses(tmp_path, folder):
         represent(folder / "m", rows[2:3], tmp_path / "r2")
 
 
-def start(script, *arguments, launcher=()):
+def start(forked, script, *arguments, launcher=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return forked.run(command, env=environment)
 
 
 KILLED = """
@@ -692,11 +691,11 @@ print(deaths)
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
-def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path, folder):
+def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path, folder, forked):
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder / "m"), load_fast_tokenizer(folder / "m")
     represent(model, folder / "data.json", tmp_path / "whole", shard_size=4, tokenizer=tokenizer)
     (tmp_path / "run.py").write_text(KILLED)
-    ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "killed")
+    ran = start(forked, tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "killed")
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) >= 2
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -704,13 +703,13 @@ def test_killed_at_any_moment_it_continues_and_ends_with_the_same_files(tmp_path
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.distributed
-def test_two_processes_write_the_files_of_one(tmp_path, folder):
+def test_two_processes_write_the_files_of_one(tmp_path, folder, forked):
     represent(folder / "m", folder / "data.json", tmp_path / "one", shard_size=3)
     (tmp_path / "run.py").write_text(
         "import sys, fusechat_fuse.capture.run as c\nc.represent(*sys.argv[1:4], shard_size=3)\n"
     )
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0")
-    ran = start(tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "two", launcher=launcher)
+    ran = start(forked, tmp_path / "run.py", folder / "m", folder / "data.json", tmp_path / "two", launcher=launcher)
     assert ran.returncode == 0, ran.stderr
     assert files(tmp_path / "two") == files(tmp_path / "one")
 

@@ -1,16 +1,15 @@
 """What goes to the Hub: nothing unless asked, then the finished target as it lies there; cards with their links."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import datasets
 import huggingface_hub
 import pytest
+from transformers.utils.hub import hf_api
 
 from fusechat_fuse import load_representation
+from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.card import dataset_card, is_hub_name
 from fusechat_fuse.store.rows import decode_row
@@ -19,30 +18,36 @@ from tests.helpers.hub_server import HubServer
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
 
-def trained(tmp_path, endpoint: str, *more: str):
-    """`fusechat-fuse train` in a process of its own, with the Hub at `endpoint`."""
-    if not (tmp_path / "pivot").exists():
-        pivot_directory(tmp_path / "pivot")
-        aligned_directory(tmp_path / "aligned")
-    command = [sys.executable, "-m", "fusechat_fuse", "train", "--model_name_or_path", str(tmp_path / "pivot")]
-    command += ["--data_path", str(tmp_path / "aligned"), "--output_dir", str(tmp_path / "target"), "--max_steps", "2"]
-    command += ["--use_cpu", "--save_strategy", "steps", "--save_steps", "1", *more]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x"}
-    environment["HF_HUB_DISABLE_XET"] = "1"
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def trained(tmp_path, monkeypatch, capsys):
+    """Runs `fusechat-fuse train` with the Hub at an endpoint: its exit code and what it wrote on standard error."""
+    pivot_directory(tmp_path / "pivot")
+    aligned_directory(tmp_path / "aligned")
+    command = ["train", "--model_name_or_path", str(tmp_path / "pivot"), "--data_path", str(tmp_path / "aligned")]
+    command += ["--output_dir", str(tmp_path / "target"), "--max_steps", "2", "--use_cpu"]
+    command += ["--save_strategy", "steps", "--save_steps", "1"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+
+    def run(endpoint: str, *more: str) -> tuple[int, str]:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(hf_api(), "endpoint", endpoint)  # shared by transformers' own calls
+        return main([*command, *more]), capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_target_is_pushed_whole_where_asked_and_only_then(tmp_path):
+def test_a_target_is_pushed_whole_where_asked_and_only_then(trained, tmp_path):
     with HubServer() as hub:
-        done = trained(tmp_path, hub.endpoint)
-        assert done.returncode == 0, done.stderr[-2000:]
+        code, told = trained(hub.endpoint)
+        assert code == 0, told
         assert not hub.files
         assert not hub.repos
-        done = trained(
-            tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused", "--hub_private_repo", "true"
-        )
-        assert done.returncode == 0, done.stderr[-2000:]  # finished before: it is only pushed
+        push = ("--push_to_hub", "--hub_model_id", "user/fused", "--hub_private_repo", "true")
+        code, told = trained(hub.endpoint, *push)
+        assert code == 0, told  # finished before: it is only pushed
         assert hub.repos == [{"name": "fused", "organization": "user", "visibility": "private"}]
         there = {
             str(file.relative_to(tmp_path / "target")): file.read_bytes()
@@ -55,10 +60,10 @@ def test_a_target_is_pushed_whole_where_asked_and_only_then(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_that_is_to_be_pushed_is_pushed_at_its_end(tmp_path):
+def test_a_training_that_is_to_be_pushed_is_pushed_at_its_end(trained, tmp_path):
     with HubServer() as hub:
-        done = trained(tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
-        assert done.returncode == 0, done.stderr[-2000:]
+        code, told = trained(hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
+        assert code == 0, told
     assert hub.commits == 1  # not at its checkpoints
     finished = json.loads(hub.files["fusion_run.json"])
     assert finished["finished"]
@@ -66,11 +71,11 @@ def test_a_training_that_is_to_be_pushed_is_pushed_at_its_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_leaves_a_finished_target_and_the_command(tmp_path):
+def test_a_push_that_fails_leaves_a_finished_target_and_the_command(trained, tmp_path):
     with HubServer(refuses=True) as hub:
-        done = trained(tmp_path, hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
+        code, told = trained(hub.endpoint, "--push_to_hub", "--hub_model_id", "user/fused")
+    assert code == 1
+    last = told.strip().splitlines()[-1]
     assert "is finished, and could not be pushed to user/fused: " in last
     assert f"hf upload user/fused {tmp_path / 'target'} . --exclude 'checkpoint-*'" in last
     assert (tmp_path / "target" / "config.json").exists()

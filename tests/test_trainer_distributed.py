@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, forked):
     output = tmp_path_factory.mktemp("distributed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,9 +44,7 @@ def results(tmp_path_factory):
         }
         command = [sys.executable, "-m", "tests.helpers.distributed_worker", str(output), *cases]
         log = open(output / f"{rank}.log", "w")  # noqa: SIM115
-        processes.append(
-            subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=log)
-        )
+        processes.append(forked.Popen(command, env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout=300) for process in processes]
     finally:
