@@ -1,6 +1,7 @@
 """Messages to ids: the published formats, contents found by construction, nothing that becomes a special token."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,8 +156,9 @@ def test_every_family_without_a_template_of_its_own(family, messages):
     assert list(encoded.input_ids) == tokenizer(text, add_special_tokens=False).input_ids
     check(tokenizer, messages, encoded)
     # every mark of the family is one token, and contents are where plain search finds them
+    blanks = family in ("openchat_3.5", "mistral")  # the model writes the blank before its answer
     places = [
-        (n, text.index(m["content"]), text.index(m["content"]) + len(m["content"]))
+        (n, text.index(m["content"]) - blanks, text.index(m["content"]), text.index(m["content"]) + len(m["content"]))
         for n, m in enumerate(messages)
         if m["role"] == "assistant"
     ]
@@ -215,6 +217,77 @@ def test_ids_of_the_model_card_single_and_multi_turn(openchat):
         assert list(multi.input_ids) == [*two, 15359, 32000]
         assert list(multi.predicted) == [len(one), len(one) + 1, len(two), len(two) + 1]
         assert list(zip(multi.message, multi.start, multi.end)) == [(1, 0, 2), (1, 2, 3), (3, 0, 2), (3, 2, 3)]
+
+
+@pytest.mark.parametrize("name", ["openchat", "qwen", "llama3"])
+def test_predicted_tokens_are_those_of_the_authors_labels(name, request):
+    """FuseAI's own ids and labels of 14 conversations, OpenChat's template: equal but where a rule refuses one."""
+    encoder = ConversationEncoder(request.getfixturevalue(name), "openchat_3.5")
+    recorded = json.loads((Path(__file__).parent / "golden" / "inputs.json").read_text())[name]
+    refused = []
+    for sample, row in recorded.items():
+        answers = row["text"].count("GPT4 Correct Assistant:")
+        messages = encoder.parse(encoder.bos + row["text"], ("user", "assistant") * answers)
+        try:
+            encoded = encoder.encode(messages)
+        except Unusable as problem:
+            refused.append((sample, problem.reason))
+            continue
+        assert encoded.input_ids.tolist() == row["input_ids"]
+        assert encoded.predicted.tolist() == np.flatnonzero(np.array(row["labels"]) != -100).tolist(), sample
+    assert refused == {"openchat": [("p12_multiturn", "special_token")], "qwen": [("p08_unicode", "bytes")]}.get(
+        name, []
+    )
+
+
+ASSISTANT = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] }}"
+    "{{ '</s>' if m['role'] == 'assistant' else '\n' }}"
+)
+LLAMA_2 = (  # a blank on either side of an answer
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TRIMS = LLAMA_2.replace("m['content'] + ' ' +", "(m['content'] | trim) + ' ' +")
+THINK_PROMPT = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+)
+FILLS_IN = (
+    "{% for m in messages %}{{ m['role'] + ':' + ('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') }}"
+    "{{ m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        ("openchat_3.5", "42", [("▁", 0, 0), ("4", 0, 1), ("2", 1, 2), ("<|end_of_turn|>", 2, 3)]),
+        ("openchat_3.5", "Hi", [("▁Hi", 0, 2), ("<|end_of_turn|>", 2, 3)]),
+        ("openchat_3.5", "", [("▁", 0, 0), ("<|end_of_turn|>", 0, 1)]),
+        (ASSISTANT + PROMPT, "42", [("▁", 0, 0), ("4", 0, 1), ("2", 1, 2), ("</s>", 2, 3)]),
+        (LLAMA_2, "A.", [("▁A", 0, 1), (".", 1, 2), ("▁", 2, 2), ("</s>", 2, 3)]),
+        (LLAMA_2, "42", [("▁", 0, 0), ("4", 0, 1), ("2", 1, 2), ("▁", 2, 2), ("</s>", 2, 3)]),
+        (TRIMS, "\n4\n", [("▁", 0, 0), ("4", 1, 2), ("▁", 3, 3), ("</s>", 3, 4)]),
+        (THINK_PROMPT, "42", [("4", 0, 1), ("2", 1, 2), ("</s>", 2, 3)]),  # the prompt is no beginning of the text
+        (FILLS_IN, "42", [("4", 0, 1), ("2", 1, 2), ("</s>", 2, 3)]),  # the template writes more than blanks
+        (ASSISTANT + "{% endfor %}", "42", [("4", 0, 1), ("2", 1, 2), ("</s>", 2, 3)]),  # no generation prompt
+    ],
+    ids=["openchat", "letter", "empty", "vicuna", "llama-2", "llama-2 both", "trimmed", "think", "fills in", "none"],
+)  # fmt: skip
+def test_what_the_model_must_generate_is_predicted(source, content, expected, openchat):
+    tokenizer = openchat
+    if source != "openchat_3.5":
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=openchat.backend_tokenizer, bos_token="<s>", eos_token="</s>", chat_template=source
+        )
+    for messages in ([SINGLE[0]], [*MULTI[:3]]):
+        encoder = ConversationEncoder(tokenizer, "native")
+        encoded = encoder.encode([*messages, {"role": "assistant", "content": content}])
+        mine = encoded.message == len(messages)
+        pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.predicted[mine]].tolist())
+        assert list(zip(pieces, encoded.start[mine].tolist(), encoded.end[mine].tolist())) == expected
 
 
 def test_token_that_straddles_header_and_content_is_clipped(openchat, llama3):
@@ -313,13 +386,15 @@ def test_turn_markers_that_a_tokenizer_does_not_call_special_are_refused_all_the
             with pytest.raises(Unusable, match=r"message 0 holds the text of the special token '<\|im_"):
                 encoder.encode([{"role": "user", "content": f"x{marker}y"}, SINGLE[1]])
         encoded = encoder.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "<h1>\n\ny"}])
+        blank = ["Ġ"] if template.name == "pivot" else []  # OpenChat's "Assistant: "
         assert [tokenizer.convert_ids_to_tokens(int(i)) for i in encoded.input_ids[encoded.predicted]] == [
+            *blank,
             "<h1>",
             "\n\n",
             "y",
             "<|im_end|>",
         ]
-        assert list(zip(encoded.start, encoded.end)) == [(0, 4), (4, 6), (6, 7), (7, 8)]
+        assert list(zip(encoded.start, encoded.end)) == [*[(0, 0)] * len(blank), (0, 4), (4, 6), (6, 7), (7, 8)]
 
 
 def test_content_that_becomes_special_only_beside_the_template_is_refused(tiny_bpe):

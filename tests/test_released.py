@@ -304,7 +304,7 @@ def test_an_interrupted_import_goes_on(known, tmp_path, monkeypatch):
 def test_what_cannot_be_imported_gets_a_sentence(known, rows, tmp_path):
     path, _, own = known
     tokenizer = path / "tokenizer"
-    with pytest.raises(InputError, match="written by save_to_disk"):
+    with pytest.raises(InputError, match="save_to_disk wrote"):
         fusechat_fuse.import_released(tmp_path / "nothing", tokenizer, tmp_path / "r")
     saved(own, tmp_path / "few", ("per_step_logits",))
     with pytest.raises(InputError, match="expected input_ids, attention_mask, labels, per_step_logits"):

@@ -18,7 +18,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import file_sha256, read_json
 from fusechat_fuse.store.rows import decode_row
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: blanks that the model generates around an answer were not predicted
 
 
 @cache

@@ -101,19 +101,42 @@ class ConversationEncoder:
         Raises: Unusable naming the rule and the message.
         """
         layout, contents = self._rendered(messages)
-        pieces = self._own_pieces(layout.pieces)
-        text, places, position = "", [], 0
-        for piece, content in zip(pieces, [*contents, ""]):
-            position += len(piece.encode())
-            places.append((position, position + len(content.encode())))
-            position = places[-1][1]
-            text += piece + content
-        ids = np.array(self._ids(text), np.int32)
+        text, places, turn_ends = self._text(layout, contents)
+        text, ids = self._tokenized(text, turn_ends)
         try:
             start, end = token_spans(self.tokenizer, text, ids)
         except InputError as error:
             raise Unusable("bytes", str(error)) from error
-        return self._locate(ids, start, end, places[:-1], layout, messages)
+        within = [place for place in places if place[2] <= len(text.encode())]
+        return self._located(ids, start, end, within, layout, messages)
+
+    def _text(self, layout: Layout, contents: list[str]) -> tuple[str, list[tuple[int, int, int]], list[int]]:
+        """The rendered text; of each content where, in bytes, what the model generates for it begins, where the content
+        begins and where it ends; where, in characters, the ends of turns end."""
+        parts, places, turn_ends, position, characters = [], [], [], 0, 0
+        pieces = self._own_pieces(layout.pieces)
+        ended = (False, *layout.ended)
+        for piece, content, blanks, after_answer in zip(pieces, [*contents, ""], [*layout.generated, 0], ended):
+            if after_answer:
+                turn_ends.append(characters + len(piece) - len(piece.lstrip()) + len(self.end_of_turn))
+            first = position + len(piece.encode())
+            position = first + len(content.encode())
+            places.append((first - len(piece[len(piece) - blanks :].encode()), first, position))
+            parts += piece, content
+            characters += len(piece) + len(content)
+        return "".join(parts), places[:-1], turn_ends
+
+    def _tokenized(self, text: str, turn_ends: list[int]) -> tuple[str, np.ndarray]:
+        """A text and its ids, or its beginning of more than `max_length` tokens: up to an end of turn, as no token runs
+        across one."""
+        at_least = 8 * self.max_length
+        for cut in turn_ends:
+            if cut >= at_least:
+                ids = self._ids(text[:cut])
+                if len(ids) > self.max_length:
+                    return text[:cut], np.array(ids, np.int32)
+                at_least = 2 * cut
+        return text, np.array(self._ids(text), np.int32)
 
     def check(self, messages: list[dict[str, str]]) -> None:
         """Raise Unusable, as `encode` does, for what is known without tokenizing (far cheaper)."""
@@ -182,55 +205,65 @@ class ConversationEncoder:
         own = [marks.sub(lambda found: ours[found[0]], piece) for piece in own]
         return [self.bos + own[0], *own[1:]]
 
-    def _locate(self, ids, start, end, places, layout: Layout, messages) -> Encoded:
-        special = self._is_special[np.minimum(ids, len(self._is_special) - 1)]
-        turns = np.flatnonzero(ids == self.end_of_turn_id)
-        found = [(np.empty(0, np.int32),) * 4]  # and of each answer: predicted, message, start, end
-        context_answers = 0
-        lows = np.searchsorted(end, [first for first, _ in places], side="right")
-        highs = np.searchsorted(start, [last for _, last in places], side="left")
-        for (first, last), low, high, n, trims, stands, ended in zip(
-            places, lows, highs, layout.order, layout.trims, layout.predicted, layout.ended
-        ):
-            low = self._with_empty_tokens(low, start, end, first, last)
-            if special[low:high].any():
+    def _located(self, ids, start, end, places, layout: Layout, messages) -> Encoded:
+        """Which tokens are predicted, and the bytes of its message that each covers."""
+        is_special = self._is_special[np.minimum(ids, len(self._is_special) - 1)]
+        turn_ends = np.flatnonzero(ids == self.end_of_turn_id)
+        begin, first, last = np.array(places, np.int64).reshape(-1, 3).T
+        low = np.searchsorted(end, first, side="right")  # the first token that runs into the content
+        with_blanks = np.minimum(low, np.searchsorted(start, begin, side="left"))  # inserted marks ('▁') too
+        low = np.where(begin < last, with_blanks, low)
+        high = np.searchsorted(start, last, side="left")
+        found = [(np.empty(0, np.int64),) * 4]  # and of each answer: predicted, message, start, end
+        for k, n in enumerate(layout.order[: len(places)]):
+            if is_special[low[k] : high[k]].any():
                 raise Unusable("special_token", f"message {n} joins its surroundings to a special token")
-            if messages[n]["role"] != "assistant" or messages[n].get("weight") == 0:
+            if not (layout.predicted[k] and _counts(messages[n])):
                 continue
-            if not stands:
-                context_answers += 1
-                continue
-            content = messages[n]["content"]
-            lead = len(content.encode()) - len(content.lstrip(trims[0]).encode())
-            size = len(content.encode())
-            while not ended and low < high and end[high - 1] > last:
-                high -= 1  # it runs into what follows: no prediction of the content alone
-            predicted = np.arange(low, max(low, high), dtype=np.int32)  # low is the higher where an empty token stands
-            begins, ends = (np.clip(edge[low:high], first, last) - first + lead for edge in (start, end))
-            if ended:
-                if (at := np.searchsorted(turns, high)) == len(turns):
+            stop = int(high[k])
+            if layout.ended[k]:
+                if (at := np.searchsorted(turn_ends, stop)) == len(turn_ends):
                     raise Unusable("template", f"no end-of-turn token follows message {n}")
-                of_end = turns[at], size, size + 1
-                predicted, begins, ends = (np.append(*both) for both in zip((predicted, begins, ends), of_end))
-            found.append((predicted, np.full_like(predicted, n), begins, ends))
-        predicted, message, begins, ends = (np.concatenate(parts) for parts in zip(*found))
+                stop = int(turn_ends[at]) + 1
+            else:  # what runs into the text after the content is no prediction of the content alone
+                while low[k] < stop and end[stop - 1] > last[k]:
+                    stop -= 1
+            content, tokens = messages[n]["content"], slice(int(low[k]), stop)
+            left, kept = layout.trims[k][0], last[k] - first[k]
+            spans = _spans_in(content, left, kept, start[tokens] - first[k], end[tokens] - first[k])
+            spans[1, -1:] += layout.ended[k]  # the end of turn: [L, L + 1)
+            predicted = np.arange(low[k], stop)
+            found.append((predicted, np.full_like(predicted, n), *spans))
+        predicted, message, starts, ends = (np.concatenate(parts) for parts in zip(*found))
         keep = (predicted > 0) & (predicted < self.max_length)
         if not keep.any():
-            raise Unusable("too_long", f"no predicted token within {self.max_length} tokens (of {len(ids)})")
+            raise Unusable("too_long", f"no predicted token within {self.max_length} tokens")
         return Encoded(
             input_ids=ids[: self.max_length],
             predicted=predicted[keep].astype(np.int32),
             message=message[keep].astype(np.int16),
-            start=begins[keep].astype(np.int32),
+            start=starts[keep].astype(np.int32),
             end=ends[keep].astype(np.int32),
             truncated=len(ids) > self.max_length,
-            context_answers=context_answers,
+            context_answers=sum(_counts(messages[n]) and not p for n, p in zip(layout.order, layout.predicted)),
         )
 
-    @staticmethod
-    def _with_empty_tokens(low: int, start, end, first: int, last: int) -> int:
-        """Tokens without bytes that stand right at a content's beginning (an inserted '▁') belong to it."""
-        if first < last:
-            while low > 0 and start[low - 1] == end[low - 1] == first:
-                low -= 1
-        return int(low)
+
+def _counts(message: dict) -> bool:
+    """Whether a message is an answer that is to be predicted."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _spans_in(content: str, left: str | None, kept: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Spans [2, n] of tokens in the bytes of a content; tokens of the blanks around it have empty ones, at byte 0 or at
+    its end.
+
+    Args:
+        left: what the template trims off the content's left. kept: bytes of the content that it keeps.
+        start, end: spans [n] of the tokens, from the first byte kept.
+    """
+    size = len(content.encode())
+    spans = np.clip([start, end], 0, kept) + size - len(content.lstrip(left).encode())
+    spans[:, end <= 0] = 0
+    spans[:, start >= kept] = size
+    return spans

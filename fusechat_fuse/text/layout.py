@@ -1,13 +1,18 @@
 """Where a chat template puts the contents of one sequence of roles, found by rendering contents unlike any others.
 
-That shows the text around each content, what is trimmed off it, and which answers stand in the whole conversation as
-they stood when they were the last in it (Qwen3 keeps a think block in the last answer only).
+That shows the text around each content, what is trimmed off it, and of each answer:
+
+- whether it is predicted: whether it is rendered in the whole conversation as when it was the last (Qwen3 keeps a think
+  block in the last answer only);
+- which blanks before it the model generates itself: those between the generation prompt and the content (`Assistant:`
+  and `Assistant: 42` leave one). Where the template fills in more than blanks there, the model generates none of it.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusechat_fuse.text.messages import Unusable
@@ -25,41 +30,91 @@ class Layout:
     `pieces` [n + 1]: the text before each content, and after the last one. The others [n] are in the order of the text:
     `order`: whose content it is; `trims`: what is trimmed off it (left, right), as `lstrip` and `rstrip` take it (""
     nothing, None white space); `predicted`: whether it is an answer that is rendered as when it was the last;
-    `ended`: whether the end of turn follows.
+    `generated`: how many blanks at the end of the piece before an answer the model generates; `ended`: whether the end
+    of turn follows, perhaps after blanks.
     """
 
     pieces: tuple[str, ...]
     order: tuple[int, ...]
     trims: tuple[Trim, ...]
     predicted: tuple[bool, ...]
+    generated: tuple[int, ...]
     ended: tuple[bool, ...]
 
 
 def probe_layout(template: ChatTemplate, roles: tuple[str, ...]) -> Layout:
     """The layout of one sequence of roles. Raises: Unusable where no answer's place can be told."""
     marks = [f"QZ{n}ZQ" for n in range(len(roles))]
-    plain = _render(template, roles, marks)
-    found = Counter(_MARK.findall(plain))
-    for n, mark in enumerate(marks):
-        if found[mark] != 1:
-            times = "repeats" if found[mark] else "leaves out"
-            raise Unusable("template", f"the chat template {times} message {n} ({roles[n]}) of {len(roles)}")
-    order = tuple(int(mark[2:-2]) for mark in _MARK.findall(plain))
-    pieces = tuple(_MARK.split(plain))
+    whole = _render(template, roles, marks)
+    order = tuple(int(mark[2:-2]) for mark in _MARK.findall(whole))
+    found = Counter(order)
+    for n, role in enumerate(roles):
+        if found[n] != 1:
+            times = "repeats" if found[n] else "leaves out"
+            raise Unusable("template", f"the chat template {times} message {n} ({role}) of {len(roles)}")
     if not template.end_of_turn:
         raise Unusable("template", "the chat template ends no turn with a token of the vocabulary")
+    pieces = tuple(_MARK.split(whole))
     ended = tuple(piece.lstrip().startswith(template.end_of_turn) for piece in pieces[1:])
-    answers = [n for n, role in enumerate(roles) if role == "assistant"]
-    if answers and not ended[order.index(answers[-1])]:
-        raise Unusable("template", f"the chat template puts no end of turn after message {answers[-1]}")
-    stable = {n for n in answers if _is_stable(template, plain, roles[: n + 1], marks)}
-    if answers and not stable:
+    answers = {n: k for k, n in enumerate(order) if roles[n] == "assistant"}  # in the order of the text
+    last = max(answers, default=-1)
+    if answers and not ended[answers[last]]:
+        raise Unusable("template", f"the chat template puts no end of turn after message {last}")
+
+    def probe(n: int) -> tuple[bool, int]:
+        return _probe_answer(template, whole, roles[: n + 1], marks)
+
+    probed = _probe_alike({n: pieces[k : k + 2] for n, k in answers.items()}, probe)
+    if answers and not any(stable for stable, _ in probed.values()):
         raise Unusable(
             "template",
-            f"the chat template renders the first {answers[-1] + 1} messages differently once the conversation "
-            "goes on (it moves or strips text)",
+            f"the chat template renders the first {last + 1} messages differently once the conversation goes on (it "
+            "moves or strips text)",
         )
-    return Layout(pieces, order, _trims(template, roles, marks), tuple(n in stable for n in order), ended)
+    predicted, generated = zip(*(probed.get(n, (False, 0)) for n in order))
+    return Layout(pieces, order, _trims(template, roles, marks), predicted, generated, ended)
+
+
+def _probe_answer(template: ChatTemplate, whole: str, roles: tuple[str, ...], marks: list[str]) -> tuple[bool, int]:
+    """(whether the conversation up to an answer, the last of `roles`, reads the same in the whole: that is what the
+    model saw; how many blanks before the answer the model generates)."""
+    mark = marks[len(roles) - 1]
+    beginning, found, _ = _render(template, roles, marks).partition(mark)
+    if not found or not whole.startswith(beginning + mark):
+        return False, 0
+    try:
+        prompt = _render(template, roles[:-1], marks, generation_prompt=True)
+    except Unusable:  # some templates demand an answer
+        return True, 0
+    filled_in = beginning.removeprefix(prompt) if beginning.startswith(prompt) else ""
+    return True, len(filled_in) if filled_in.isspace() else 0
+
+
+def _probe_alike(pieces_of: dict[int, tuple[str, ...]], probe: Callable[[int], tuple[bool, int]]) -> dict:
+    """What `probe` says of every answer, from few probes, as each renders a conversation.
+
+    Of the answers with the same pieces around them, the first and last two and ever fewer between are probed. Where the
+    inner ones agree the others are as they are, else all are probed.
+
+    Args:
+        pieces_of: answer -> the pieces before and after it.
+    """
+    alike = defaultdict(list)
+    for n, pieces in pieces_of.items():
+        alike[pieces].append(n)
+    found = {}
+    for group in alike.values():
+        size = len(group)
+        inner = {
+            group[k]
+            for power in range(size.bit_length())
+            for k in (1 << power, size - 1 - (1 << power))
+            if 2 <= k < size - 2
+        }
+        found |= {n: probe(n) for n in {*group[:2], *group[-2:], *inner}}
+        agree = len({found[n] for n in inner}) == 1
+        found |= {n: found[min(inner)] if agree else probe(n) for n in group if n not in found}
+    return found
 
 
 def _trims(template: ChatTemplate, roles: tuple[str, ...], marks: list[str]) -> tuple[Trim, ...]:
@@ -76,12 +131,6 @@ def _trimmed(keeps_blanks: bool, keeps_lines: bool) -> str | None:
     return None if not keeps_blanks else "" if keeps_lines else "\n"
 
 
-def _is_stable(template: ChatTemplate, whole: str, roles: tuple[str, ...], marks: list[str]) -> bool:
-    """Whether the conversation up to an answer reads the same when it goes on: that is what the model saw."""
-    mark = marks[len(roles) - 1]
-    beginning, found, _ = _render(template, roles, marks).partition(mark)
-    return bool(found) and whole.startswith(beginning + mark)
-
-
-def _render(template: ChatTemplate, roles: tuple[str, ...], contents: list[str]) -> str:
-    return template.render([{"role": role, "content": content} for role, content in zip(roles, contents)])
+def _render(template: ChatTemplate, roles, contents: list[str], generation_prompt: bool = False) -> str:
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return template.render(messages, generation_prompt)

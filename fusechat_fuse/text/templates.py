@@ -40,18 +40,19 @@ class ChatTemplate:
         """SHA-256 of everything that decides what it renders."""
         return hashlib.sha256(repr((self.source, self.bos, self.end_of_turn, self.variables)).encode()).hexdigest()
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The conversation as text. Raises: Unusable where the template refuses it."""
-        return _render(self.source, dict(self.variables), messages)
+    def render(self, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
+        """The conversation as text, perhaps with the generation prompt of the next answer. Raises: Unusable where the
+        template refuses it."""
+        return _render(self.source, dict(self.variables), messages, generation_prompt)
 
 
-def _render(source: str, variables: dict, messages: list[dict[str, str]]) -> str:
+def _render(source: str, variables: dict, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
     """The text as transformers renders it, but with a fixed date."""
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
-    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
     try:
         return _compile_jinja_template(source).render(**context, **today, **variables)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:

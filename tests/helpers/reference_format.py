@@ -10,7 +10,7 @@ import pyarrow as pa
 def read_store(path) -> list[dict]:
     """Every row of a store under the names that a reader gets; arrays as nested lists."""
     manifest = json.loads((Path(path) / "manifest.json").read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     rows = []
     for shard in manifest["shards"]:
         stream = pa.ipc.open_stream(pa.memory_map(str(Path(path) / shard["file"])))

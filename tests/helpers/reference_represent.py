@@ -21,13 +21,14 @@ def distribution(logits, actual, k):
 def spans_by_offsets(tokenizer, text, places):
     """[(token index, message, start, end)] of the tokens that touch ASCII contents, by the tokenizer's own offsets.
 
-    `places` is [(message, first character, last character)] of the contents in the text.
+    `places` is [(message, begin, first character, last character)] of the contents in the text; what lies between
+    `begin`, where the model takes over, and the content has an empty span at byte 0.
     """
     assert text.isascii()
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
-        (t, message, max(a, first) - first, min(b, last) - first)
-        for message, first, last in places
+        (t, message, max(a, first) - first, max(min(b, last), first) - first)
+        for message, begin, first, last in places
         for t, (a, b) in enumerate(offsets)
-        if a < last and b > first
+        if a < last and (b > first or a >= begin)
     ]
