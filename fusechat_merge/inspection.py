@@ -4,8 +4,6 @@ mergekit plans and reads as it would for the merge, so filters, gradients, slice
 Each merged tensor is dropped as soon as its row is written.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from fusechat_merge import recipe
@@ -35,6 +33,11 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"report directory {directory}: expected a new or empty one, got one with files. Choose another."
+        )
     options = options or MergeOptions()
     config, _ = recipe.load(config_path)
     if config.merge_method not in METHODS:
@@ -48,38 +51,21 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     recipe.check_adapters(config, str(config_path), bool(options.lora_merge_cache), remedy)
     pivot = str(config.base_model)
     targets = _targets(config)
-    running = Report(Path(directory), config.merge_method, pivot, targets, every=1)
+    report = Report(config.merge_method, pivot, targets, every=1)
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-    with _removed_on_failure(running.directory):
-        with reporter.recording(running):
-            planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
-            saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
-            planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
-            device = torch.device(options.device or "cpu")
-            storage = device if options.low_cpu_memory else torch.device("cpu")
-            executor = Executor(targets=planned, math_device=device, storage_device=storage)
-            for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
-                pass
-        running.finish()
-    return running
-
-
-@contextlib.contextmanager
-def _removed_on_failure(directory: Path) -> Iterator[None]:
-    """Where the block fails, remove the files in this directory (new or empty now) and the directories created."""
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        if directory.is_dir():
-            for file in directory.iterdir():
-                file.unlink()
-        with contextlib.suppress(OSError):  # one does not exist, or holds other files by now
-            for path in made:
-                path.rmdir()
-        raise
+    with reporter.recording(report):
+        planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
+        saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
+        planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
+        device = torch.device(options.device or "cpu")
+        storage = device if options.low_cpu_memory else torch.device("cpu")
+        executor = Executor(targets=planned, math_device=device, storage_device=storage)
+        for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
+            pass
+    report.write(directory)
+    return report
 
 
 def _targets(config) -> list[str]:

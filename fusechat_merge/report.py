@@ -1,8 +1,7 @@
 """The report on a merge, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
 The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that only the pictures take time. A row
-of `coefficients.csv` is written when its tensor is done, `summary.json` and the pictures when the output is. Module
+one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that only the pictures take time.
 `reporting` says which merges get a report.
 
 Shape letters: M targets.
@@ -13,7 +12,6 @@ import json
 import logging
 import math
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,30 +61,26 @@ def count_signs(
 
 
 class Report:
-    """The report on one output, in one directory that appears with the first row.
+    """The report on one output.
 
     Args:
-        directory: a new or empty directory.
         method: name of the merge method.
         pivot: the pivot as the recipe names it.
         targets: the targets as the recipe names them.
         every: see `count_signs`.
     """
 
-    def __init__(self, directory: Path, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED):
-        self.directory, self.method, self.pivot, self.every = Path(directory), method, pivot, every
-        self.targets = list(targets)
+    def __init__(self, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED):
+        self.method, self.pivot, self.targets, self.every = method, pivot, list(targets), every
         self.names = short_names(self.targets)
         self.rows: list[dict] = []
-        self.begun: set[str] = set()  # tensors with a row, or about to have one
-        self._lock = threading.Lock()
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise ValueError(
-                f"report directory {self.directory}: expected a new or empty one, got one with files. Choose another."
-            )
+
+    def takes(self, method: str, pivot: str, targets: Sequence[str]) -> bool:
+        """Whether it is about this method, this pivot and, among others, these targets."""
+        return (method, pivot) == (self.method, self.pivot) and set(targets) <= set(self.targets)
 
     def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
-        """Write the row of one finished tensor.
+        """Add the row of a merged tensor.
 
         Args:
             tensor: its name.
@@ -116,21 +110,7 @@ class Report:
         for a, b in _pairs(len(names)):
             both = both_moved[a, b]
             row[f"agreement {names[a]} | {names[b]}"] = _share((both + agreement[a, b]) / 2, both)
-        with self._lock:
-            self.rows.append(row)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path = self.directory / "coefficients.csv"
-            new = not path.exists()
-            with path.open("a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, self.columns())
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-
-    def continued_by(self, method: str, pivot: str, targets: Sequence[str], tensor: str) -> bool:
-        """Whether this tensor can belong to the same output as those before it."""
-        same = (method, pivot) == (self.method, self.pivot) and set(targets) <= set(self.targets)
-        return same and tensor not in self.begun
+        self.rows.append(row)
 
     def columns(self) -> list[str]:
         """Columns of coefficients.csv."""
@@ -174,14 +154,17 @@ class Report:
         elements = sum(row["elements"] for row in rows)
         return math.fsum(row[column] * row["elements"] for row in rows) / elements if elements else None
 
-    def finish(self) -> Path | None:
-        """Write summary.json and, where matplotlib is installed, the pictures. Returns the summary's path."""
-        if not self.rows:
-            return None
-        path, partial = self.directory / "summary.json", self.directory / "summary.json.part"
+    def write(self, directory: Path) -> None:
+        """Write coefficients.csv, summary.json and, where matplotlib is installed, the pictures to a directory."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "coefficients.csv", "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self.columns())
+            writer.writeheader()
+            writer.writerows(self.rows)
+        path, partial = directory / "summary.json", directory / "summary.json.part"
         try:
             partial.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)  # whole or not at all
+            partial.replace(path)  # complete or not at all
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -193,8 +176,7 @@ class Report:
                 "(the numbers are written)."
             )
         else:
-            plots.draw(self.rows, self.names, self.directory)
-        return path
+            plots.draw(self.rows, self.names, directory)
 
 
 def kind(tensor: str) -> str:

@@ -1,11 +1,9 @@
-"""Which report a merged tensor is added to, and when that report is finished.
+"""Which merges get a report: those of `run_merge` where FUSECHAT_MERGE_REPORT names a directory, and inspections.
 
-`FUSECHAT_MERGE_REPORT=DIR` gives every output a report in a numbered subfolder of DIR; `fusechat-merge inspect` has one
-report of its own. A report is finished when mergekit's `run_merge` has returned, so an output that is not whole gets no
-summary. A report that cannot be written is one warning, and the merge goes on.
+A report is written when the output is whole: a merge that fails leaves none. A report that cannot be written is a
+warning.
 """
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -27,114 +25,65 @@ METHODS = ("sce", "varm")
 
 
 class Reporter:
-    """The reports of the output that this process merges; several where its slices have other pivots or targets."""
+    """The reports on the output that this process merges; several where its slices have other pivots or targets."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._reports: list[Report] = []  # the last one takes the next tensor
-        self._fixed = False  # inside `recording`
-        self._one_output = False  # inside `one_output`
-        self._failed = False  # a row could not be written
+        self._lock = threading.Lock()  # mergekit may merge on several devices at once
+        self._reports: list[Report] | None = None  # None: nothing is recorded
+        self._fixed = False  # one report takes everything
 
     @contextlib.contextmanager
-    def recording(self, report: Report) -> Iterator[None]:
-        """Add every tensor that the block merges to this report; an error in the report is raised."""
-        self._reports, self._fixed = [report], True
+    def recording(self, report: Report | None = None) -> Iterator[list[Report]]:
+        """The reports on what the block merges: this one, or those that its tensors need."""
+        self._reports, self._fixed = [report] if report else [], report is not None
         try:
-            yield
+            yield self._reports
         finally:
-            self._forget()
+            self._reports = None
 
     @contextlib.contextmanager
     def one_output(self) -> Iterator[None]:
-        """Report on the output that the block merges. Its reports are finished after the block, unless it fails.
-
-        Inside another `one_output` it does nothing.
+        """Write reports on the output that the block merges, as FUSECHAT_MERGE_REPORT asks. Nested, the outer one does.
 
         Raises:
             ValueError: FUSECHAT_MERGE_REPORT cannot be a directory.
         """
         root = os.environ.get(SWITCH)
-        if self._one_output or not root:
+        if self._reports is not None or not root:
             yield
             return
-        existing = next(
-            path for path in (Path(root).absolute(), *Path(root).absolute().parents) if os.path.lexists(path)
-        )
+        path = Path(root).absolute()
+        existing = next(path for path in (path, *path.parents) if os.path.lexists(path))
         if not existing.is_dir():
             raise ValueError(f"{SWITCH}: expected a directory, got {root}, as {existing} is not one. Choose another.")
-        self.finish()
-        self._one_output = True
-        try:
+        with self.recording() as reports:
             yield
-            self.finish()
-        finally:
-            for report in self._reports:
-                logger.warning("merge report %s: the merge failed, so it has no summary", report.directory)
-            self._forget()
+        for report in reports:
+            try:
+                report.write(_next_directory(path, report))
+            except Exception as error:
+                logger.warning("merge report in %s is incomplete (the merge is not): %s", root, error)
 
     def add(
         self, method: str, pivot: str, targets: Sequence[str], tensor: str, tensors: Sequence[Tensor], merge: Merge
     ) -> None:
-        """Add a merged tensor to the report that takes it, if one does.
+        """Record a merged tensor, where one is recorded.
 
         Args:
-            method, pivot, targets, tensor: names, see `report_for`.
+            method, pivot, targets, tensor: names.
             tensors: the pivot's and the targets' tensors.
             merge: the result.
         """
-        if self._failed:
-            return
-        try:
-            report = self.report_for(method, pivot, targets, tensor)
-            if report is not None:
-                report.add(tensor, tensors[0], tensors[1:], targets, merge)
-        except Exception as error:
-            if self._fixed:  # an inspection is nothing but its report
-                raise
-            with self._lock:
-                if not self._failed:
-                    root = os.environ[SWITCH]
-                    logger.warning("merge report in %s: the merge continues without its report: %s", root, error)
-                self._failed = True
-
-    def report_for(self, method: str, pivot: str, targets: Sequence[str], tensor: str) -> Report | None:
-        """The report that a merged tensor is added to; None where there is none.
-
-        A new one is opened in the next subfolder of FUSECHAT_MERGE_REPORT when the method, the pivot or a target is
-        not the last report's, or when it has the tensor already.
-        """
         with self._lock:
-            last = self._reports[-1] if self._reports else None
-            if self._fixed:
-                return last if last is not None and set(targets) <= set(last.targets) else None
-            root = os.environ.get(SWITCH)
-            if not root:
-                return None
-            if last is None or not last.continued_by(method, pivot, targets, tensor):
-                if not self._one_output:
-                    self.finish()
-                last = _open(Path(root), method, pivot, targets)
-                self._reports.append(last)
-            last.begun.add(tensor)
-            return last
-
-    def finish(self) -> None:
-        """Write the summaries of the reports; a failure is a warning."""
-        reports, failed = self._reports, self._failed
-        self._reports, self._failed = [], False
-        for report in () if failed else reports:
-            try:
-                report.finish()
-            except Exception as error:
-                logger.warning("merge report %s is incomplete (the merge is not): %s", report.directory, error)
-
-    def _forget(self) -> None:
-        self._reports, self._fixed, self._one_output, self._failed = [], False, False, False
+            if self._reports is None:
+                return
+            report = next((r for r in self._reports if self._fixed or r.takes(method, pivot, targets)), None)
+            if report is None:
+                self._reports.append(report := Report(method, pivot, targets))
+        report.add(tensor, tensors[0], tensors[1:], targets, merge)
 
 
 reporter = Reporter()
-atexit.register(reporter.finish)  # for a merge that did not go through `run_merge`
 
 
 def patch(merge: Any) -> None:
@@ -152,12 +101,11 @@ def patch(merge: Any) -> None:
     merge.run_merge = run_merge_with_report
 
 
-def _open(root: Path, method: str, pivot: str, targets: Sequence[str]) -> Report:
+def _next_directory(root: Path, report: Report) -> Path:
+    """The next numbered subfolder, created."""
     root.mkdir(parents=True, exist_ok=True)
     numbers = [re.match(r"(\d{3})-", entry.name) for entry in root.iterdir()]
     number = 1 + max((int(found.group(1)) for found in numbers if found), default=0)
-    directory = root / f"{number:03d}-{method}-{short_names([pivot])[0]}"
-    report = Report(directory, method, pivot, targets)
-    directory.mkdir()  # its number is taken
-    logger.info("merge report goes to %s", directory)
-    return report
+    directory = root / f"{number:03d}-{report.method}-{short_names([report.pivot])[0]}"
+    directory.mkdir()
+    return directory

@@ -507,28 +507,26 @@ def damaged_late(models, directory):
     return make_recipe(pivot, [*targets[:2], write_llama(directory / "damaged", broken)])
 
 
-def test_a_merge_that_fails_midway_leaves_no_summary(models, tmp_path, monkeypatch, caplog):
+def test_a_merge_that_fails_midway_leaves_no_report(models, tmp_path, monkeypatch):
     monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
     document = damaged_late(models, tmp_path)
     with pytest.raises(ValueError, match=r"model.norm.weight of .*damaged: expected finite"):
         run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "out"), options)
-    [first] = (tmp_path / "reports").iterdir()
-    assert [path.name for path in first.iterdir()] == ["coefficients.csv"]
-    assert "the merge failed, so it has no summary" in caplog.text
+    assert not (tmp_path / "reports").exists()
     document["models"] = document["models"][:2]
     run_merge(MergeConfiguration.model_validate(document), str(tmp_path / "mended"), options)
-    assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()
+    assert (tmp_path / "reports" / "001-sce-pivot" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("failure", ["row", "summary", "pictures"])
+@pytest.mark.parametrize("failure", ["rows", "summary", "pictures"])
 def test_a_report_that_fails_is_one_warning(failure, config, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    place, name = {"row": (report.Report, "columns"), "summary": (Path, "replace"), "pictures": (plots, "draw")}[
+    place, name = {"rows": (report.Report, "columns"), "summary": (Path, "replace"), "pictures": (plots, "draw")}[
         failure
     ]
     monkeypatch.setattr(place, name, full)
@@ -548,7 +546,7 @@ def test_a_report_that_fails_is_one_warning(failure, config, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("command", ["fusechat-merge yaml", "mergekit-yaml"])
-def test_a_merge_that_fails_after_its_weights_leaves_no_summary(command, config, tmp_path, capsys, monkeypatch):
+def test_a_merge_that_fails_after_its_weights_leaves_no_report(command, config, tmp_path, capsys, monkeypatch):
     from mergekit.scripts import run_yaml
     from transformers import PretrainedConfig
 
@@ -561,9 +559,9 @@ def test_a_merge_that_fails_after_its_weights_leaves_no_summary(command, config,
         else:
             fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "reports" / "001-sce-pivot").iterdir()] == ["coefficients.csv"]
+    assert not (tmp_path / "reports").exists()
     assert cli.main(["yaml", str(config), str(tmp_path / "out"), "--quiet", "--no-copy-tokenizer"]) == 0
-    assert (tmp_path / "reports" / "002-sce-pivot" / "summary.json").exists()
+    assert (tmp_path / "reports" / "001-sce-pivot" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("root", ["file", "file/below", "/dev/full"])
@@ -594,23 +592,24 @@ def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys)
     assert not (tmp_path / "r").exists()
 
 
-def test_another_method_pivot_or_target_begins_another_report(models, tmp_path, monkeypatch):
-    monkeypatch.setenv(reporting.SWITCH, str(tmp_path))
+def test_slices_with_another_pivot_or_target_have_a_report_of_their_own(models, tmp_path, monkeypatch):
+    monkeypatch.setenv(reporting.SWITCH, str(tmp_path / "reports"))
     pivot, targets = (str(models[0]), [str(target) for target in models[1]])
-    reports = [
-        reporting.reporter.report_for(*begun)
-        for begun in (
-            ("sce", pivot, targets, "a"),
-            ("sce", pivot, targets[:2], "b"),
-            ("varm", pivot, targets, "c"),
-            ("varm", targets[0], targets[1:], "d"),
-            ("varm", targets[0], [pivot], "e"),
-            ("varm", targets[0], [pivot], "e"),
-        )
-    ]
-    reporting.reporter.finish()
-    assert reports[0] is reports[1]
-    assert len({one.directory for one in reports}) == 5
+    merge = kernel.sce(torch.zeros(4), [torch.ones(4)] * 2)
+    with reporting.reporter.one_output():
+        for base, others in (
+            (pivot, targets[:2]),
+            (pivot, targets[:1]),
+            (targets[0], targets[1:]),
+            (pivot, targets[:2]),
+        ):
+            tensors = [torch.zeros(4), *(torch.ones(4) for _ in others)]
+            reporting.reporter.add("sce", base, others, f"layers.{len(others)}", tensors, merge)
+        with reporting.reporter.one_output():  # `run_merge` inside `fusechat-merge yaml`
+            pass
+        assert not (tmp_path / "reports").exists()
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "reports").glob("*/summary.json"))]
+    assert [(summary["pivot"], summary["tensors"]) for summary in summaries] == [(pivot, 3), (targets[0], 1)]
 
 
 def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
