@@ -95,9 +95,9 @@ def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
 def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypatch):
     served = serving()
     runner = module.connect(served.url, "vllm", served.tokenizer, 10, 1, 640)
-    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    monkeypatch.setattr(module, "NO_ANSWER_TIMEOUT", 1.0)
     served.fails = 10**9
-    with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and give the same"):
+    with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and run the same"):
         runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
 
 
@@ -161,8 +161,8 @@ def changed(name, value):
     [
         (changed("silent", True), "vllm", {}, r"expected log-probabilities of the prompt, got .*llama\.cpp"),
         (changed("silent", True), "sglang", {}, r"expected log-probabilities of the prompt, got .*--gguf_file"),
-        (changed("bends", True), "vllm", {}, "got some that temperature or a processor bends"),
-        (changed("bends", True), "sglang", {}, "got some that temperature or a processor bends"),
+        (changed("bends", True), "vllm", {}, "got some that temperature or a logits processor alters"),
+        (changed("bends", True), "sglang", {}, "got some that temperature or a logits processor alters"),
         (
             changed("text_of", lambda token: "?"),
             "vllm",

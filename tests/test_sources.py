@@ -171,7 +171,7 @@ BROKEN = {
     ),
     "quantised, and not said": (
         ("fp8", lambda f: edited(f, quantization_config=None)),
-        "weights for .*fp8: .* got also .*_scale_inv.* and 1. more. They are quantised",
+        "weights for .*fp8: .* got also .*_scale_inv.* and 1. more, of another quantisation",
     ),
     "without scales": (("fp8", unscaled), "weights for .*fp8: .* got also .*q_proj.weight without its scale"),
     "cut": (("plain", cut), "weights for .*plain: expected a causal language model, got Safe.* are complete"),
@@ -382,7 +382,7 @@ def test_bad_options_are_one_sentence(options, message, tmp_path):
 
 
 def test_a_quantised_file_is_not_quantised_again(made, tmp_path):
-    with pytest.raises(InputError, match=r"load_in_8bit for .*: expected weights that are not quantised, got such"):
+    with pytest.raises(InputError, match=r"load_in_8bit for .*: expected weights that are not quantised, got quanti"):
         represent(made / "tiny-F32.gguf", CHATS, tmp_path / "r", template="native", load_in_8bit=True)
     with pytest.raises(InputError, match="expected a model directory or a Hub name, got neither"):
         represent(tmp_path / "none.gguf", CHATS, tmp_path / "r", template="native")

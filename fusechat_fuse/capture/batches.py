@@ -27,13 +27,14 @@ class TopK:
 def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
     text = str(error).lower()
-    said = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 class BatchRunner:
-    """Runs encoded conversations through the model; remembers a token budget that had to shrink.
+    """Runs encoded conversations through the model; a token budget that was halved stays so.
 
     Args:
         head: `PredictionHead`: (sequences, predicted positions, top_k) -> a TopK for each sequence.
@@ -47,7 +48,7 @@ class BatchRunner:
         self.vocab_size = vocab_size
 
     def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
-        """A TopK for each conversation, in order; `progress` is told of each batch (tqdm's `update`)."""
+        """A TopK for each conversation, in order; `progress.update` is called for each batch."""
         lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int64)
         results: list = [None] * len(encoded)
         queue = plan_batches(lengths, self.budget)
@@ -55,8 +56,8 @@ class BatchRunner:
             batch = queue.pop(0)
             size = len(batch) * int(lengths[batch].max())
             found = self._try([encoded[i] for i in batch], size)
-            if found is None:  # out of memory; what the failed pass held is released by now
-                self._shrink(size)
+            if found is None:  # out of memory; the memory of the failed pass is free again
+                self._halve_budget(size)
                 left = np.concatenate([batch, *queue])
                 queue = [left[part] for part in plan_batches(lengths[left], self.budget)]
                 continue
@@ -80,7 +81,7 @@ class BatchRunner:
                 ) from error
             return None
 
-    def _shrink(self, size: int) -> None:
+    def _halve_budget(self, size: int) -> None:
         import torch
 
         self.budget = size // 2

@@ -2,9 +2,9 @@
 
 The backbone gives hidden states [B, T, D]; only the predicted positions go through the output head, a chunk of rows at
 a time, so the largest temporary is chunk x V. Log-softmax, top-k and the cross-entropy of the actual token are taken
-there in float32. Some families scale or cap their logits after the head (`logit_transform`): whether the head and that
-transform give the model's own logits is checked once against its own forward, for families known by class as for what
-the configuration of another may mean. A model whose logits none of them reproduces goes through its own forward,
+there in float32. Some families scale or cap their logits after the head (`logit_transform`). That head and transform
+reproduce the model's own logits is checked once against its forward; for a family not known by its class, every meaning
+that its configuration may have is tried. A model whose logits none of them reproduces goes through its own forward,
 restricted to the predicted positions.
 """
 
@@ -33,11 +33,11 @@ def _log_softmax_top_k(logits: torch.Tensor, actual: torch.Tensor, top_k: int) -
 
 
 class PredictionHead:
-    """A causal model, taken apart into backbone and head where that is known to give its own logits.
+    """A causal model, split into backbone and head where these reproduce its own logits.
 
     Args:
         model: transformers causal language model in eval mode; borrowed.
-        probe_ids: a few token ids [n] on which the parts are checked against the whole.
+        probe_ids: a few token ids [n] on which backbone and head are compared with the whole model.
         chunk_bytes: largest float32 temporary of the head (default 128 MiB on a CPU, 1 GiB on a GPU).
     """
 
@@ -55,7 +55,7 @@ class PredictionHead:
         whole = self.model(input_ids=probe, use_cache=False).logits[0].float()
         head = self.model.get_output_embeddings()
         self.vocab_size = whole.shape[-1]
-        if head is None or not self._has_backbone():
+        if head is None or getattr(self.model, "base_model", self.model) is self.model:
             return
         try:
             hidden = self._backbone(probe)[0]
@@ -72,9 +72,6 @@ class PredictionHead:
         if error <= tolerance * max(1.0, float(whole.abs().max())):
             self.after = transform
             logger.debug("logits after the head: %s (checked, largest difference %.1e)", transform, error)
-
-    def _has_backbone(self) -> bool:
-        return getattr(self.model, "base_model", self.model) is not self.model
 
     def _backbone(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -125,7 +122,7 @@ class PredictionHead:
         return found
 
     def _own_logits(self, ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """[N, V] by the model's own forward; all positions where it cannot be told which ones are wanted."""
+        """[N, V] by the model's own forward; of all positions where it takes no `logits_to_keep`."""
         try:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         except (TypeError, IndexError, RuntimeError) as error:

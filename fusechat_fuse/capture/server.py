@@ -1,14 +1,13 @@
-"""An inference server in the model's place: log-probabilities of prompts from vLLM or SGLang.
+"""Log-probabilities of prompts from inference servers, vLLM or SGLang, in place of a model in this process.
 
 Prompts go as the ids that our own encoder made, so positions are exact; the cross-entropy is exact because both servers
 give the log-probability of the prompt's own token beside the k most likely ones. Several servers of one model share the
-work, each with many requests in flight. One that does not answer is asked again after a while, and less and less often;
-the others do its work meanwhile.
+work, each with many requests in flight. A server that does not answer is asked again later, less and less often, while
+the others do its work.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import queue
@@ -25,12 +24,13 @@ from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.server_protocols import PROTOCOLS, Answer
 from fusechat_fuse.errors import InputError, check_integer, first_line
 from fusechat_fuse.models.identity import Identity
+from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.chat import Encoded
 
 logger = logging.getLogger(__name__)
-PATIENCE = 300.0  # seconds without an answer of any server
-_LONGEST_REST = 30.0  # seconds between two attempts on one server
-_PROBE = "The three words"
+NO_ANSWER_TIMEOUT = 300.0  # seconds without an answer from any server
+_MAX_BACK_OFF = 30.0  # seconds between two attempts on one server
+_PROBE_TEXT = "The three words"
 _TOLERANCE = 1e-2  # log-probabilities of one prompt differ by so much between batches
 
 
@@ -61,7 +61,7 @@ class ServerRunner:
         urls: of the servers. kind: vllm or sglang. tokenizer: the model's own.
         top_k: entries per predicted token. requests: in flight at each server. vocab_size: ids are below it.
     Attributes: identity: the model as it is served. max_length: tokens of a prompt, None where the servers do not say.
-    Raises: InputError where a server is not of this kind, gives no log-probabilities of prompts, bends them, has
+    Raises: InputError where a server is not of this kind, gives no log-probabilities of prompts, alters them, has
         another tokenizer, or serves another model than the first.
     """
 
@@ -75,14 +75,14 @@ class ServerRunner:
         self._answered = time.monotonic()
         limits = httpx.Limits(max_connections=requests * len(urls))
         self._client = httpx.Client(timeout=httpx.Timeout(600.0, connect=10.0), limits=limits)
-        found = [self._look_at(url, tokenizer) for url in self.urls]
-        self.identity: Identity = found[0]["identity"]
-        self.max_length: int | None = min((one["max_length"] for one in found if one["max_length"]), default=None)
-        for url, one in zip(self.urls, found):
-            if one["identity"] != self.identity:
+        identities, lengths = zip(*(self._probe(url, tokenizer) for url in self.urls))
+        self.identity: Identity = identities[0]
+        self.max_length: int | None = min(filter(None, lengths), default=None)
+        for url, identity in zip(self.urls, identities):
+            if identity != self.identity:
                 raise InputError(
                     f"server {url}: expected the model of {self.urls[0]} ({self.identity['name']}), got another answer "
-                    f"({one['identity']['name']}). Serve one model of one version."
+                    f"({identity['name']}). Serve one model of one version."
                 )
         for url in self.urls * requests:
             self._free.put(url)
@@ -91,7 +91,7 @@ class ServerRunner:
         """A TopK for each conversation, in order."""
         begun = time.monotonic()
         with ThreadPoolExecutor(self.requests * len(self.urls)) as pool:
-            futures = [pool.submit(self._of, one, progress) for one in encoded]
+            futures = [pool.submit(self._distributions, one, progress) for one in encoded]
             try:
                 found = [future.result() for future in futures]
             except BaseException:
@@ -102,7 +102,7 @@ class ServerRunner:
         progress.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
         return found
 
-    def _of(self, one: Encoded, progress) -> TopK:
+    def _distributions(self, one: Encoded, progress) -> TopK:
         ids, first = one.input_ids.tolist(), int(one.predicted[0])
         answer = self._ask(self.protocol.body(self.identity["name"], ids, first, self.top_k, 0.0))
         try:
@@ -116,18 +116,18 @@ class ServerRunner:
         return found
 
     def _ask(self, body: dict[str, Any]) -> Any:
-        """An answer, of whichever server is free; again where one fails."""
+        """The answer of whichever server is free; asked again where one fails."""
         while True:
             try:
                 url = self._free.get(timeout=5.0)
             except queue.Empty:
-                self._check_patience("all rest")
+                self._check_timeout("all servers failed")
                 continue
             try:
                 answer = self._post(url, body)
-            except (httpx.TransportError, _Busy) as error:
-                self._rest(url, error)
-                self._check_patience(first_line(error))
+            except (httpx.TransportError, _Unavailable) as error:
+                self._back_off(url, error)
+                self._check_timeout(first_line(error))
                 continue
             except BaseException:
                 self._free.put(url)
@@ -139,7 +139,7 @@ class ServerRunner:
     def _post(self, url: str, body: dict[str, Any]) -> Any:
         response = self._client.post(url + self.protocol.path, json=body)
         if response.status_code == 429 or response.status_code >= 500:
-            raise _Busy(f"status {response.status_code}: {response.text[:200]}")
+            raise _Unavailable(f"status {response.status_code}: {response.text[:200]}")
         if response.status_code != 200:
             raise InputError(
                 f"server {url}: expected an answer, got status {response.status_code}: "
@@ -152,34 +152,34 @@ class ServerRunner:
                 f"server {url}: expected JSON from {self.protocol.path}, got {response.text[:99]!r}. Check the address."
             ) from error
 
-    def _rest(self, url: str, error: Exception) -> None:
-        """Give a server's place back after a while, longer after each failure."""
+    def _back_off(self, url: str, error: Exception) -> None:
+        """Leave a server alone for a while, longer after each failure."""
         self._failures[url] += 1
-        rest = min(0.5 * 2 ** min(self._failures[url] // self.requests, 10), _LONGEST_REST)
+        seconds = min(0.5 * 2 ** min(self._failures[url] // self.requests, 10), _MAX_BACK_OFF)
         if self._failures[url] == 1:
             logger.warning("server %s: %s; it is asked again.", url, first_line(error))
-        timer = threading.Timer(rest, self._free.put, [url])
+        timer = threading.Timer(seconds, self._free.put, [url])
         timer.daemon = True
         timer.start()
 
-    def _check_patience(self, told: str) -> None:
-        if time.monotonic() - self._answered > PATIENCE:
+    def _check_timeout(self, reason: str) -> None:
+        if time.monotonic() - self._answered > NO_ANSWER_TIMEOUT:
             raise RuntimeError(
-                f"servers {', '.join(self.urls)}: no answer for {PATIENCE:.0f} s ({told}). Start them and give the "
-                "same command again: what is written is kept."
+                f"servers {', '.join(self.urls)}: no answer for {NO_ANSWER_TIMEOUT:.0f} s ({reason}). Start them "
+                "and run the same command again: what is written is kept."
             )
 
-    def _look_at(self, url: str, tokenizer) -> dict[str, Any]:
-        """What a server serves, after a prompt of a few tokens has shown that it can be relied on."""
-        ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    def _probe(self, url: str, tokenizer) -> tuple[Identity, int | None]:
+        """(the served model, tokens of a prompt), after a short prompt whose log-probabilities must be the model's."""
+        ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
         positions = list(range(1, len(ids)))
         try:
-            about = self.protocol.about(self._client, url)
-            bodies = [self.protocol.body(about.name, ids, 1, self.top_k, heat) for heat in (0.0, 2.0)]
-            plain, heated = (self.protocol.answer(self._post(url, body), ids, positions, self.top_k) for body in bodies)
+            info = self.protocol.info(self._client, url)
+            bodies = (self.protocol.body(info.name, ids, 1, self.top_k, temperature) for temperature in (0.0, 2.0))
+            answers = [self.protocol.answer(self._post(url, body), ids, positions, self.top_k) for body in bodies]
         except InputError:
             raise
-        except (httpx.HTTPError, _Busy, ValueError) as error:
+        except (httpx.HTTPError, _Unavailable, ValueError) as error:
             raise InputError(
                 f"server {url}: expected one of kind {self.protocol.kind}, got: {first_line(error)}. Check the address."
             ) from error
@@ -188,17 +188,17 @@ class ServerRunner:
                 f"server {url}: expected log-probabilities of the prompt, got an answer without them (llama.cpp's "
                 "server gives none: take --gguf_file). Serve the model with vLLM or SGLang."
             ) from error
-        self._check_texts(url, ids, plain, tokenizer)
-        top, heated_top = _top_k(plain), _top_k(heated)
+        self._check_texts(url, ids, answers[0], tokenizer)
+        top, at_temperature_2 = map(_top_k, answers)
         mass = np.exp(top.logprobs.astype(np.float64)).sum(1)
-        if np.abs(top.ce - heated_top.ce).max() > _TOLERANCE or mass.max() > 1 + _TOLERANCE or not top.finite.all():
+        altered = np.abs(top.ce - at_temperature_2.ce).max() > _TOLERANCE or mass.max() > 1 + _TOLERANCE
+        if altered or not top.finite.all():
             raise InputError(
-                f"server {url}: expected log-probabilities as the model has them, got some that temperature or a "
-                "processor bends. Serve it with raw log-probabilities and without processors."
+                f"server {url}: expected the model's own log-probabilities, got some that temperature or a logits "
+                "processor alters. Serve it with raw log-probabilities and without processors."
             )
-        answered = [self.protocol.kind, about.name, about.version, ids, top.ids[:, 0].tolist()]
-        fingerprint = hashlib.sha256(json.dumps(answered).encode()).hexdigest()[:16]
-        return {"identity": {"name": about.name, "fingerprint": fingerprint}, "max_length": about.max_length}
+        answered = [self.protocol.kind, info.name, info.version, ids, top.ids[:, 0].tolist()]
+        return {"name": info.name, "fingerprint": short_digest(json.dumps(answered))}, info.max_length
 
     def _check_texts(self, url: str, ids: list[int], answer: Answer, tokenizer) -> None:
         """The server's tokens must be the tokenizer's."""
@@ -211,7 +211,7 @@ class ServerRunner:
                 )
 
 
-class _Busy(Exception):
+class _Unavailable(Exception):
     """A server that may answer later."""
 
 

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang are asked, and how their answers are read.
+"""Requests to vLLM and SGLang for log-probabilities of a prompt, and how their answers are read.
 
 vLLM's `/v1/completions` takes a prompt of ids and with `prompt_logprobs: k` gives, for every token of it but the first,
 the k most likely tokens and the token itself. SGLang's `/generate` gives the same from `logprob_start_len` on, whose
@@ -7,13 +7,13 @@ first entry is empty.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import httpx
 
 
-class About(NamedTuple):
-    """What a server says of itself. max_length: tokens of a prompt."""
+class ServerInfo(NamedTuple):
+    """Name and version of the served model; max_length: tokens of a prompt, None where the server does not tell."""
 
     name: str
     version: str
@@ -21,8 +21,8 @@ class About(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Of each asked position: ids and log-probabilities [P, K], most likely first; the actual token's log-probability
-    [P], and its text [P] where the server tells it."""
+    """Of each requested position: ids and log-probabilities [P, K], most likely first; the actual token's
+    log-probability [P], and its text [P] where the server gives it."""
 
     ids: list[list[int]]
     logprobs: list[list[float]]
@@ -30,55 +30,37 @@ class Answer(NamedTuple):
     texts: list[str | None]
 
 
-class ServerProtocol(Protocol):
-    """How one kind of server is asked."""
-
-    kind: str
-    path: str
-
-    def about(self, client: httpx.Client, url: str) -> About:
-        """What a server says of itself."""
-        ...
-
-    def body(self, name: str, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
-        """A request for the log-probabilities of a prompt's tokens from index `first` on."""
-        ...
-
-    def answer(self, told: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
-        """The log-probabilities at `positions`; KeyError, TypeError or IndexError where the answer has none."""
-        ...
-
-    def advice(self, top_k: int) -> str:
-        """What to do about a request that a server refuses."""
-        ...
-
-
 def _json(client: httpx.Client, url: str) -> Any:
     return client.get(url).raise_for_status().json()
 
 
-class _Vllm:
+class Vllm:
+    """vLLM's completions. `Sglang` has the same methods."""
+
     kind, path = "vllm", "/v1/completions"
 
-    def about(self, client: httpx.Client, url: str) -> About:
+    def info(self, client: httpx.Client, url: str) -> ServerInfo:
+        """What the server says about itself."""
         (served, *_) = _json(client, f"{url}/v1/models")["data"]
         longest = served.get("max_model_len")
         version = str(_json(client, f"{url}/version")["version"])
-        return About(str(served["id"]), version, longest and longest - 1)  # one token is generated
+        return ServerInfo(str(served["id"]), version, longest and longest - 1)  # one token is generated
 
     def body(self, name: str, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
-        asked = {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": temperature, "add_special_tokens": False}
-        return {"model": name, "prompt": ids, **asked}
+        """A request for the log-probabilities of a prompt's tokens from index `first` on."""
+        options = {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": temperature, "add_special_tokens": False}
+        return {"model": name, "prompt": ids, **options}
 
-    def answer(self, told: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
-        entries = told["choices"][0]["prompt_logprobs"]
+    def answer(self, content: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
+        """The log-probabilities at `positions`; KeyError, TypeError, ValueError or IndexError where there are none."""
+        entries = content["choices"][0]["prompt_logprobs"]
         if len(entries) != len(ids):
             raise ValueError(f"{len(entries)} entries for {len(ids)} tokens")
         found = Answer([], [], [], [])
         for position in positions:
             entry = entries[position]
             actual = entry[str(ids[position])]
-            best = sorted([(about["rank"], int(token), about["logprob"]) for token, about in entry.items()])[:top_k]
+            best = sorted((one["rank"], int(token), one["logprob"]) for token, one in entry.items())[:top_k]
             found.ids.append([token for _, token, _ in best])
             found.logprobs.append([logprob for _, _, logprob in best])
             found.actual.append(actual["logprob"])
@@ -86,17 +68,20 @@ class _Vllm:
         return found
 
     def advice(self, top_k: int) -> str:
+        """What to do about a request that a server refuses."""
         return f"vLLM must be started with --max-logprobs {top_k} or more, and a --max-model-len above the prompt's."
 
 
-class _Sglang:
+class Sglang:
+    """SGLang's own interface."""
+
     kind, path = "sglang", "/generate"
 
-    def about(self, client: httpx.Client, url: str) -> About:
+    def info(self, client: httpx.Client, url: str) -> ServerInfo:
         name = _json(client, f"{url}/get_model_info")["model_path"]
         server = _json(client, f"{url}/get_server_info")
         longest = server.get("max_req_input_len") or server.get("context_length")
-        return About(str(name), str(server["version"]), longest)
+        return ServerInfo(str(name), str(server["version"]), longest)
 
     def body(self, name: str, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
         return {
@@ -108,12 +93,12 @@ class _Sglang:
             "return_text_in_logprobs": first == 1,  # the probe: texts cost time
         }
 
-    def answer(self, told: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
-        meta, start = told["meta_info"], positions[0] - 1
+    def answer(self, content: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
+        meta, start = content["meta_info"], positions[0] - 1
         own, best = meta["input_token_logprobs"], meta["input_top_logprobs"]
-        sent, there = ids[start:], [entry[1] for entry in own]
-        same = len(sent) == len(there) == len(best) and all(a in (b, 0) for a, b in zip(there, sent))
-        if not same:  # of the vocabulary's last id SGLang says 0
+        sent, received = ids[start:], [entry[1] for entry in own]
+        same = len(sent) == len(received) == len(best) and all(a in (b, 0) for a, b in zip(received, sent))
+        if not same:  # SGLang reports the vocabulary's last id as 0
             raise ValueError("entries of other tokens than were sent")
         found = Answer([], [], [], [])
         for position in positions:
@@ -129,4 +114,4 @@ class _Sglang:
         return "SGLang must take prompts of this length (--context-length)."
 
 
-PROTOCOLS: dict[str, ServerProtocol] = {"vllm": _Vllm(), "sglang": _Sglang()}
+PROTOCOLS = {"vllm": Vllm(), "sglang": Sglang()}

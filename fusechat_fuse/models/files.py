@@ -23,8 +23,8 @@ def is_named(model) -> bool:
     return isinstance(model, str | Path)
 
 
-def _check_place(what: str, name_or_path) -> None:
-    """Raise InputError where a name can only be a path and no directory and no GGUF file is there."""
+def _check_exists(what: str, name_or_path) -> None:
+    """Raise InputError where a name can only be a path, and no directory or GGUF file is there."""
     path = Path(name_or_path)
     if is_gguf(name_or_path) and path.is_file():
         return
@@ -40,7 +40,7 @@ def is_gguf(model) -> bool:
 
 
 def with_gguf(model, gguf_file: str | None):
-    """A model's name, or the path of the GGUF file in its directory or Hub repository that is meant.
+    """The model's name, or the path of the given GGUF file in its directory or Hub repository.
 
     Args:
         model: directory or Hub name; None: `gguf_file` is a path. gguf_file: None for other models.
@@ -58,8 +58,8 @@ def with_gguf(model, gguf_file: str | None):
 def adapter_base(model) -> str | None:
     """The base model that a directory of PEFT adapters names; None for other models.
 
-    Raises: InputError where whole weights lie beside the adapters (transformers would lay these on top of them), or the
-        base is none that adapters can lie on.
+    Raises: InputError where whole weights are beside the adapters (transformers would apply the adapters to them), or
+        the base is not a whole model.
     """
     folder = Path(model)
     file = folder / "adapter_config.json"
@@ -67,17 +67,17 @@ def adapter_base(model) -> str | None:
         return None
     if whole := next((p.name for form in _WHOLE for p in sorted(folder.glob(form))), None):
         raise InputError(
-            f"model for {model}: expected adapters or whole weights, got both ({file.name} beside {whole}). Move away "
-            "what is not meant: the adapters, where they are merged."
+            f"model for {model}: expected adapters or whole weights, got both ({file.name} beside {whole}). Move one "
+            "of them away: the adapters, if they are merged into the weights."
         )
     found = read_json(file, "adapter's configuration")
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     if not base:
         raise InputError(f"adapters for {model}: expected base_model_name_or_path in {file.name}, got none. Add it.")
-    there = Path(base)
-    lost = not there.exists() and (there.is_absolute() or str(base).startswith("."))
-    if lost or is_gguf(base) or (there / file.name).is_file():
-        got = "nothing there" if lost else "a GGUF file" if is_gguf(base) else "adapters"
+    base_path = Path(base)
+    missing = not base_path.exists() and (base_path.is_absolute() or str(base).startswith("."))
+    if missing or is_gguf(base) or (base_path / file.name).is_file():
+        got = "nothing there" if missing else "a GGUF file" if is_gguf(base) else "adapters"
         raise InputError(
             f"adapters for {model}: expected a whole model at base_model_name_or_path of {file.name}, got {got} "
             f"({base}). Change it there."
@@ -86,7 +86,7 @@ def adapter_base(model) -> str | None:
 
 
 def for_transformers(model) -> tuple[str, dict[str, str]]:
-    """What transformers takes: of a GGUF file its directory and its name."""
+    """(name or directory, further options) as `from_pretrained` takes them; a GGUF file is an option."""
     if is_gguf(model):
         require_package("gguf", f"a GGUF file ({model})")
         return str(Path(model).parent), {"gguf_file": Path(model).name}
@@ -100,7 +100,7 @@ def require_package(package: str, what: str) -> None:
 
 
 def model_file(name_or_path, file: str) -> Path | None:
-    """A file of a model by its name, from the directory or the Hub's cache; None where the model has none."""
+    """The path of a model's file, in its directory or the Hub's cache; None where the model has none."""
     if is_gguf(name_or_path):
         return None
     if Path(name_or_path).is_dir():
@@ -127,7 +127,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
         return model.config
     from transformers import AutoConfig
 
-    _check_place("model", model)
+    _check_exists("model", model)
     if base := adapter_base(model):
         return load_config(base, trust_remote_code=trust_remote_code)
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -139,7 +139,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
         place, more = for_transformers(model)
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
     except Exception as error:  # transformers and its readers raise many kinds
-        advice = "Look whether the file is whole" if is_gguf(model) else "Check the name, and config.json"
+        advice = "Check that the file is complete" if is_gguf(model) else "Check the name, and config.json"
         if "custom code" in str(error):
             advice = "Read that code, and give trust_remote_code where you trust it"
         raise InputError(
@@ -149,7 +149,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
 
 
 def positions_of(config) -> int | None:
-    """How many positions a model of this configuration was made for; None where it does not say."""
+    """Number of positions of a model with this configuration; None where it does not say."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -170,7 +170,7 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
 
     if not is_named(name_or_path):
         return _must_be_fast(name_or_path, type(name_or_path).__name__)
-    _check_place("tokenizer", name_or_path)
+    _check_exists("tokenizer", name_or_path)
     folder = Path(name_or_path)
     base = adapter_base(name_or_path)
     if base and not (folder / "tokenizer.json").is_file():

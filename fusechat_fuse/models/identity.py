@@ -1,4 +1,4 @@
-"""Telling one model from another, and saying which versions made a file."""
+"""Fingerprints of models, and the versions of libraries for manifests."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Identity(TypedDict):
 
 
 def identify(model) -> Identity:
-    """Which model this is, whoever asks and whenever: representations and training runs record it.
+    """A model's identity, as representations and training runs record it.
 
-    A Hub name is known by the commit that is cached for it, a directory by what is in its files, a loaded model by its
-    weights.
+    A Hub name is identified by its cached commit, a directory by its files' content, a loaded model by its weights.
 
     Args:
         model: directory, Hub name, GGUF file or loaded model.
@@ -92,7 +91,7 @@ def weight_fingerprint(model) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions that belong into a manifest."""
+    """The library versions that manifests record."""
     found = {}
     for package in ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow"):
         try:

@@ -25,14 +25,15 @@ def load_model(
 ) -> Any:
     """The causal language model with its weights, in evaluation mode, on the CPU unless `device_map` says otherwise.
 
-    A GGUF file is dequantised, adapters lie beside the weights of their base, a checkpoint that is quantised stays so.
+    A GGUF file is dequantised, adapters stay separate from their base's weights, a quantised checkpoint stays
+    quantised.
 
     Args:
         name_or_path: directory (of PEFT adapters, too), Hub name or GGUF file.
         dtype, device_map, attn_implementation, trust_remote_code: as transformers takes them.
         load_in: 4bit (NF4) or 8bit, by bitsandbytes.
-    Raises: InputError where there is no such model, or its files lack a tensor of it (transformers would leave random
-        numbers there), or a package is missing.
+    Raises: InputError where there is no such model, its files lack a tensor (transformers would initialise it at
+        random), or a package is missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,7 +70,7 @@ def load_model(
 
 
 def _check_quantization(name) -> None:
-    """Raise InputError where a checkpoint names a quantisation that transformers would pass over."""
+    """Raise InputError where a checkpoint names a quantisation that transformers would ignore."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = quantization_of(name)
@@ -81,9 +82,9 @@ def _check_quantization(name) -> None:
 
 
 def _check_form(model, name, left: list[str]) -> None:
-    """Raise InputError where the files hold quantised weights or adapters that the model does not take.
+    """Raise InputError where the files hold quantised weights or adapters that the model does not use.
 
-    Of other tensors that it does not take (further layers, heads) transformers warns.
+    transformers warns of other unused tensors (further layers, heads).
     """
     import torch
 
@@ -95,8 +96,8 @@ def _check_form(model, name, left: list[str]) -> None:
         wrong += [f"{n}.weight without its scale" for n, module in linear if module.weight.dtype.itemsize == 1]
     if wrong:
         raise InputError(
-            f"weights for {name}: expected what its configuration describes, got also {_some(wrong)}. They are "
-            "quantised, or of adapters, in another way than it says: mend it (quantization_config, target_modules)."
+            f"weights for {name}: expected the tensors that its configuration describes, got also {_some(wrong)}, "
+            "of another quantisation or other adapters. Correct quantization_config or target_modules."
         )
 
 
@@ -111,7 +112,7 @@ def _bitsandbytes(name, load_in: str, dtype):
     require_package("bitsandbytes", f"{LOAD_IN[load_in]} for {name}")
     if quantization_of(name) is not None:
         raise InputError(
-            f"{LOAD_IN[load_in]} for {name}: expected weights that are not quantised, got such. Leave it out."
+            f"{LOAD_IN[load_in]} for {name}: expected weights that are not quantised, got quantised ones. Leave it out."
         )
     compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     compute = torch.float32 if compute == "auto" else compute
@@ -135,6 +136,6 @@ def check_trainable(model) -> None:
     """Raise InputError where a checkpoint is quantised: it can be a source, not a pivot."""
     if (quantised := quantization_of(model)) not in (None, "gguf"):
         raise InputError(
-            f"pivot for train: expected weights that are not quantised, got {quantised} of {model}. Train the model it "
-            "was made of, with load_in_4bit and lora_r where memory is short."
+            f"pivot for train: expected weights that are not quantised, got {quantised} of {model}. Train the model "
+            "that was quantised, with load_in_4bit and lora_r where memory is short."
         )

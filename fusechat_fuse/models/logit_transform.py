@@ -1,13 +1,13 @@
-"""What a model family does to its logits after lm_head, the one answer for capture and for training.
+"""Scaling and capping of logits after lm_head by model family, for capture and training.
 
 Some forwards scale the head's output z, some cap it:
 
     z -> scale z / divisor, then z -> cap tanh(z / cap)
 
-`transform_of` knows it by class, for the families whose forward is decoder -> lm_head -> transform and nothing else:
-the meaning of a number in a configuration differs from family to family (Cohere multiplies by `logit_scale`, Granite
-divides by `logits_scaling`). For any other model `possible_transforms` lists what its configuration may mean; which one
-it is must be seen from the model's own logits.
+`transform_of` goes by class, for the families whose forward is decoder -> lm_head -> transform and nothing else: the
+meaning of a number in a configuration differs between families (Cohere multiplies by `logit_scale`, Granite divides by
+`logits_scaling`). For any other model `possible_transforms` lists what its configuration may mean; comparing with the
+model's own logits decides.
 
 Arithmetic is done in the order and the dtype of the models' own forwards, so results are theirs bit by bit.
 """
@@ -85,7 +85,7 @@ def transform_of(model) -> LogitTransform | None:
 
 
 def possible_transforms(config) -> list[LogitTransform]:
-    """What the numbers in a configuration may mean, the identity last."""
+    """The transforms that the numbers in a configuration may stand for, the identity last."""
     found = []
     if cap := getattr(config, "final_logit_softcapping", None):
         found.append(LogitTransform(cap=cap))
