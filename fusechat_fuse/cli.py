@@ -38,7 +38,7 @@ def parser_of(name: str, *, installed: bool = False) -> FlagParser:
     """The flags of a subcommand.
 
     Args:
-        installed: whether `train` asks transformers for its flags (an import of 10 s) instead of the table.
+        installed: whether the flags of `train` come from the installed transformers (10 s of import) or the table.
     """
     command = COMMANDS[name]
     example = f"fusechat-fuse {command.example}"
@@ -55,9 +55,9 @@ def parser_of(name: str, *, installed: bool = False) -> FlagParser:
 
 
 def options_of(argv: list[str]) -> dict[str, Any]:
-    """All options of a subcommand by its arguments; raises InputError for those that it would refuse.
+    """All options that a subcommand reads from its arguments; raises InputError for arguments that it would refuse.
 
-    Transformers is asked for the flags of `train` only where its version is not the table's and the table refuses one.
+    Transformers is imported for the flags of `train` only if its version is not the table's and the table refuses one.
     """
     try:
         return parser_of(argv[0]).parse(argv[1:])
@@ -68,7 +68,7 @@ def options_of(argv: list[str]) -> dict[str, Any]:
 
 
 def _call(name: str, options: dict[str, Any]) -> Any:
-    """Run a subcommand's function; what is printed of its result."""
+    """Call a subcommand's function; returns what is printed."""
     command, as_json = COMMANDS[name], options.pop("json", False)
     if name == "train":
         return _train(options)
@@ -80,9 +80,7 @@ def _call(name: str, options: dict[str, Any]) -> Any:
     if name == "plan":
         options["options_of"] = options_of
     result = _function(command)(**options)
-    if command.text_of is None:
-        return None
-    return result if as_json else command.text_of(result)
+    return result if as_json or command.text_of is None else command.text_of(result)
 
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Command:
         example: one whole command line, without the program.
         help_texts: by section: flag -> help text ("NAME ..." takes several values, capitals are positional).
         parameters: flag -> the function's parameter, where the two differ.
-        text_of: what is printed of the result; None: nothing.
+        text_of: what is printed of the result; None: the result itself.
     """
 
     what: str
@@ -77,6 +77,7 @@ COMMANDS = {
             }
         },
         parameters={"RECIPE.yml": "recipe", "from": "start"},
+        text_of=lambda record: None,
     ),
     "plan": Command(
         "Show what a recipe costs, and which of its steps will fail, before anything runs.",
@@ -233,14 +234,12 @@ COMMANDS = {
             }
         },
         parameters={"PATH": "path"},
-        text_of=str,
     ),
     "train": Command(
         "Fine-tune the pivot on aligned data: one target.",
         "training.run.train",
         "train --model_name_or_path PIVOT --data_path aligned/source --output_dir target",
         {},  # fusechat_fuse.training.options
-        text_of=dict,
     ),
     "answer": Command(
         "Answer a benchmark's questions in the format of its judge.",
@@ -261,6 +260,5 @@ COMMANDS = {
             },
             "loading the model": {"dtype": DTYPE, "device_map": DEVICE_MAP, "trust_remote_code": TRUST},
         },
-        text_of=dict,
     ),
 }

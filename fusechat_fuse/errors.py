@@ -1,5 +1,5 @@
-"""The one exception for what a user can mend, and the file system's errors as sentences: commands turn them into one
-line and an exit code."""
+"""InputError, the exception for what a user can correct, and operating-system errors as sentences. Commands turn both
+into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import re
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence: what, for which file/row/option, what was expected, what to do."""
+    """Bad input. The message is one sentence: what, for which file, row or option, what was expected, what to do."""
 
 
 def check_integer(what: str, value, least: int = 1) -> None:
-    """Raise InputError unless a value is an integer of at least `least` (True is none).
+    """Raise InputError unless a value is an integer of at least `least` (booleans are refused).
 
     Args:
         what: its name in the error, such as "limit for chat data".
@@ -46,13 +46,13 @@ def first_line(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """The first line of an error, after its class where that is not an everyday one."""
+    """The first line of an error's text, with the class's name in front unless it is a common one."""
     name = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
     return name + first_line(error)
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the file system refused, as one sentence with the path; the error's own text where it is no such case.
+    """An error of the file system as one sentence with the path; any other error's own text.
 
     Args:
         error: raised while reading or writing; its `filename` is the path.
@@ -62,9 +62,9 @@ def describe_os_error(error: OSError) -> str:
 
 
 def system_error_number(error: BaseException) -> int | None:
-    """The file system's number of what went wrong, where an error (or what it came from) is such a failure.
+    """The errno of a file-system failure that an error, or one of its causes, reports; None: there is none.
 
-    Libraries in Rust and C++ raise errors of their own and give the number in the text alone.
+    Libraries in Rust and C++ raise other classes, with the number in the text.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -72,7 +72,7 @@ def system_error_number(error: BaseException) -> int | None:
             return seen.errno
         if found := re.search(r"\bos error (\d+)|\bErrno (\d+)", str(seen)):
             return int(found[1] or found[2])
-        if "inline_container" in str(seen) and "unexpected pos" in str(seen):  # torch.save, cut short
+        if "inline_container" in str(seen) and "unexpected pos" in str(seen):  # torch.save on a full disk
             return errno.ENOSPC
         seen = seen.__cause__ or seen.__context__
     return None
@@ -80,7 +80,7 @@ def system_error_number(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path):
-    """Around whatever writes to `path`: a failure of the file system becomes an OSError that names the path."""
+    """Context of code that writes to `path`: file-system failures become an OSError with the path."""
     try:
         yield
     except Exception as error:
@@ -91,7 +91,7 @@ def writing(path):
 
 
 def as_sentence(error: BaseException) -> tuple[str, int]:
-    """(what a command says of an error, its exit code): 2 for what the user gave, 1 for what happened in the run."""
+    """(message, exit code) of a command that ends with an error: 2 for bad input, 1 for a failed run."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, InputError):
         return f"error: {text}", 2

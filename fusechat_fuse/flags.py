@@ -16,7 +16,7 @@ from typing import Any
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import read_yaml
 
-_KINDS = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict}
+_KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 _YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads switches
 _SHORT = 4  # choices shown in place of the value; more are listed in the help text
 
@@ -27,7 +27,7 @@ class Flag:
 
     Attributes:
         name: without dashes. help: a phrase without a full stop; the default, if there is one, is added to it.
-        kind: str, int, float, bool (a switch that also takes true or false) or dict (JSON).
+        kind: str, int, float or bool (a switch that also takes true or false).
         default: its value where it is not given. required: whether it must be.
         several: `nargs` of argparse: +, * or ?; None: one value.
         choices: the values it takes; none: any.
@@ -106,19 +106,21 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         )
-        self._rare: list[argparse.Action] = []
+        self._rare: list[tuple[argparse.Action, str | None]] = []  # with their help texts
         self._switches: set[str] = set()
         self.positionals = [flag.name for flags in sections.values() for flag in flags if not flag.name.islower()]
         for title, flags in sections.items():
             group = self.add_argument_group(title)
-            added = [self._add(group, flag) for flag in flags]
-            self._rare += added if title == rare else []
+            for action in [self._add(group, flag) for flag in flags]:
+                if title == rare:
+                    self._rare.append((action, action.help))
+                    action.help = argparse.SUPPRESS
         last = self.add_argument_group("configuration and help")
         last.add_argument("--config", metavar="FILE.yml", help="YAML file with flags; flags of the command line win")
         if "--debug" not in self.flags:
             last.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if self._rare:
-            last.add_argument("--help-all", action=_HelpAll, help="show all flags, the rare ones too")
+            last.add_argument("--help-all", action="store_true", help="show all flags, the rare ones too")
         self.usage = f"%(prog)s{''.join(f' {name}' for name in self.positionals)} [flags]"
 
     @property
@@ -135,8 +137,8 @@ class FlagParser(argparse.ArgumentParser):
         elif flag.default is not False and flag.default not in (None, "", []):
             text += f" (default: {flag.default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "nargs": flag.several}
-        options["type"] = {"bool": _switch, "dict": _json}.get(flag.kind, _KINDS[flag.kind])
-        options["metavar"] = {"dict": "JSON"}.get(flag.kind, flag.kind.upper())
+        options["type"] = _switch if flag.kind == "bool" else _KINDS[flag.kind]
+        options["metavar"] = flag.kind.upper()
         if flag.choices:
             options["type"] = partial(_one_of, flag.choices)
             options["metavar"] = "NAME" if long else f"{{{','.join(flag.choices)}}}"
@@ -148,21 +150,6 @@ class FlagParser(argparse.ArgumentParser):
             options |= {"nargs": "?", "const": True}
         return group.add_argument(f"--{flag.name}", default=flag.default, required=flag.required, **options)
 
-    def format_help(self) -> str:
-        shown = [(action, action.help) for action in self._rare]
-        try:
-            for action, _ in shown:
-                action.help = argparse.SUPPRESS
-            return super().format_help()
-        finally:
-            for action, text in shown:
-                action.help = text
-
-    def help_all(self) -> None:
-        """Print the help with the rare flags."""
-        self._rare = []
-        self.print_help()
-
     def error(self, message: str):
         raise InputError(f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See {self.prog} --help.")
 
@@ -171,9 +158,13 @@ class FlagParser(argparse.ArgumentParser):
 
         Raises: InputError for an unknown or bad flag or key; SystemExit after --help.
         """
+        if self._rare and "--help-all" in argv:
+            for action, text in self._rare:
+                action.help = text
+            self.print_help()
+            self.exit()
         options = vars(self.parse_args([self._spelled(word) for word in self._with_config(argv)]))
-        del options["config"]
-        return options
+        return {name: value for name, value in options.items() if name not in ("config", "help_all")}
 
     def _spelled(self, word: str) -> str:
         """A flag as it is declared, also where it is spelled as transformers may: --top-k, --no_packing."""
@@ -206,18 +197,6 @@ class FlagParser(argparse.ArgumentParser):
         return [*as_flags(entries), *rest]
 
 
-class _HelpAll(argparse.Action):
-    """`--help-all`: the whole help, and nothing else."""
-
-    def __init__(self, option_strings, dest, help=None):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        assert isinstance(parser, FlagParser)
-        parser.help_all()
-        parser.exit()
-
-
 def unknown(kind: str, name: str, known) -> str:
     """A sentence about a name that is none of the known ones, with the nearest one if any is near."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -228,13 +207,6 @@ def _switch(text: str) -> bool:
     if text.lower() not in (*_YES, *_NO):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() in _YES
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}") from error
 
 
 def _one_of(choices: tuple[str, ...], text: str) -> str:

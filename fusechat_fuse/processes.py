@@ -1,4 +1,4 @@
-"""This process among those of one launch (`accelerate launch`, `torchrun`); alone without one."""
+"""The ranks of one launch (`accelerate launch`, `torchrun`); without a launcher there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datetime import timedelta
 
 @dataclass
 class Process:
-    """Which one this process is, of how many; its device (None: not assigned), and how it waits for the others."""
+    """This process's rank (`index`) among `count`, its device (None: not assigned), and a barrier (`wait`)."""
 
     index: int = 0
     count: int = 1
@@ -21,18 +21,18 @@ class Process:
 
     @classmethod
     def current(cls) -> Process:
-        """This process; connects it to the others of its launch."""
+        """This process, after joining the process group of its launch."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
 
-        # a process that is done waits for the slowest: days, not the usual ten minutes
+        # a rank that is done waits for the slowest one: for days, not the usual ten minutes
         state = PartialState(timeout=timedelta(days=30))
         return cls(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes what is written once."""
+        """Whether this is rank 0, which writes what is written once."""
         return self.index == 0
 
 

@@ -39,12 +39,12 @@ def installed_flags() -> list[Flag]:
 
 
 def _flag(action: Any) -> Flag | None:
-    """A flag for an argument of HfArgumentParser; None for one that only Python can give (a ParallelismConfig)."""
+    """A flag for an argument of HfArgumentParser; None for one that only Python can give."""
     kind = getattr(action.type, "__name__", "str").replace("string_to_bool", "bool").replace("<lambda>", "str")
     choices = tuple(action.choices or ())
     if isinstance(action.type, type) and issubclass(action.type, Enum):
         kind, choices = "str", tuple(member.value for member in action.type)
-    if kind not in ("str", "int", "float", "bool", "dict"):
+    if kind not in ("str", "int", "float", "bool"):
         return None
     default = action.default.value if isinstance(action.default, Enum) else action.default
     help_text = (action.help or "").replace("%(default)s", str(default)).replace("%%", "%")
