@@ -90,94 +90,75 @@ class _Reader:
 
     def recipe(self) -> Recipe:
         for key in self.entries:
-            if key not in KEYS:
-                raise InputError(f"key {key!r} in {self.path}: expected one of {', '.join(KEYS)}. Correct it.")
+            self._check(key in KEYS, key, f"one of {', '.join(KEYS)}", "an unknown key")
         for key in ("output_dir", "pivot", "sources", "data"):
-            if not self.entries.get(key):
-                raise InputError(f"key {key!r} in {self.path}: expected a value, got none. Add it.")
-        preset = self._text("preset") if "preset" in self.entries else "fusechat"
+            self._check(self.entries.get(key), key, "a value", self.entries.get(key))
+        preset = self._get("preset", str, "text", "fusechat")
         or_preset(preset)
         sources = self._mapping("sources", self.entries["sources"])
         self._check_names("source", sources, ("pivot", "plain", "multi", "compare"))
+        devices = self._get("devices", list, "a list of GPUs such as [0, 1]", [])
         return Recipe(
-            output_dir=Path(self._text("output_dir")),
+            output_dir=Path(self._get("output_dir", str, "text", None)),
             pivot=self._model("pivot", self.entries["pivot"]),
             sources={name: self._model(f"sources.{name}", value) for name, value in sources.items()},
             data=self._texts("data"),
             held_out=self._texts("held_out"),
             preset=preset,
-            flags={stage: self._flags(stage, self.entries.get(stage, {})) for stage in FLAGGED},
-            plain=self._switch("plain", True),
-            multi=self._switch("multi", False),
+            flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
+            plain=self._get("plain", bool, "true or false", True),
+            multi=self._get("multi", bool, "true or false", False),
             merges=self._merges(),
             launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
-            devices=self._devices(),
+            devices=[str(device) for device in devices],
         )
 
-    def _check_names(self, kind: str, names, taken: tuple[str, ...]) -> None:
-        """Raise InputError for names that cannot be directories of the run."""
-        for name in names:
-            if name in taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith(".yml"):
-                raise InputError(
-                    f"{kind} {name!r} in {self.path}: expected letters, digits, '-', '_' and '.', and none of "
-                    f"{', '.join(taken)}. Rename it."
-                )
+    def _check(self, holds, key: str, expected: str, value) -> None:
+        if not holds:
+            raise InputError(f"key {key} in {self.path}: expected {expected}, got {value!r}. Correct it.")
 
-    def _devices(self) -> list[str]:
-        value = self.entries.get("devices", [])
-        if not isinstance(value, list) or not all(isinstance(device, int | str) for device in value):
-            raise InputError(f"key 'devices' in {self.path}: expected a list of GPUs such as [0, 1], got {value!r}.")
-        return [str(device) for device in value]
-
-    def _text(self, key: str) -> str:
-        if not isinstance(self.entries[key], str):
-            raise InputError(f"key {key!r} in {self.path}: expected text, got {self.entries[key]!r}.")
-        return self.entries[key]
+    def _get(self, key: str, kind: type, expected: str, default) -> Any:
+        value = self.entries.get(key, default)
+        self._check(isinstance(value, kind), key, expected, value)
+        return value
 
     def _mapping(self, key: str, value) -> dict:
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-            raise InputError(f"key {key} in {self.path}: expected name: value pairs, got {value!r}.")
+        valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        self._check(valid, key, "name: value pairs", value)
         return value
 
     def _texts(self, key: str) -> list[str]:
         value = self.entries.get(key) or []
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in values):
-            raise InputError(f"key {key!r} in {self.path}: expected a path or a list of paths, got {value!r}.")
+        self._check(all(isinstance(item, str) for item in values), key, "a path or a list of paths", value)
         return values
 
-    def _switch(self, key: str, default: bool) -> bool:
-        value = self.entries.get(key, default)
-        if not isinstance(value, bool):
-            raise InputError(f"key {key!r} in {self.path}: expected true or false, got {value!r}.")
-        return value
+    def _check_names(self, kind: str, names, taken: tuple[str, ...]) -> None:
+        """Raise InputError for names that cannot be directories of the run."""
+        expected = f"a name of letters, digits, '-', '_' and '.', and none of {', '.join(taken)}"
+        for name in names:
+            valid = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) and name not in taken and not name.endswith(".yml")
+            self._check(valid, kind, expected, name)
 
     def _flags(self, key: str, value) -> dict[str, Any]:
         flags, stage = self._mapping(key, value or {}), key.split(".")[-1]
         for name in flags:
-            if name in RESERVED[stage]:
-                raise InputError(
-                    f"key {key}.{name} in {self.path}: expected no such flag, since the pipeline sets it. Remove it."
-                )
+            self._check(name not in RESERVED[stage], f"{key}.{name}", "no flag that the pipeline sets", flags[name])
         return flags
 
     def _launcher(self, key: str, value) -> dict[str, str]:
         by_stage: dict[str, str] = {stage: value for stage in MODEL_STAGES} if isinstance(value, str) else value
-        for stage, prefix in self._mapping(key, by_stage).items():
-            if stage not in LAUNCHED or not isinstance(prefix, str) or not _split(prefix):
-                raise InputError(
-                    f"key {key}.{stage} in {self.path}: expected one of {', '.join(LAUNCHED)} and a "
-                    f"command that takes the stage's command as its arguments, got {prefix!r}."
-                )
+        for stage, command in self._mapping(key, by_stage).items():
+            self._check(stage in LAUNCHED, f"{key}.{stage}", f"a stage ({', '.join(LAUNCHED)})", stage)
+            self._check(_is_command(command), f"{key}.{stage}", "a command that launches the stage's own", command)
         return by_stage
 
     def _model(self, key: str, value) -> Model:
         if isinstance(value, str):
             return Model(value)
-        value = self._mapping(key, value)
         known = ("model", "launcher", *FLAGGED)
-        if not isinstance(value.get("model"), str) or set(value) - set(known):
-            raise InputError(f"key {key} in {self.path}: expected a model or {{{', '.join(known)}}}, got {value!r}.")
+        valid = isinstance(value, dict) and isinstance(value.get("model"), str) and not set(value) - set(known)
+        self._check(valid, key, f"a model or {{{', '.join(known)}}}", value)
         flags = {stage: self._flags(f"{key}.{stage}", value[stage]) for stage in FLAGGED if stage in value}
         return Model(value["model"], flags, self._launcher(f"{key}.launcher", value.get("launcher", {})))
 
@@ -190,9 +171,8 @@ class _Reader:
         return found
 
 
-def _split(command: str) -> list[str] | None:
-    """The words of a shell command; None if a quotation mark is left open."""
+def _is_command(value) -> bool:
     try:
-        return shlex.split(command)
-    except ValueError:
-        return None
+        return isinstance(value, str) and bool(shlex.split(value))
+    except ValueError:  # an open quotation mark
+        return False

@@ -60,14 +60,15 @@ def run(
             logger.info("%s: %s\n    %s", step.key, "run" if step in unfinished else "skip", step.shell)
         return record.entries
     checked.output_dir.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(unfinished, record)
+    current = _Run(checked.output_dir, record, unfinished)
     for stage in stages:
         of_stage = [step for step in chosen if step.stage == stage]
         side_by_side = [step for step in of_stage if step.parallel and checked.devices]
-        _perform_side_by_side(side_by_side, checked.devices, record, progress, checked.output_dir)
+        if side_by_side:
+            current.perform_side_by_side(side_by_side, checked.devices)
         for step in of_stage:
             if step not in side_by_side:
-                _perform(step, record, progress, checked.output_dir)
+                current.perform(step)
     if "report" in stages:
         write_report(checked, steps, record.entries)
         logger.info("report: %s", checked.output_dir / "report.html")
@@ -94,15 +95,58 @@ def _check_arguments(steps: list[Step], recipe, check: Callable[[list[str]], Any
             raise InputError(f"{step.key} of {recipe}: {error}") from error
 
 
-class _Progress:
-    """One log line per step, with the time passed and the time left, estimated from the steps measured so far."""
+class _Run:
+    """A run in progress: performs steps, and logs for each the time passed and an estimate of the time left."""
 
-    def __init__(self, unfinished: list[Step], record: Record):
+    def __init__(self, home: Path, record: Record, unfinished: list[Step]):
+        self.home, self.record, self.start = home, record, time.monotonic()
         self.unfinished = {step.key: step for step in unfinished}
-        self.record, self.start = record, time.monotonic()
 
-    def log(self, step: Step, event: str) -> None:
-        """Log one line."""
+    def perform(self, step: Step, device: str | None = None) -> None:
+        """Run one step, unless it is finished; on a device of its own its output is only logged."""
+        if self.record.is_done(step):
+            return self._log(step, "finished before")
+        if self.record.begin(step):
+            shutil.rmtree(step.output, ignore_errors=True)
+        for path, text in step.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text.encode())
+        log = self.home / "logs" / f"{step.key.replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log(step, "starts")
+        started = time.monotonic()
+        environment = step.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        code, peak_bytes = execute(step, log, environment, quiet=device is not None)
+        if code:
+            message = last_message(log)
+            raise RuntimeError(
+                f"{step.key} ended with exit code {code}: {message} | full log: {log} | by hand: {step.shell}"
+            )
+        self.record.end(step, time.monotonic() - started, peak_bytes)
+        self._log(step, f"done in {_clock(time.monotonic() - started)}")
+
+    def perform_side_by_side(self, steps: list[Step], devices: list[str]) -> None:
+        """Run independent steps, one per device at a time; a failure is raised once the running steps have ended."""
+        free: queue.Queue[str] = queue.Queue()
+        for device in devices:
+            free.put(device)
+
+        def perform(step: Step) -> None:
+            device = free.get()
+            try:
+                self.perform(step, device)
+            finally:
+                free.put(device)
+
+        with ThreadPoolExecutor(len(devices)) as pool:
+            futures = [pool.submit(perform, step) for step in steps]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _log(self, step: Step, event: str) -> None:
         if event != "starts":
             self.unfinished.pop(step.key, None)
         measured: dict[str, list[float]] = {}
@@ -118,54 +162,3 @@ class _Progress:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
-def _perform_side_by_side(
-    steps: list[Step], devices: list[str], record: Record, progress: _Progress, home: Path
-) -> None:
-    """Independent steps, one per device at a time. The first failure is raised once the running steps have ended."""
-    if not steps:
-        return
-    free: queue.Queue[str] = queue.Queue()
-    for device in devices:
-        free.put(device)
-
-    def perform(step: Step) -> None:
-        device = free.get()
-        try:
-            _perform(step, record, progress, home, {"CUDA_VISIBLE_DEVICES": device}, quiet=True)
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(perform, step) for step in steps]
-        for future in futures:
-            try:
-                future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _perform(
-    step: Step, record: Record, progress: _Progress, home: Path, environment: dict | None = None, quiet: bool = False
-) -> None:
-    """Run one step, unless it is finished."""
-    if record.is_done(step):
-        return progress.log(step, "finished before")
-    if record.begin(step):
-        shutil.rmtree(step.output, ignore_errors=True)
-    for path, text in step.files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text.encode())
-    log = home / "logs" / f"{step.key.replace(' ', '-')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    progress.log(step, "starts")
-    started = time.monotonic()
-    code, peak_bytes = execute(step, log, {**step.environment, **(environment or {})}, quiet)
-    if code:
-        raise RuntimeError(
-            f"{step.key} ended with exit code {code}: {last_message(log)} | full log: {log} | by hand: {step.shell}"
-        )
-    record.end(step, time.monotonic() - started, peak_bytes)
-    progress.log(step, f"done in {_clock(time.monotonic() - started)}")
