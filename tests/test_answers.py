@@ -1,6 +1,7 @@
 """`answer`: the judges' formats, as their own readers check them; turns, temperatures, resuming, bad files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,9 +129,106 @@ def test_a_killed_run_goes_on_with_the_same_answers(model, tmp_path, monkeypatch
     assert answer(model, questions, tmp_path / "b" / "m.jsonl", **options)["answered_before"] == 12
     assert (tmp_path / "b" / "m.jsonl").read_bytes() == before
     with pytest.raises(
-        InputError, match=r"answers in .*\.m\.jsonl\.answers: expected this run's .*'?seed.*got another"
+        InputError, match=r"answers in .*\.m\.jsonl\.answers: expected this run's, got another's \(seed = 7 there and 8"
     ):
         answer(model, questions, tmp_path / "b" / "m.jsonl", **{**options, "seed": 8})
+
+
+@pytest.mark.parametrize("rest", [b'{"key": "2", "turns": ["\xc3', b"\0\0\0\n", b"\0\0\0", b"12\n"])
+def test_a_torn_end_of_the_kept_answers_is_cut_off(tmp_path, rest):
+    entry = {"key": "1", "turns": ["one"], "tstamp": 1.0}
+    kept = module._Kept(tmp_path / "m.jsonl", {"seed": 0})
+    kept.add([entry])
+    whole = kept.path.read_bytes()
+    kept.path.write_bytes(whole + rest)
+    assert module._Kept(tmp_path / "m.jsonl", {"seed": 0}).answers == {"1": entry}
+    assert kept.path.read_bytes() == whole
+    kept.path.write_bytes(rest)
+    with pytest.raises(InputError, match=r"expected this run's, got another's \(its first line cannot be read\)"):
+        module._Kept(tmp_path / "m.jsonl", {"seed": 0})
+
+
+def test_a_long_prompt_takes_no_room_from_its_batch(model, tmp_path):
+    turns = ["say one", "say " * 115, "say two"]
+    rows = [{"question_id": n, "category": "math", "turns": [turn]} for n, turn in enumerate(turns)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"benchmark": "mt_bench", "max_new_tokens": 100}
+    for size in (1, 3):
+        answer(model, tmp_path / "q.jsonl", tmp_path / str(size) / "m.jsonl", batch_size=size, **options)
+    alone, together = ([line["choices"] for line in lines(tmp_path / f"{size}" / "m.jsonl")] for size in (1, 3))
+    assert together == alone
+    generator = module._Generator(module.load_model(model, dtype="auto"), tiny_bpe(), 100)
+    room = 256 - len(generator.prompt([{"role": "user", "content": turns[1]}]))
+    assert 0 < room < 100  # the case that is meant
+    cut = module._Generator(generator.model, tiny_bpe(), room)
+    (short,) = cut.generate([[{"role": "user", "content": turns[0]}]], 0.0)
+    assert len(alone[0][0]["turns"][0]) > len(short)  # what the room of the long prompt would have left of it
+
+
+def change_template(folder):
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + (folder / "chat_template.jinja").read_text())
+
+
+def change_decoder(folder):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["decoder"] = {"type": "Fuse"}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+
+
+def change_generation(folder):
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.3}))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (change_template, "template"),
+        (change_decoder, "tokenizer"),
+        (change_generation, "generation"),
+        (None, "dtype"),
+    ],
+)
+def test_what_changes_answers_is_another_run(model, tmp_path, change, name):
+    own = tmp_path / "my-model"
+    shutil.copytree(model, own)
+    questions, options = mt_bench(tmp_path / "q.jsonl", 1), {"benchmark": "mt_bench", "max_new_tokens": 2}
+    answer(own, questions, tmp_path / "m.jsonl", **options)
+    if change is None:
+        options["dtype"] = "bfloat16"
+    else:
+        change(own)
+    with pytest.raises(InputError, match=rf"expected this run's, got another's \({name} = "):
+        answer(own, questions, tmp_path / "m.jsonl", **options)
+
+
+def test_prompts_are_answered_and_so_are_last_user_messages(model, tmp_path):
+    rows = [
+        {"id": "prompt", "messages": [{"role": "user", "content": "say one"}]},
+        {"id": "turns", "messages": [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))]},
+        {"id": "open", "messages": [{"role": r, "content": r[0]} for r in ("user", "assistant", "user")]},
+        {"id": "trl", "prompt": "say two"},
+        {"id": "alpaca", "instruction": "say three"},
+        {"id": "none", "messages": [{"role": "assistant", "content": "b"}]},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer(model, str(tmp_path / "q.jsonl"), tmp_path / "a.jsonl", benchmark="chat", max_new_tokens=3)
+    found = {
+        line["id"]: [(m["role"], m["content"]) for m in line["messages"][:-1]] for line in lines(tmp_path / "a.jsonl")
+    }
+    assert found == {
+        "prompt": [("user", "say one")],
+        "turns": [("user", "a")],
+        "open": [("user", "u"), ("assistant", "a"), ("user", "u")],
+        "trl": [("user", "say two")],
+        "alpaca": [("user", "say three")],
+    }
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_temperatures_are_numbers_from_0(model, tmp_path, temperature):
+    with pytest.raises(InputError, match="temperature for answer: expected a number from 0, got "):
+        answer(model, tmp_path / "q", tmp_path / "m", benchmark="chat", temperature=temperature)
 
 
 def test_kept_answers_may_hold_any_end_of_line(tmp_path):
@@ -163,6 +261,8 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
         ("mt_bench", [{"question_id": 1, "turns": ["a"], "category": ["math"]}], "row 0 of .*: expected question_id"),
         ("mt_bench", [], "questions .*: expected at least one, got none"),
         ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
+        ("alpaca_eval", [{"instruction": "a \ud83d b"}], "row 0 of .*: character .* is a lone surrogate"),
+        ("mt_bench", [{"question_id": 1, "turns": ["\ud83d"]}], "row 0 of .*: character .* is a lone surrogate"),
         ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, got 'arena'"),
     ],
 )

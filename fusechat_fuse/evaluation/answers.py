@@ -5,7 +5,7 @@
                  file's name without .jsonl. The temperature depends on the category.
     alpaca_eval  questions (JSON list): instruction, dataset?
                  answers (JSON list): instruction, output, generator, dataset
-    chat         questions: chat data as `represent` reads them; the last answer is generated anew
+    chat         questions: chat data as `represent` reads them, or prompts alone; each last user message is answered
                  answers (JSONL): id, messages
 
 Generation is batched, in the model's own chat template. Finished answers are kept in a hidden file beside the output,
@@ -17,19 +17,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import is_named, load_fast_tokenizer, positions_of
+from fusechat_fuse.errors import InputError, check_integer
+from fusechat_fuse.models.files import adapter_base, is_named, load_fast_tokenizer, model_file, positions_of
 from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import load_model
+from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.files import short_digest, write_atomic
-from fusechat_fuse.text.conversations import load_conversations
+from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.data_files import data_sources
+from fusechat_fuse.text.messages import check_unicode
 from fusechat_fuse.text.templates import added_texts, native_template
 
 logger = logging.getLogger(__name__)
@@ -75,7 +79,7 @@ def answer(
 
     Args:
         model: directory, Hub name, or a loaded causal language model (then give `tokenizer`).
-        questions: the benchmark's file; for chat anything `load_conversations` takes.
+        questions: the benchmark's file; for chat anything `load_conversations` takes, with or without answers.
         output: the answers' file; for mt_bench the judge takes its name without .jsonl as the model's name.
         benchmark: mt_bench, alpaca_eval or chat.
         temperature: for all questions; 0 is greedy. None: by category for mt_bench, else greedy.
@@ -89,23 +93,24 @@ def answer(
         raise InputError(
             f"value for benchmark: expected one of {', '.join(MAX_NEW_TOKENS)}, got {benchmark!r}. Use one."
         )
-    if (max_new_tokens is not None and max_new_tokens < 1) or batch_size < 1 or (temperature or 0) < 0:
-        raise InputError(
-            "values for answer: expected max_new_tokens and batch_size from 1 and a temperature from 0, got "
-            f"{max_new_tokens}, {batch_size}, {temperature}. Change them."
-        )
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature for answer: expected a number from 0, got {temperature}. Change it.")
+    check_integer("batch_size for answer", batch_size)
+    check_integer("max_new_tokens for answer", MAX_NEW_TOKENS[benchmark] if max_new_tokens is None else max_new_tokens)
     output, asked = Path(output), list(_questions(benchmark, questions, temperature))
     if not asked:
         raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
+    if tokenizer is None:
+        tokenizer = load_fast_tokenizer(model, trust_remote_code)
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
+    options |= {"batch_size": batch_size, "dtype": dtype}
     identity = identify(model)
     digest = short_digest(json.dumps([asdict(question) for question in asked]))
-    kept = _Kept(output, {**options, **identity, "questions": digest, "batch_size": batch_size})
+    kept = _Kept(output, {**options, **identity, "questions": digest, **_generation_identity(model, tokenizer)})
     batches = [batch for batch in _batches(asked, batch_size) if any(q.key not in kept.answers for q in batch)]
     before = len(kept.answers)
     if batches:
         if is_named(model):
-            tokenizer = tokenizer or load_fast_tokenizer(model, trust_remote_code)
             model = _load_to_device(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         _answer_batches(_Generator(model, tokenizer, options["max_new_tokens"]), batches, kept, seed)
     _write(benchmark, output, identity["name"], asked, kept.answers)
@@ -117,19 +122,32 @@ def answer(
     return {"questions": len(asked), "answered_before": before, "empty_answers": empty}
 
 
+def _generation_identity(model, tokenizer) -> dict[str, str]:
+    """Digests of what decides answers besides the weights: tokenizer, chat template, generation settings."""
+    if is_named(model):
+        files = [model_file(name, "generation_config.json") for name in (model, adapter_base(model)) if name]
+        settings = b"".join(file.read_bytes() for file in files if file)
+    else:
+        settings = model.generation_config.to_json_string()
+    template = f"{tokenizer.chat_template} {native_template(tokenizer).sha256}"
+    return {
+        "tokenizer": short_digest(tokenizer.backend_tokenizer.to_str()),
+        "template": short_digest(template),
+        "generation": short_digest(settings),
+    }
+
+
 def _questions(benchmark: str, path, temperature: float | None) -> Iterator[Question]:
     """The questions of a file, with their temperatures."""
     if benchmark == "chat":
-        rows: Any = load_conversations(path)
-        for row in rows:
-            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-            last = max(n for n, message in enumerate(messages) if message["role"] == "user")
-            turns = [messages[last]["content"]]
-            yield Question(row["id"], messages[:last], turns, temperature or 0.0, {"id": row["id"]})
+        for row in read_conversations(path, prompts=True)[0]:
+            *history, last = [{"role": m["role"], "content": m["content"]} for m in row.messages]
+            yield Question(row.id, history, [last["content"]], temperature or 0.0, {"id": row.id})
         return
     seen = set()
     for name, rows in data_sources(str(path), "train"):
         for number, row in enumerate(rows):
+            check_unicode(f"row {number} of {name}", json.dumps(row, ensure_ascii=False, default=str))
             question = _question(benchmark, f"row {number} of {name}", row, temperature)
             if question.key in seen:
                 raise InputError(f"row {number} of {name}: expected each question once, got {question.key!r} again.")
@@ -178,23 +196,36 @@ class _Kept:
                 )
             write_atomic(self.path, f"{header}\n".encode())
             return
-        text = self.path.read_text(encoding="utf-8")
-        lines = text.split("\n")  # not splitlines: an answer may hold the other line ends of Unicode
-        if lines[0] != header:
+        *lines, rest = self.path.read_bytes().split(b"\n")  # not splitlines: an answer may hold other line ends
+        self._check(b"".join(lines[:1]), run)
+        for n, line in enumerate(lines[1:], start=1):
+            try:
+                entry = json.loads(line)
+                self.answers[entry["key"]] = entry
+            except (ValueError, TypeError, KeyError):  # a full disk or a power failure leaves zeros
+                lines, rest = lines[:n], line
+                break
+        if rest:  # what follows the last whole line is answered again
+            write_atomic(self.path, b"".join(line + b"\n" for line in lines))
+
+    def _check(self, first: bytes, run: dict[str, Any]) -> None:
+        """Raise InputError unless the file's first line names this run."""
+        try:
+            difference = first_difference(json.loads(first)["run"], run)
+        except (ValueError, KeyError, TypeError):
+            difference = "its first line cannot be read"
+        if difference:
             raise InputError(
-                f"answers in {self.path}: expected this run's ({header}), got another's ({lines[0]}). Name "
-                "another output, or remove that file."
+                f"answers in {self.path}: expected this run's, got another's ({difference}). Name another output, or "
+                "remove that file."
             )
-        if lines[-1]:  # cut off by a kill
-            write_atomic(self.path, text[: -len(lines[-1])].encode())
-        for line in lines[1:-1]:
-            entry = json.loads(line)
-            self.answers[entry["key"]] = entry
 
     def add(self, entries: list[dict]) -> None:
         """Append the answers of a batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())
         self.answers |= {entry["key"]: entry for entry in entries}
 
 
@@ -229,16 +260,23 @@ class _Generator:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[str]:
-        """One answer per conversation; empty if no position is left for it."""
+        """One answer per conversation, of as many tokens as its own prompt leaves positions for."""
+        prompts = [self.prompt(messages) for messages in conversations]
+        rooms = [min(self.max_new_tokens, (self.positions or sys.maxsize) - len(prompt)) for prompt in prompts]
+        together = [n for n, room in enumerate(rooms) if room == self.max_new_tokens]
+        texts = [""] * len(prompts)
+        for group in ([together] if together else []) + [[n] for n in range(len(prompts)) if n not in together]:
+            if rooms[group[0]] > 0:
+                found = self._complete([prompts[n] for n in group], rooms[group[0]], temperature)
+                for n, text in zip(group, found, strict=True):
+                    texts[n] = text
+        return texts
+
+    def _complete(self, prompts: list[list[int]], room: int, temperature: float) -> list[str]:
+        """One answer of at most `room` tokens per prompt."""
         import torch
 
-        prompts = [self.prompt(messages) for messages in conversations]
         longest = max(map(len, prompts))
-        room = self.max_new_tokens if self.positions is None else min(self.max_new_tokens, self.positions - longest)
-        if room < 1:
-            if len(conversations) > 1:  # short ones have room
-                return [text for messages in conversations for text in self.generate([messages], temperature)]
-            return [""]
         ids = torch.full((len(prompts), longest), self.padding)
         mask = torch.zeros_like(ids)
         for n, prompt in enumerate(prompts):

@@ -102,11 +102,13 @@ def read_conversations(
     limit: int | None = None,
     messages_column: str | None = None,
     shuffle_seed: int | None = None,
+    prompts: bool = False,
 ) -> tuple[list[Conversation], ReadReport]:
     """Like `load_conversations`, as a list, with the report of what was skipped and repaired and why.
 
     Args:
         data: path, glob, Hub name, several of them, `datasets.Dataset` or `DatasetDict`, or an iterable of rows.
+        prompts: read what is to be answered: the messages of a row up to its last user message.
     """
     if limit is not None:
         check_integer("limit for chat data", limit)
@@ -114,7 +116,7 @@ def read_conversations(
         check_integer("shuffle_seed for chat data", shuffle_seed, least=0)
     sources = _sources(data, split)
     report = ReadReport(_name_of(data), strict, data=[shown_name(name) for name in _names_of(data)])
-    usable = _usable(_numbered(sources, report), report, messages_column)
+    usable = _usable(_numbered(sources, report), report, messages_column, prompts)
     if shuffle_seed is None:
         found = list(islice(usable, limit))
     else:
@@ -132,14 +134,14 @@ def read_conversations(
     return found, report
 
 
-def _usable(rows, report: ReadReport, messages_column: str | None) -> Iterator[Conversation]:
+def _usable(rows, report: ReadReport, messages_column: str | None, prompts: bool) -> Iterator[Conversation]:
     """The usable conversations among numbered rows; the report learns of the others."""
     seen, spool = Counter(), Spool()
     for number, file_slice, row in rows:
         report.rows += 1
         name = row_name(row)
         try:
-            messages, repairs = clean_messages(row, messages_column)
+            messages, repairs = clean_messages(row, messages_column, prompts)
             check_unicode("id", name or "")
             check_unicode("slice", slice_of(row) or "")
         except Unusable as problem:

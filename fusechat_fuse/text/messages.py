@@ -7,7 +7,8 @@ Rules, each counted by its name and listed with the row:
   (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
 - skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
   `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
-  in a row), `no_answer` (no assistant message to be predicted), `tool_calls` (an answer that is more than its text).
+  in a row), `no_answer` (no assistant message to be predicted), `no_question` (no user message, of prompts to be
+  answered), `tool_calls` (an answer that is more than its text).
 With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
 """
 
@@ -61,23 +62,26 @@ def canonical_json(messages: list[dict[str, Any]]) -> str:
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
 
 
-def clean_messages(row: Any, column: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def clean_messages(
+    row: Any, column: str | None = None, prompts: bool = False
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The usable messages of one row and the repairs made to them.
 
     Args:
         row: one record of any shape read here. column: the column with the messages, if it has a name of its own.
+        prompts: read what is to be answered: the messages up to the last user message; no answer is needed.
     Returns: messages as {role, content} with roles system, user, assistant, and `weight` 0 where an answer is not to
         be predicted; [(rule, detail)] of repairs.
     Raises: Unusable naming the rule.
     """
     row = _as_python(row)
-    raw = _raw_messages(row, column)
+    raw = _raw_messages(row, column, prompts)
     if not raw:
         raise Unusable("empty", "expected at least one message, got none")
     messages = [_checked(n, message) for n, message in enumerate(raw)]
     repairs = _unused_parts(row, raw, messages)
     messages = [_plain(message) for message in _with_system(row, messages, repairs)]
-    return _alternating(messages, repairs), repairs
+    return _alternating(messages, repairs, prompts), repairs
 
 
 def _as_python(value: Any) -> Any:
@@ -95,16 +99,16 @@ def _as_python(value: Any) -> Any:
     return None if missing else value
 
 
-def _raw_messages(row: Any, column: str | None) -> list:
+def _raw_messages(row: Any, column: str | None, prompts: bool) -> list:
     """The messages of a row as they are, whatever its shape."""
     if not isinstance(row, dict):
         raise Unusable("not_chat", f"expected an object, got {type(row).__name__}")
     named = [row[name] for name in ([column] if column else ("messages", "conversations")) if name in row]
     if lists := [value for value in named if isinstance(value, list)]:
         return next((value for value in lists if value), [])
-    if column is None and "prompt" in row and "completion" in row:
+    if column is None and "prompt" in row and (prompts or "completion" in row):
         return _prompt_and_completion(row)
-    if column is None and "instruction" in row and "output" in row:
+    if column is None and "instruction" in row and (prompts or "output" in row):
         return _alpaca(row)
     columns = ", ".join(map(str, row)) or "none"
     known = "a column messages, conversations, prompt and completion, or instruction and output"
@@ -116,7 +120,7 @@ def _prompt_and_completion(row: dict) -> list:
     """TRL's columns `prompt` and `completion`, each a text or a list of messages."""
     messages = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row[column]
+        value = row.get(column, [])
         messages += value if isinstance(value, list) else [{"role": role, "content": value}]
     return messages
 
@@ -128,7 +132,7 @@ def _alpaca(row: dict) -> list:
         question = f"{question}\n\n{more}" if isinstance(question, str) and isinstance(more, str) else [question, more]
     return [
         {"role": role, "content": content}
-        for turn in [*_history(row.get("history")), (question, row["output"])]
+        for turn in [*_history(row.get("history")), (question, row.get("output", ""))]
         for role, content in zip(("user", "assistant"), turn)
     ]
 
@@ -216,25 +220,28 @@ def _plain(message: dict) -> dict[str, Any]:
     return {"role": message["role"], "content": message["content"], **weight}
 
 
-def _alternating(messages: list[dict], repairs: list[tuple[str, str]]) -> list[dict]:
-    """The messages from the system's or first user's to the last answer: users and assistants by turns."""
+def _alternating(messages: list[dict], repairs: list[tuple[str, str]], prompts: bool) -> list[dict]:
+    """The messages from the system's or first user's to the last answer (or prompt): users and assistants by turns."""
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
     for n, message in enumerate(body):
         if message["role"] == "system":
             raise Unusable("system_not_first", f"message {n + len(head)}: expected a system message only at the start")
+    users = [n for n, message in enumerate(body) if message["role"] == "user"]
+    if prompts and not users:
+        raise Unusable("no_question", "expected a user message to be answered, got none")
     answers = [n for n, message in enumerate(body) if message["role"] == "assistant" and message.get("weight") != 0]
-    if not answers:
+    if not answers and not prompts:
         raise Unusable("no_answer", "expected an assistant message to be predicted, got none")
-    first = next((n for n, message in enumerate(body) if message["role"] == "user"), len(body))
-    if first > answers[-1]:
+    first, last = users[0] if users else len(body), (users if prompts else answers)[-1]
+    if first > last:
         got = "assistant messages alone" if first == len(body) else "none after the first user message"
         raise Unusable("no_answer", f"expected an answer to a user message, got {got}")
     if first:
         repairs.append(("leading_assistant", f"{first} message(s) before the first user message left out"))
-    if left := len(body) - answers[-1] - 1:
+    if (left := len(body) - last - 1) and not prompts:
         repairs.append(("trailing_user", f"{left} message(s) after the last answer left out"))
-    body = body[first : answers[-1] + 1]
+    body = body[first : last + 1]
     for n in range(1, len(body)):
         if body[n]["role"] == body[n - 1]["role"]:
             raise Unusable("repeated_role", f"two {body[n]['role']} messages in a row (message {n + len(head)})")
