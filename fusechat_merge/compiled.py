@@ -336,6 +336,7 @@ class Compiled(Passes):
     """
 
     largest_mean_square = 2.0**90  # beyond, products of float32 task vectors may leave float32
+    smallest_coefficient = float(TINY)
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
         super().__init__(pivot, targets)

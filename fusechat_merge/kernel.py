@@ -21,6 +21,7 @@ from fusechat_merge.selection import select
 
 SELECT_SCOPES = ("all", "coefficients")
 GRANULARITIES = ("matrix", "element")
+LARGEST_RATIO = 1e100  # of two weights: their products with squares of float32 stay within float64
 _STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -56,8 +57,8 @@ def sce_merge(
         targets: M >= 1 tensors of the pivot's shape and device, any of these dtypes; borrowed.
         select_topk: tau, in [0, 1]; 0 gives the pivot.
         select_scope: "all"; or "coefficients": step 1 serves step 2 only (as in the authors' FuseChat-7B-v2.0 code).
-        weights: M priors w_j >= 0; None is 1 each, all zero gives the pivot. A target of weight 0 still counts in steps
-            1 and 3.
+        weights: M priors w_j >= 0, of which the ratios matter; None is 1 each, all zero gives the pivot. A target of
+            weight 0 still counts in steps 1 and 3.
 
     Returns:
         A new tensor with the pivot's shape, dtype and device.
@@ -200,8 +201,10 @@ def _calculate(
             keep, kept = selection
             sums = passes.square_sums(keep)
             largest = float(sums.max())  # NaN where any is
-            if math.isfinite(largest) and largest <= passes.largest_mean_square * max(1, passes.numel):
-                return passes, keep, kept / passes.numel if passes.numel else 1.0, sums, _shares(sums, weights)
+            eta = _shares(sums, weights)
+            within = math.isfinite(largest) and largest <= passes.largest_mean_square * max(1, passes.numel)
+            if within and not bool(((eta > 0) & (eta < passes.smallest_coefficient)).any()):
+                return passes, keep, kept / passes.numel if passes.numel else 1.0, sums, eta
         _check_finite(pivot, targets)  # NaN and infinity defeat all passes
     raise ValueError(
         "task vectors for a merge: expected squares within float64, got larger ones. Repair or leave out that model."
@@ -219,10 +222,17 @@ def available_passes(pivot: Tensor, targets: Sequence[Tensor], dtype: torch.dtyp
 
 
 def _shares(sums: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """w_j sums_j / sum_j w_j sums_j, float64 [M]; all zero where all sums are."""
-    weighted = sums if weights is None else sums * torch.tensor([float(w) for w in weights], dtype=sums.dtype)
+    """w_j sums_j / sum_j w_j sums_j, float64 [M]; all zero where all products are.
+
+    Mantissas and exponents are multiplied apart and the largest exponent is subtracted: no product over- or underflows.
+    """
+    sizes = [math.frexp(size) for size in sums.tolist()]
+    priors = [math.frexp(weight) for weight in weights or [1.0] * len(sizes)]
+    products = [(m * n, d + e) for (m, d), (n, e) in zip(sizes, priors)]
+    largest = max((exponent for mantissa, exponent in products if mantissa), default=0)
+    weighted = torch.tensor([math.ldexp(m, e - largest) if m else 0.0 for m, e in products], dtype=torch.float64)
     total = weighted.sum()
-    return weighted / total if total > 0 else torch.zeros_like(sums)
+    return weighted / total if total > 0 else weighted
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -248,10 +258,16 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
         raise ValueError(
             f"weights for the targets: expected {len(targets)}, got {len(weights)}. Give one for each target."
         )
-    if not all(0 <= float(weight) < math.inf for weight in weights or ()):
+    positive = [float(weight) for weight in weights or () if weight]
+    if not all(0 < weight < math.inf for weight in positive):
         raise ValueError(
             f"weights for the targets: expected numbers >= 0, got {list(weights)}. "
             "To leave a target out, remove it from the list."
+        )
+    if positive and max(positive) / LARGEST_RATIO > min(positive):
+        raise ValueError(
+            f"weights for the targets: expected ratios up to {LARGEST_RATIO:g}, got {list(weights or ())}. "
+            "Use 0 for a target that is not to move the result."
         )
 
 

@@ -37,9 +37,11 @@ class Passes:
         numel: n.
         device: where all of them are.
         largest_mean_square: largest sum(d_j^2) / n whose merge is exact here.
+        smallest_coefficient: smallest eta or W above 0 that keeps its meaning here.
     """
 
     largest_mean_square = math.inf
+    smallest_coefficient = 0.0
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
         self.pivot = pivot.detach().reshape(-1)

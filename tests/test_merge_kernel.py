@@ -182,6 +182,52 @@ def test_weights_multiply_the_coefficients():
     assert torch.allclose(same, sce_merge(pivot, targets), rtol=0, atol=1e-9)
 
 
+BY_HAND = (
+    torch.zeros(4),
+    [torch.tensor(t) for t in ([1.0, 1.0, -1.0, 2.0], [1.0, 2.0, -1.0, 1.0], [1.0, -4.0, 3.0, 1.0])],
+)
+
+
+@by_both_passes
+@pytest.mark.parametrize("weight", [1e308, 1e-300, 5e-324, 0.1, 7])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-30])
+def test_equal_weights_of_any_size_change_nothing(weight, scale):
+    pivot, targets = BY_HAND[0], [target * scale for target in BY_HAND[1]]
+    for merge in (sce_merge, varm_merge, lambda *a, **kw: varm_merge(*a, granularity="element", **kw)):
+        torch.testing.assert_close(
+            merge(pivot, targets, weights=[weight] * 3), merge(pivot, targets), rtol=1e-6, atol=0
+        )
+    eta = sce_coefficients(pivot, targets, weights=[weight] * 3).tolist()
+    assert eta == pytest.approx(sce_coefficients(pivot, targets).tolist(), rel=1e-14)
+
+
+@by_both_passes
+@pytest.mark.parametrize("ratio", [1e-30, 1e-45, 1e-52, 1e-75, 1e-99])
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+def test_weights_far_apart_keep_their_meaning(ratio, tau):
+    for weights in ([1.0, 1.0, ratio], [ratio, 3 * ratio, 1.0], [ratio * 1e308, 2e210, 1e308]):
+        exact, eta = reference_merge.sce(*BY_HAND, tau, weights=[w / max(weights) for w in weights])
+        assert sce_coefficients(*BY_HAND, select_topk=tau, weights=weights).tolist() == pytest.approx(eta, rel=1e-12)
+        merged = sce_merge(*BY_HAND, select_topk=tau, weights=weights)
+        torch.testing.assert_close(merged.double(), exact, rtol=1e-6, atol=0)
+        for granularity in kernel.GRANULARITIES:
+            exact, _ = reference_merge.varm(*BY_HAND, granularity, [w / max(weights) for w in weights])
+            merged = varm_merge(*BY_HAND, granularity=granularity, weights=weights)
+            torch.testing.assert_close(merged.double(), exact, rtol=1e-6, atol=1e-38)
+
+
+def test_a_small_weight_by_hand():  # at elements 1 and 2 the third target alone has the majority's sign
+    assert sce_merge(*BY_HAND, weights=[1.0, 1.0, 1e-52]).tolist()[1:3] == [-4.0, 3.0]
+
+
+@by_both_passes
+def test_large_squares_of_several_targets_do_not_overflow_their_sum():
+    targets = [torch.full((3,), value, dtype=F64) for value in (7e153, -7e153, 6e153)]
+    merged = sce_merge(torch.zeros(3, dtype=F64), targets)
+    exact, _ = reference_merge.sce(torch.zeros(3, dtype=F64), [target / 1e100 for target in targets])
+    torch.testing.assert_close(merged / 1e100, exact)
+
+
 @by_both_passes
 @pytest.mark.parametrize(("tau", "size"), [(0.7, 10), (0.1, 1000), (0.29, 100), (0.5, 3), (0.0005, 1000), (0.333, 999)])
 def test_exactly_floor_tau_n_elements_and_ties_by_lowest_index(tau, size):
@@ -540,6 +586,16 @@ def test_one_target_with_nan_is_named():
         ((torch.zeros(2), [torch.zeros(2)]), {"select_scope": "some"}, "expected all or coefficients, got 'some'"),
         ((torch.zeros(2), [torch.zeros(2)]), {"weights": [1.0, 2.0]}, "expected 1, got 2"),
         ((torch.zeros(2), [torch.zeros(2)]), {"weights": [-1.0]}, r"expected numbers >= 0, got \[-1.0\]"),
+        (
+            (torch.zeros(2), [torch.zeros(2)] * 2),
+            {"weights": [1.0, math.nan]},
+            r"expected numbers >= 0, got \[1.0, nan",
+        ),
+        (
+            (torch.zeros(2), [torch.zeros(2)] * 2),
+            {"weights": [1.0, 1e-101]},
+            r"expected ratios up to 1e\+100, got \[1.0",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(arguments, options, message):
