@@ -131,7 +131,9 @@ def test_a_token_of_no_bytes_has_no_answer(mapping, two, tiny_bpe, tmp_path):
     align(two[0].path, two[1].path, tmp_path / "whole", mapping=mapping)
     align(pivot.path, two[1].path, tmp_path / "out", mapping=mapping)
     row, whole = load_representation(tmp_path / "out")[0], load_representation(tmp_path / "whole")[0]
-    assert (row["source_ids"][3] == -1).all()
+    actual = row["input_ids"][row["predicted"][3]]
+    assert (row["source_ids"][3, 1:] == -1).all()
+    assert (row["source_ids"][3, 0], row["source_probs"][3, 0]) == ((actual, 1) if mapping == "exact" else (-1, 0))
     assert (row["source_token_ce"][3], row["mapped_mass"][3]) == (np.inf, 0)
     figures = [load_representation(tmp_path / name).manifest["certificate"]["all"] for name in ("out", "whole")]
     assert figures[0]["predicted_tokens"] == figures[1]["predicted_tokens"]  # it counts, as unanswered

@@ -47,8 +47,11 @@ def pair_of(request, tmp_path_factory):
 
 
 def tokens_of(row, *, source: bool) -> list[dict]:
+    """Those with bytes: others take no part."""
     tokens = []
     for n, t in enumerate(row["predicted"]):
+        if row["start"][n] == row["end"][n]:
+            continue
         token = {"id": int(row["input_ids"][t])}
         token |= {name: int(row[name][n]) for name in ("message", "start", "end")}
         if source:
@@ -73,7 +76,14 @@ def cases(request, pivot: str, source: str, seed: int, headers=("gpt4", "gpt4"),
     for n, contents in enumerate(conversations(seed)[:only]):
         contents = [unicodedata.normalize("NFC", text) for text in contents]
         p = make_row(
-            p_tok, f"c{n}", contents, header=HEADERS[headers[0]], end_of_turn=end_of_turn(p_tok), K=K, seed=seed
+            p_tok,
+            f"c{n}",
+            contents,
+            header=HEADERS[headers[0]],
+            end_of_turn=end_of_turn(p_tok),
+            K=K,
+            seed=seed,
+            blanks=True,
         )
         s = make_row(
             s_tok,
@@ -84,6 +94,7 @@ def cases(request, pivot: str, source: str, seed: int, headers=("gpt4", "gpt4"),
             K=K,
             seed=seed + 1,
             cut=cut,
+            blanks=True,
         )
         yield p, s, contents
 

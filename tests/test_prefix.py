@@ -3,6 +3,7 @@
 import doctest
 
 import numpy as np
+import pytest
 
 from fusechat_fuse.alignment import prefix
 from fusechat_fuse.alignment.candidate_outcomes import prefix_outcomes
@@ -105,6 +106,16 @@ def test_a_token_that_straddles_the_header():
     # the other way round: the pivot's token holds the blank
     _, rows = toy([(0, 0, 3)], [(13, 0, 3)], [({6: 0.1}, 0.4)], headers=(1, 0))
     assert rows == [{b" the": 0.4, b" ": 0.1}]
+
+
+@pytest.mark.parametrize("headers", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_an_end_of_turn_is_the_pivots_whatever_header_bytes_the_tokens_hold(headers):
+    pivot, source = (names.index(b" the" if h else b"the") for names, h in zip((PIVOT, SOURCE), headers))
+    _, rows = toy([(pivot, 0, 3)], [(source, 0, 3)], [({END_S: 0.2}, 0.4)], headers=headers)
+    assert rows == [{PIVOT[pivot]: 0.4, "end": 0.2}]
+    # not within a source token: what was read there is not the turn's end
+    _, rows = toy([(1, 0, 3), (2, 3, 4)], [(0, 0, 4)], [({END_S: 0.2}, 0.4)])
+    assert [row.get("end") for row in rows] == [0.2, None]
 
 
 def test_the_actual_token_takes_the_actual_path():

@@ -184,6 +184,8 @@ def _read_on(pivot, source, placement: Placement, vocab: Vocabularies, probs, ro
             put = (vocab.pivot_bytes[pivot.ids[placement.first[q]]] or b"")[: placement.header[q]]
         for k in np.flatnonzero(probs[q] > 0).tolist():
             piece = vocab.source_bytes[source.topk_ids[q, k]]
+            if piece is None and placement.read[q] == 0:
+                continue  # an end of turn or BOS is mapped by its role, whatever the header bytes
             if piece is None or not piece.startswith(read):
                 probs[q, k] = 0
             else:

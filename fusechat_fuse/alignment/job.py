@@ -84,7 +84,7 @@ class Job:
             predicted = np.array([len(row["predicted"]) for row in pivot_rows])
             counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, predicted)
             add_counts(info, pivot_rows, counted)
-            rows += _aligned_rows(pivot_rows, source_rows, batch, mapped)
+            rows += _aligned_rows(pivot_rows, source_rows, batch, mapped, one_hot=self.mapping.renormalised)
         return rows, info
 
     def write(self, writer: ShardWriter, shard: int) -> None:
@@ -103,13 +103,19 @@ class Job:
         return AlignedCounts.total(parts, size)
 
 
-def _aligned_rows(pivot_rows: list[dict], source_rows: list[dict], batch: Batch, mapped: Mapped) -> list[dict]:
-    """The pivot's rows with the source's columns; tokens without bytes, which no batch contains, have no answer."""
+def _aligned_rows(
+    pivot_rows: list[dict], source_rows: list[dict], batch: Batch, mapped: Mapped, one_hot: bool
+) -> list[dict]:
+    """The pivot's rows with the source's columns; tokens without bytes, which no batch contains, have no answer (where
+    the mapping is `one_hot`: probability 1 on the actual token, as elsewhere without one)."""
     ids, probs = mapped.ids, mapped.probs.astype(np.float32)
     token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
     tail = mapped.label_tail
     if not batch.kept.all():
         ids, probs = _scatter(ids, batch.kept, -1), _scatter(probs, batch.kept, 0)
+        if one_hot:
+            actual = np.concatenate([row["input_ids"][row["predicted"]] for row in pivot_rows])
+            ids[~batch.kept, 0], probs[~batch.kept, 0] = actual[~batch.kept], 1
         token_ce, mass = _scatter(token_ce, batch.kept, np.inf), _scatter(mass, batch.kept, 0)
         tail = _scatter(tail, batch.kept, 0)
     cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]

@@ -66,15 +66,28 @@ def candidates(tokenizer, actual: int, rng: random.Random, K: int) -> list[int]:
     return chosen
 
 
-def make_row(tokenizer, name: str, contents: list[str], *, header: str, end_of_turn: int, K: int, seed: int, cut=None):
-    """One representation row: assistant messages `contents`, each after `header` and before the end of turn."""
+def make_row(
+    tokenizer,
+    name: str,
+    contents: list[str],
+    *,
+    header: str,
+    end_of_turn: int,
+    K: int,
+    seed: int,
+    cut=None,
+    blanks=False,
+):
+    """One representation row: assistant messages `contents`, each after `header` (`blanks`: whose last blank the model
+    writes) and before the end of turn."""
     rng = random.Random(_seed(f"{seed}/{name}/{tokenizer_key(tokenizer)}"))
     K = min(K, len(tokenizer))
     closing = tokenizer.convert_ids_to_tokens(end_of_turn)
     text, places = "", []
     for content in contents:
         text += header
-        places.append((len(text.encode()), len((text + content).encode())))
+        written = blanks * (len(header) - len(header.rstrip(" ")))
+        places.append((written, len(text.encode()), len((text + content).encode())))
         text += content + closing
     ids = tokenizer(text, add_special_tokens=False).input_ids
     start, end = token_spans(tokenizer, text, ids)
@@ -82,11 +95,13 @@ def make_row(tokenizer, name: str, contents: list[str], *, header: str, end_of_t
         ids, start, end = ids[:cut], start[:cut], end[:cut]
     rows = []
     for t, (i, s, e) in enumerate(zip(ids, start.tolist(), end.tolist())):
-        for m, (low, high) in enumerate(places):
+        for m, (written, low, high) in enumerate(places):
             if i == end_of_turn and s == high:
                 rows.append((t, m, high - low, high - low + 1))
             elif e > low and s < high and e > s:
                 rows.append((t, m, max(s, low) - low, min(e, high) - low))
+            elif low - written <= s <= e <= low and s < low:
+                rows.append((t, m, 0, 0))  # the blank between the generation prompt and the content
     predicted, message, begin, stop = (np.array(column, np.int32) for column in zip(*rows))
     topk_ids = np.array([candidates(tokenizer, ids[t], rng, K) for t in predicted], np.int32).reshape(-1, K)
     noise = np.random.default_rng(rng.randrange(2**32)).gumbel(size=(len(predicted), K)) * 2.0

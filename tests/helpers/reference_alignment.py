@@ -50,7 +50,7 @@ def prefix(pivot, source, texts, path, pivot_bytes, source_bytes, pivot_end_of_t
         done = [t["id"] for t in pivot[first:index]]
         alive = {}
         for i, probability in q["others"].items():
-            spelled = candidate_path(i, r, put, path, source_bytes, pivot_end_of_turn, source_end_of_turn)
+            spelled = candidate_path(i, r, put, header, path, source_bytes, pivot_end_of_turn, source_end_of_turn)
             if spelled is not None and spelled[: len(done)] == done:
                 alive[i] = (probability, spelled[len(done)] if len(spelled) > len(done) else None)
         kept = sum(probability for probability, _ in alive.values()) + q["P"]
@@ -93,13 +93,16 @@ def header_bytes(token, text, spelled) -> bytes:
     return b"" if own is None else own[: max(len(own) - (token["end"] - token["start"]), 0)]
 
 
-def candidate_path(i, r, put, path, source_bytes, pivot_end_of_turn, source_end_of_turn):
-    """Pivot ids of candidate i read from after r; None if it does not begin with r."""
+def candidate_path(i, r, put, header, path, source_bytes, pivot_end_of_turn, source_end_of_turn):
+    """Pivot ids of candidate i read from after r, which begins with the header bytes; None if it does not begin with r.
+
+    Special tokens have no header bytes: they are what they are by their role.
+    """
     if i == source_end_of_turn:
-        return None if r or put else [pivot_end_of_turn]
+        return [pivot_end_of_turn] if r == header else None
     spelled = source_bytes[i] if i < len(source_bytes) else None
     if spelled is None:
-        return None if r or put else []
+        return [] if r == header else None
     return path(put + spelled[len(r) :]) if spelled.startswith(r) else None
 
 
