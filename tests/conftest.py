@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import real_tokenizers
 
-SLOWEST = ("test_examples.py", "test_quickstart.py", "test_pipeline.py", "test_merge_install.py")
+SLOWEST = ("test_examples.py", "test_quickstart.py", "test_pipeline.py", "test_merge_install.py", "test_docs.py")
 
 
 def pytest_configure(config):

@@ -1,8 +1,6 @@
 """`represent --server`: the representation that the model itself would give, whatever happens to the servers."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -102,36 +100,22 @@ def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypa
 
 
 @pytest.mark.slow
-def test_a_killed_client_goes_on_where_it_was(pivot, expected, serving, tmp_path):
+def test_a_killed_client_goes_on_where_it_was(pivot, expected, serving, forked, tmp_path):
     served = serving()
     (tmp_path / "chats.json").write_text(json.dumps(CHATS))
-    command = [
-        sys.executable,
-        "-m",
-        "fusechat_fuse",
-        "represent",
-        "--model_name_or_path",
-        str(pivot),
-        "--server",
-        served.url,
-    ]
-    command += [
-        "--data_path",
-        str(tmp_path / "chats.json"),
-        "--output_dir",
-        str(tmp_path / "r"),
-        "--template",
-        "native",
-    ]
+    command = [sys.executable, "-m", "fusechat_fuse", "represent", "--model_name_or_path", str(pivot)]
+    command += ["--server", served.url, "--data_path", str(tmp_path / "chats.json"), "--template", "native"]
+    command += ["--output_dir", str(tmp_path / "r")]
     command += ["--shard_size", "4", "--server_requests", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "r" / "shard-00001.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
+    forked.wait_until_idle()
     before = served.asked
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert served.asked - before <= 2 + len(CHATS) - 8
     from fusechat_fuse import load_representation

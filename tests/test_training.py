@@ -1,10 +1,8 @@
 """`train`: a pivot directory and aligned data in, a loadable target out; what it refuses; how it continues."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -287,10 +285,10 @@ train(pivot, data, config(output, **settings))
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_as_if_it_had_not_been(pivot, data, tmp_path):
-    command = [sys.executable, "-c", WORKER, str(pivot), str(data), str(tmp_path / "killed")]
-    options = {"cwd": Path(__file__).parents[1], "env": {**os.environ, "PYTHONPATH": "."}}
-    assert subprocess.run(command, **options, capture_output=True).returncode == -signal.SIGKILL
+def test_a_killed_run_continues_as_if_it_had_not_been(pivot, data, forked, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, str(tmp_path / "worker.py"), str(pivot), str(data), str(tmp_path / "killed")]
+    assert forked.run(command).returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists()
     assert not (tmp_path / "killed" / "README.md").exists()
     # a checkpoint that the kill cut short has no trainer_state.json: it may not be continued from
