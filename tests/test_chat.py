@@ -10,11 +10,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.text import layout
 from fusechat_fuse.text.built_in_templates import BUILT_IN
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.spans import token_spans
-from fusechat_fuse.text.templates import bos_of, end_of_turn_of, native_template, resolve_template
+from fusechat_fuse.text.templates import bos_of, check_template, end_of_turn_of, native_template, resolve_template
 from tests.helpers.encoding import encode_conversation
 from tests.helpers.real_tokenizers import tiny_bpe
 from tests.helpers.reference_represent import spans_by_offsets
@@ -708,6 +709,93 @@ def test_answer_without_text_where_a_token_without_bytes_stands(monkeypatch):
     monkeypatch.setattr("fusechat_fuse.text.chat.token_spans", with_empty)
     got = encoder.encode(messages)
     assert (got.predicted.tolist(), got.start.tolist(), got.end.tolist()) == ([at + 1], [0], [1])
+
+
+@pytest.mark.parametrize(
+    "body", ["{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"], ids=["division", "recursion"]
+)
+def test_template_that_fails_in_whatever_way_refuses_the_conversation(body, tmp_path, qwen):
+    (tmp_path / "bad.jinja").write_text(
+        "{% for m in messages %}" + BODY + "{% endfor %}{% if messages | length > 2 %}" + body + "{% endif %}"
+    )
+    with pytest.raises(Unusable, match="the chat template refuses the conversation") as caught:
+        ConversationEncoder(qwen, str(tmp_path / "bad.jinja")).encode(MULTI)
+    assert caught.value.reason == "template"
+
+
+def test_contents_with_texts_of_special_tokens_have_a_share_limit():
+    entries = [{"reason": "special_token", "detail": "message 0 holds the text of the special token '</s>'"}] * 3
+    check_template(entries, 30)
+    check_template(entries[:1], 2)  # one alone is no pattern
+    with pytest.raises(
+        InputError, match=r"special tokens for the data: expected to leave out at most 10%, got 3 of 29"
+    ):
+        check_template(entries, 29)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_reasoning_in_a_family_that_owns_its_marks(special):
+    source = "{% for m in messages %}" + BODY + "{% endfor %}{# <think> </think> #}"
+    tokenizer = stand_in("qwen", source)
+    marks = [AddedToken(mark, special=special, normalized=False) for mark in ("<think>", "</think>")]
+    tokenizer.add_tokens(marks, special_tokens=special)
+    messages = [SINGLE[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHi"}]
+    encoder = ConversationEncoder(tokenizer, "native")
+    if special:  # no bytes, and cut from what the model says
+        with pytest.raises(Unusable, match="message 1 holds the text of the special token '<think>'"):
+            encoder.encode(messages)
+        return
+    encoded = encoder.encode(messages)
+    check(tokenizer, messages, encoded)
+    pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.predicted].tolist())
+    assert [pieces[0], *[piece for piece in pieces[1:] if "think" in piece]] == ["<think>", "</think>"]
+
+
+@pytest.mark.parametrize("source", [None, THINKS, LAST_QUESTION], ids=["plain", "thinks", "last question"])
+def test_answers_probed_in_a_few_places_are_as_if_each_was_probed(source, monkeypatch):
+    tokenizer = stand_in("mistral" if source == LAST_QUESTION else "qwen", source)
+    template = native_template(tokenizer)
+    for count in (*range(1, 12), 40):
+        for system in ((), ("system",)):
+            roles = (*system, *("user", "assistant") * count)
+            few = layout.probe_layout(template, roles)
+            with monkeypatch.context() as patch:
+                patch.setattr(layout, "_probe_alike", lambda pieces, probe: {n: probe(n) for n in pieces})
+                assert layout.probe_layout(template, roles) == few
+
+
+def test_cost_of_a_template_grows_with_the_messages(openchat, monkeypatch):
+    def messages_rendered(count: int) -> int:
+        rendered = []
+        template = native_template(openchat)
+        whole = type(template).render
+        monkeypatch.setattr(
+            type(template), "render", lambda self, m, *more: rendered.append(len(m)) or whole(self, m, *more)
+        )
+        layout.probe_layout(template, ("user", "assistant") * count)
+        monkeypatch.undo()
+        return sum(rendered)
+
+    assert messages_rendered(800) < 12 * messages_rendered(100)  # 64 times as many when each is probed
+
+
+def test_a_text_is_tokenized_no_further_than_to_an_end_of_turn_after_max_length(openchat):
+    messages = [
+        m
+        for n in range(400)
+        for m in ({"role": "user", "content": f"q{n} 你"}, {"role": "assistant", "content": "1 " * (n % 9)})
+    ]
+    whole = ConversationEncoder(openchat, "native", max_length=10**6).encode(messages)
+    encoder = ConversationEncoder(openchat, "native", max_length=100)
+    seen, ids = [], encoder._ids
+    encoder._ids = lambda text: seen.append(len(text)) or ids(text)
+    cut = encoder.encode(messages)
+    assert max(seen) < 2000
+    assert cut.truncated
+    np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:100])
+    kept = whole.predicted < 100
+    for name in ("predicted", "message", "start", "end"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[kept])
 
 
 def test_template_without_any_special_token_is_refused(tmp_path):

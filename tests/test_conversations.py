@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import pickle
 import tempfile
 import tracemalloc
 from functools import partial
@@ -136,6 +137,7 @@ REPAIRED = {
     "reasoning_content": ({"messages": [USER, {**ANSWER, "reasoning_content": "hm"}]}, [USER, ANSWER]),
     "system_column": ({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."}, [SYSTEM, USER, ANSWER]),
     "weight": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, [USER, ANSWER]),
+    "unknown_mark": ({"messages": [USER, {**ANSWER, "learn": "false"}]}, [USER, ANSWER]),
     "duplicate_id": ({"id": "good", "messages": [USER, ANSWER]}, [USER, ANSWER]),
 }
 
@@ -211,10 +213,66 @@ def test_answers_of_weight_0_stay_as_context_and_are_read_again(tmp_path):
     assert not report.repaired
 
 
-def test_answer_that_is_not_to_be_trained_on_has_weight_0():
-    row = {"messages": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": True}]}
+OFF = [False, 0, 0.0, "false", "False", "0", "no", np.False_, np.int64(0), np.float32(0)]
+ON = [True, 1, 1.0, "true", "TRUE", "1", "yes", np.True_, np.int64(1), None]
+
+
+@pytest.mark.parametrize(
+    ("field", "off", "on"),
+    [
+        *((name, off, on) for name in ("weight", "train", "loss") for off, on in zip(OFF, ON)),
+        *((name, False, True) for name in ("training", "trainable", "loss_weight", "loss_mask", "compute_loss")),
+        *(("masked", on, off) for off, on in zip(OFF, ON) if on is not None),
+        ("masked", True, None),
+        ("ignore_loss", 1, 0),
+    ],
+)
+def test_answer_that_is_not_to_be_trained_on_has_weight_0(field, off, on):
+    row = {"messages": [USER, {**ANSWER, field: off}, USER, {**ANSWER, field: on}]}
     found, _ = read_conversations([row], strict=True)
     assert found[0].messages == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+
+
+def test_marks_that_are_not_understood_are_told_and_others_are_not():
+    odd = {"weight": "half", "loss": 0.53, "mask": [1, 0], "training_detail": [{"train": False}], "flagged": False}
+    row = {"messages": [{**USER, "loss": False}, {**ANSWER, **odd, "name": "bot", "tokens": 3, "loss_scale": None}]}
+    found, report = read_conversations([row])
+    assert found[0].messages == [USER, ANSWER]
+    assert [(e["reason"], e["detail"]) for e in report.repaired] == [
+        ("weight", "message 1: weight 'half', loss 0.53 taken as 1"),
+        ("unknown_mark", "message 1 is predicted: mask, training_detail, flagged not understood"),
+    ]
+
+
+def test_rows_of_a_data_frame_are_read_as_those_of_its_file(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {
+            "id": n,
+            "system": [None, "Be brief."][n],
+            "tools": [],
+            "messages": [{**m, "tool_calls": [], "thinking": [], "weight": None} for m in (USER, ANSWER)],
+        }
+        for n in range(2)
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "d.parquet")
+    frame = pandas.read_parquet(tmp_path / "d.parquet")
+    frames = [frame, frame.convert_dtypes(), frame.assign(system=[float("nan"), "Be brief."])]
+    expected, _ = read_conversations(tmp_path / "d.parquet", strict=True)
+    assert [c.id for c in expected] == ["0", "1"]
+    for each in frames:
+        found, _ = read_conversations(each.to_dict("records"), strict=True)
+        assert [(c.id, c.messages) for c in found] == [(c.id, c.messages) for c in expected]
+    thinking = [USER, {**ANSWER, "thinking": np.array(["so"]), "content": np.array([{"type": "text", "text": "Hi"}])}]
+    _, report = read_conversations([{"messages": np.array(thinking), "system": np.array(["x"])}])
+    assert report.counts()["repaired"] == {"reasoning_content": 1, "system_column": 1}
+
+
+def test_conversations_pickle():
+    found, _ = read_conversations([SHAREGPT, {"id": "b", "slice": "s", **MESSAGES}])
+    for one, again in zip(found, pickle.loads(pickle.dumps(found)), strict=True):
+        assert again.messages == one.messages
+        assert (again.id, again.content_hash, again.slice, again.row) == (one.id, one.content_hash, one.slice, one.row)
 
 
 def test_ids_are_unique_whatever_names_the_rows_bring():

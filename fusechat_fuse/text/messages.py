@@ -4,7 +4,8 @@ Rules, each counted by its name and listed with the row:
 - repaired: `leading_assistant` (assistant messages before the first user message are left out), `trailing_user` (what
   follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row of the same id becomes
   ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a message), `system_column`
-  (the messages have another system text); `weight` (neither 0 nor 1: taken as 1).
+  (the messages have another system text); `weight` (a mark of what is trained on that is neither true nor false:
+  taken as true), `unknown_mark` (a field of an answer that looks like such a mark, and is not known).
 - skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
   `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
   in a row), `no_answer` (no assistant message to be predicted), `no_question` (no user message, of prompts to be
@@ -15,6 +16,7 @@ With `strict=True` each of them is an error that names file and row. Rows are co
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 UNUSED_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 CALL_FIELDS = ("tool_calls", "function_call")
+# fields of a message that say whether it is trained on: it is not where one is false (TRAINED) or true (MASKED)
+TRAINED_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask", "compute_loss")
+MASKED_FIELDS = ("masked", "no_loss", "ignore_loss")
+_LIKE_A_MARK = re.compile("train|loss|mask|weight|learn|supervis|ignore|exclude|skip")
+_TRUTH = {"true": 1, "false": 0, "yes": 1, "no": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 SLICE_COLUMNS = ("slice", "dataset", "source", "category")
 
 
@@ -159,8 +166,30 @@ def _checked(position: int, message: Any) -> dict[str, Any]:
         raise Unusable("tool_calls", f"message {position}: expected an answer of text alone, got {calls} as well")
     content = _text_of(position, message.get("value") if message.get("content") is None else message["content"])
     check_unicode(f"message {position}", content)
-    weight = 0 if message.get("train") is False else message.get("weight")
-    return {"role": role, "content": content, "weight": weight}
+    return {"role": role, "content": content, "weight": 0 if _is_masked(message) else 1}
+
+
+def _is_masked(message: dict) -> bool:
+    """Whether one of a message's fields says that it is not trained on."""
+    off = any(_truth(message.get(name)) == 0 for name in TRAINED_FIELDS)
+    return off or any(_truth(message.get(name)) == 1 for name in MASKED_FIELDS)
+
+
+def _truth(value: Any) -> Any:
+    """True and false in their usual spellings as 1 and 0, all else as it is."""
+    return _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def _marks_not_understood(message: dict) -> tuple[list[str], list[str]]:
+    """(fields whose value is neither true nor false, unknown fields that look like a mark of what is trained on)."""
+    known = (*TRAINED_FIELDS, *MASKED_FIELDS)
+    odd = [f"{name} {message[name]!r:.40}" for name in known if _truth(message.get(name)) not in (None, 0, 1)]
+    unknown = [
+        name
+        for name, value in message.items()
+        if name not in known and (str(value).lower() in ("true", "false") or (value and _LIKE_A_MARK.search(name)))
+    ]
+    return odd, unknown
 
 
 def check_unicode(what: str, text: str) -> None:
@@ -192,9 +221,13 @@ def _unused_parts(row: dict, raw: list, messages: list[dict]) -> list[tuple[str,
     reasoning = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
     if reasoning:
         repairs.append(("reasoning_content", f"reasoning of message {', '.join(reasoning)} left out"))
-    weights = {n: message["weight"] for n, message in enumerate(messages) if message["role"] == "assistant"}
-    if odd := {n: weight for n, weight in weights.items() if weight not in (None, 0, 1)}:
-        repairs.append(("weight", f"weights by message {odd} taken as 1"))
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant" and message["weight"]:
+            odd, unknown = _marks_not_understood(raw[n])
+            if odd:
+                repairs.append(("weight", f"message {n}: {', '.join(odd)} taken as 1"))
+            if unknown:
+                repairs.append(("unknown_mark", f"message {n} is predicted: {', '.join(unknown)} not understood"))
     return repairs
 
 

@@ -14,7 +14,7 @@ from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.messages import Unusable
 
-MAX_TEMPLATE_SHARE = 0.1
+MAX_REFUSED_SHARE = 0.1
 OTHER_TEMPLATE = "Set template to a built-in name or a .jinja file that keeps them"
 _TODAY = datetime(2024, 7, 26)  # the default date of Llama-3.1's template; renderings must not depend on the day
 
@@ -48,14 +48,13 @@ class ChatTemplate:
 
 def _render(source: str, variables: dict, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
     """The text as transformers renders it, but with a fixed date."""
-    import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
     context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
     try:
         return _compile_jinja_template(source).render(**context, **today, **variables)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a template is a program: division by zero, recursion, ...
         raise Unusable("template", f"the chat template refuses the conversation ({first_line(error)})") from error
 
 
@@ -80,13 +79,14 @@ def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
     """Texts that no content may hold: special tokens, and added ones that this or the tokenizer's own template uses.
 
     Some tokenizers add their turn markers without calling them special; in a content they would still act as markers.
+    Marks of reasoning that are not called special (Qwen3's `<think>`) are what such a model writes itself.
     """
     sources = [template.source, template.end_of_turn, template.bos]
     with contextlib.suppress(InputError):
         native = native_template(tokenizer)
         sources += [native.source, native.end_of_turn, native.bos]
     used = {text for text in added_texts(tokenizer) if not text.isspace() and any(text in s for s in sources)}
-    return used | set(special_texts(tokenizer))
+    return (used - REASONING_MARKS) | set(special_texts(tokenizer))
 
 
 def _first_of(texts, text: str) -> str | None:
@@ -96,6 +96,8 @@ def _first_of(texts, text: str) -> str | None:
     return match[0] if match else None
 
 
+# spellings of the tokens around a reasoning text: a family that owns them writes them into answers, as text
+REASONING_MARKS = {f"<{slash}{name}>" for slash in ("", "/") for name in ("think", "thinking", "thought", "reasoning")}
 _PROBE = [{"role": "user", "content": "QZ0ZQ"}, {"role": "assistant", "content": "QZ1ZQ"}]
 
 
@@ -176,13 +178,18 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
 
 
 def check_template(skipped: list[dict], total: int) -> None:
-    """Raise InputError if the chat template refuses more than MAX_TEMPLATE_SHARE of the conversations."""
-    refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == "template")
-    if (count := refused.total()) > MAX_TEMPLATE_SHARE * total:
-        raise InputError(
-            f"chat template for the data: expected to leave out at most {MAX_TEMPLATE_SHARE:.0%}, got {count} of "
-            f"{total} conversations that it does not keep ({refused.most_common(1)[0][0]}). {OTHER_TEMPLATE}."
-        )
+    """Raise InputError if more than MAX_REFUSED_SHARE of the conversations are refused by the chat template, or because
+    they hold texts of special tokens (one conversation may)."""
+    for reason, at_least, what, refusal, remedy in (
+        ("template", 1, "chat template", "that it does not keep", OTHER_TEMPLATE),
+        ("special_token", 2, "special tokens", "that hold the text of one", "Take these texts out of the data"),
+    ):
+        refused = Counter(entry["detail"] for entry in skipped if entry["reason"] == reason)
+        if (count := refused.total()) > MAX_REFUSED_SHARE * total and count >= at_least:
+            raise InputError(
+                f"{what} for the data: expected to leave out at most {MAX_REFUSED_SHARE:.0%}, got {count} of {total} "
+                f"conversations {refusal} ({refused.most_common(1)[0][0]}). {remedy}."
+            )
 
 
 def _name(tokenizer, otherwise: str) -> str:
