@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.tokens import same_vocabulary, token_table, tokenizer_hash
 from tests.helpers.random_texts import random_texts
@@ -188,6 +189,18 @@ def test_wrong_ids_are_refused(qwen, text, place):
     ids = qwen("some text", add_special_tokens=False).input_ids
     with pytest.raises(InputError, match=place):
         token_spans(qwen, text, ids)
+
+
+def test_bpe_dropout_is_switched_off(tiny_bpe, tmp_path, caplog):
+    tiny_bpe.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_fast_tokenizer(tmp_path)
+    text = "the quick brown fox " * 20
+    assert {tuple(tokenizer(text).input_ids) for _ in range(5)} == {tuple(tiny_bpe(text).input_ids)}
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(tiny_bpe)
+    assert "draws ids at random (BPE dropout): switched off" in caplog.text
 
 
 def test_slow_tokenizers_are_refused():

@@ -209,4 +209,7 @@ def _must_be_fast(tokenizer, name):
             f"tokenizer for {name}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__} without "
             "a tokenizers backend. Save one with tokenizer.json and give that directory."
         )
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        logger.warning("%s draws ids at random (BPE dropout): switched off, as ids must be the same each time.", name)
+        tokenizer.backend_tokenizer.model.dropout = None
     return tokenizer
