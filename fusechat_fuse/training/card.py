@@ -20,17 +20,9 @@ CITATION = """@article{wan2024fusechat,
   journal={arXiv preprint arXiv:2408.07990},
   year={2024}
 }"""
-TRAINING = (
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_length",
-    "bf16",
-    "seed",
-    "packing",
-)
+TRAINING = """
+    num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay max_length bf16 seed packing
+""".split()
 FIGURES = "train_loss eval_loss eval_lm_loss eval_fusion_loss eval_source_share eval_mapped_mass".split()
 
 

@@ -16,19 +16,10 @@ import torch
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
-from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import (
-    BY_SLICE,
-    CHOICES,
-    FALLBACKS,
-    TAILS,
-    FusionDistribution,
-    fusion_distribution,
-    require_columns,
-)
+from fusechat_fuse.training.choice import BY_SLICE, FusionDistribution, fusion_distribution, require_columns
 from fusechat_fuse.training.loss import IGNORED
-from fusechat_fuse.training.options import FusionOptions
+from fusechat_fuse.training.options import FusionOptions, check_choices
 
 TABLES = ("topk_ids", "topk_logprobs", "source_ids", "source_probs")
 INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
@@ -63,11 +54,11 @@ class FusionCollator:
     pad_token_id: int = 0
     vocab_size: int | None = None
     max_length: int = FusionOptions.max_length
-    fusion_function: str | None = None
+    fusion_function: str = None  # pyright: ignore[reportAssignmentType]: the preset's, from __post_init__ on
     fuse_temperature: float = FusionOptions.fuse_temperature
-    ce_unit: str | None = None
-    fusion_fallback: str | None = None
-    fusion_tail: str | None = None
+    ce_unit: str = None  # pyright: ignore[reportAssignmentType]: the preset's, from __post_init__ on
+    fusion_fallback: str = None  # pyright: ignore[reportAssignmentType]: the preset's, from __post_init__ on
+    fusion_tail: str = None  # pyright: ignore[reportAssignmentType]: the preset's, from __post_init__ on
     label_noise: float = FusionOptions.label_noise
     slice_choice: Callable[[dict], float] | None = None
     packing: bool = FusionOptions.packing
@@ -79,14 +70,7 @@ class FusionCollator:
         names = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
         for name, value in or_preset(self.preset, **{name: getattr(self, name) for name in names}).items():
             setattr(self, name, value)
-        for name, value, allowed in (
-            ("fusion_function", self.fusion_function, CHOICES),
-            ("ce_unit", self.ce_unit, CE_UNITS),
-            ("fusion_fallback", self.fusion_fallback, FALLBACKS),
-            ("fusion_tail", self.fusion_tail, TAILS),
-        ):
-            if value not in allowed:
-                raise InputError(f"value for {name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
+        check_choices(self)
         if not 0 <= self.label_noise < 1:
             raise InputError(f"value for label_noise: expected 0 to 1, got {self.label_noise}. Change it.")
         for name in ("fuse_temperature", "max_length"):

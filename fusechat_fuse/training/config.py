@@ -10,10 +10,8 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.presets import LOSS_KINDS, or_preset
-from fusechat_fuse.store.cross_entropy import CE_UNITS
-from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
-from fusechat_fuse.training.options import FusionOptions
+from fusechat_fuse.presets import or_preset
+from fusechat_fuse.training.options import FusionOptions, check_choices
 
 logger = logging.getLogger(__name__)
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 2e-4  # of all weights (the paper), of low-rank adapters
@@ -106,17 +104,7 @@ class FusionConfig(FusionOptions, TrainingArguments):
 
     def check_fusion_values(self) -> None:
         """Raise InputError for a value that fusion cannot use; called again at training's start, after late changes."""
-        for name, allowed in (
-            ("fusion_loss_type", LOSS_KINDS),
-            ("fusion_function", CHOICES),
-            ("ce_unit", CE_UNITS),
-            ("fusion_fallback", FALLBACKS),
-            ("fusion_tail", TAILS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"value for {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}. Use one."
-                )
+        check_choices(self)
         accumulated = self.gradient_accumulation_steps
         for name, good, expected in (
             ("lm_loss_weight", 0 <= self.lm_loss_weight <= 1, "0 to 1"),

@@ -69,7 +69,12 @@ def fusion_loss(
     Differs from the released trainer: distributions are not rounded to bfloat16; means run over `num_items`, so that
     gradient accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
     """
-    check_options(lm_loss_weight, kind)
+    if not 0 <= lm_loss_weight <= 1:
+        raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
+    if kind not in LOSS_KINDS:
+        raise InputError(
+            f"value for the fusion loss type: expected one of {', '.join(LOSS_KINDS)}, got {kind!r}. The paper uses ce."
+        )
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise InputError(
             f"shape for labels: expected [B, T] of logits [B, T, V] = {tuple(logits.shape)}, got {tuple(labels.shape)}."
@@ -84,11 +89,7 @@ def fusion_loss(
     chosen = labels.reshape(-1)[rows], target_ids.flatten(0, 1)[rows], target_probs.flatten(0, 1)[rows]
     check_ids(*chosen[:2], vocab_size=logits.shape[-1])
     lm_sum, fusion_sum = row_sums(logits.flatten(0, 1), *chosen, kind, rows)
-    return combine_sums(lm_sum, fusion_sum, lm_loss_weight, max(len(rows), 1) if num_items is None else num_items)
-
-
-def combine_sums(lm_sum: Tensor, fusion_sum: Tensor, lm_loss_weight: float, num_items) -> FusionLoss:
-    """Sums over labelled positions -> `FusionLoss` of means over `num_items`."""
+    num_items = max(len(rows), 1) if num_items is None else num_items
     lm, fusion = lm_sum / num_items, fusion_sum / num_items
     return FusionLoss(weighted_loss(lm, fusion, lm_loss_weight), lm, fusion)
 
@@ -100,16 +101,6 @@ def weighted_loss(lm: Number, fusion: Number, lm_loss_weight: float) -> Number:
     if lm_loss_weight == 0:
         return fusion
     return lm_loss_weight * lm + (1 - lm_loss_weight) * fusion
-
-
-def check_options(lm_loss_weight: float, kind: str) -> None:
-    """Raise InputError for a weight outside [0, 1] or an unknown kind of fusion loss."""
-    if not 0 <= lm_loss_weight <= 1:
-        raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
-    if kind not in LOSS_KINDS:
-        raise InputError(
-            f"value for the fusion loss type: expected one of {', '.join(LOSS_KINDS)}, got {kind!r}. The paper uses ce."
-        )
 
 
 def check_ids(labels_N: Tensor, ids_NK: Tensor, vocab_size: int) -> None:
@@ -142,7 +133,8 @@ class _RowSums(torch.autograd.Function):
             z = logits[a:b] if rows is None else logits[rows[a:b]]
             z = z.to(probs.dtype)
             lse[a:b] = torch.logsumexp(z, -1)
-            lm, fusion = terms(z, lse[a:b], labels[a:b], ids[a:b], probs[a:b], kind)
+            at_labels, at_ids = z.gather(1, labels[a:b, None])[:, 0], z.gather(1, ids[a:b].clamp(min=0))
+            lm, fusion = picked_terms(at_labels, at_ids, lse[a:b], probs[a:b], kind)
             lm_sum += lm
             fusion_sum += fusion
         ctx.save_for_backward(logits, labels, ids, probs, lse, rows)
@@ -163,12 +155,6 @@ class _RowSums(torch.autograd.Function):
             else:
                 grad[rows[a:b]] = p.to(grad.dtype)
         return grad, None, None, None, None, None
-
-
-def terms(z_NV: Tensor, lse_N: Tensor, labels_N: Tensor, ids_NK: Tensor, probs_NK: Tensor, kind: str):
-    """(sum of L_LM, sum of L_fusion) of the rows `z_NV`, given their logsumexp."""
-    at_label, at_ids = z_NV.gather(1, labels_N[:, None])[:, 0], z_NV.gather(1, ids_NK.clamp(min=0))
-    return picked_terms(at_label, at_ids, lse_N, probs_NK, kind)
 
 
 def picked_terms(at_label_N: Tensor, at_ids_NK: Tensor, lse_N: Tensor, probs_NK: Tensor, kind: str):

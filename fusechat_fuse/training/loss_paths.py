@@ -54,6 +54,7 @@ def loss_sums(model, batch: dict, path: str, *, lm_loss_weight: float, kind: str
     outputs = model(**arguments, **kept, use_cache=False)
     rows = None if kept else mask.reshape(-1).nonzero(as_tuple=True)[0]
     logits = outputs.logits if kept else outputs.logits.flatten(0, 1)
-    lm_sum, fusion_sum = row_sums(logits, *(batch[name][mask] for name in FUSION_COLUMNS), kind, rows)
+    labels, ids, probs = (batch[name][mask] for name in FUSION_COLUMNS)
+    lm_sum, fusion_sum = row_sums(logits, labels, ids, probs, kind, rows)
     loss = weighted_loss(lm_sum, fusion_sum, lm_loss_weight)
     return FusionOutput(loss, lm_sum.detach(), fusion_sum.detach()), getattr(outputs, "aux_loss", None)

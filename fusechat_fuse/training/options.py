@@ -1,7 +1,9 @@
 """The options of `fusechat-fuse train` as dataclass fields: type, default, help text, choices. Imports no torch and no
 transformers, so that the command's help and its checks start at once."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import Flag, flags_of_fields
@@ -48,46 +50,39 @@ HELP = {  # of TrainingArguments' own fields that `--help` shows
 }
 
 
+def option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+    """A dataclass field, as transformers' HfArgumentParser reads it."""
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+
+
 @dataclass
 class TrainArguments:
     """What `fusechat-fuse train` takes beside FusionConfig."""
 
     model_name_or_path: str = field(metadata={"help": "The pivot: a directory or a Hub name."})
     data_path: str = field(metadata={"help": "Aligned or combined data: a directory that align or combine wrote."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Aligned data to evaluate on."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Precision of the trained weights; bfloat16 would round steps of 5e-6 away, and autocast computes "
-            "in it anyway.",
-            "choices": list(DTYPES),
-        },
+    eval_data_path: str | None = option(None, "Aligned data to evaluate on.")
+    dtype: str = option(
+        "float32",
+        "Precision of the trained weights; bfloat16 would round steps of 5e-6 away, and autocast computes in it "
+        "anyway.",
+        DTYPES,
     )
-    save_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Precision of the saved target; unset: as trained, which keeps small task vectors exact.",
-            "choices": list(DTYPES),
-        },
+    save_dtype: str | None = option(
+        None, "Precision of the saved target; unset: as trained, which keeps small task vectors exact.", DTYPES
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 or another."}
+    attn_implementation: str | None = option(
+        None, "Attention implementation: eager, sdpa, flash_attention_2 or another."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters (needs peft); 0: train all weights."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_target_modules: str = field(
-        default="all-linear",
-        metadata={"help": "Modules that get adapters: all-linear, or names separated by commas."},
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    lora_r: int = option(0, "Rank of LoRA adapters (needs peft); 0: train all weights.")
+    lora_alpha: int = option(16, "Scale of the adapters: alpha / r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapters.")
+    lora_target_modules: str = option(
+        "all-linear", "Modules that get adapters: all-linear, or names separated by commas."
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: quantise the pivot's frozen weights to 4 bits (bitsandbytes)."},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start anew in a directory that holds another training run."}
-    )
+    load_in_4bit: bool = option(False, "QLoRA: quantise the pivot's frozen weights to 4 bits (bitsandbytes).")
+    overwrite: bool = option(False, "Start anew in a directory that holds another training run.")
 
     def check(self) -> None:
         """Raise InputError for a value, or a combination of values, that no run can use."""
@@ -109,142 +104,93 @@ class TrainArguments:
 class FusionOptions:
     """The fields of FusionConfig that transformers' TrainingArguments lacks, or has with another default."""
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Directory for the target: new, or an interrupted run's, which is continued."},
+    output_dir: str | None = option(None, "Directory for the target: new, or an interrupted run's, which is continued.")
+    preset: str = option(
+        "fusechat",
+        "Default values of the options whose help names a preset: fusechat (ours) or paper (FuseChat's).",
+        PRESETS,
     )
-    preset: str = field(
-        default="fusechat",
-        metadata={
-            "help": "Default values of the options whose help names a preset: fusechat (ours) or paper (FuseChat's).",
-            "choices": list(PRESETS),
-        },
+    lm_loss_weight: float = option(
+        None, "Weight lambda of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
     )
-    lm_loss_weight: float = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Weight lambda of the language-model loss; 1.0 is plain fine-tuning (preset: 0.5, paper 0.9)."
-        },
+    fusion_loss_type: str = option(
+        "ce", "Fusion loss: ce (cross-entropy) or kl (Kullback-Leibler divergence).", LOSS_KINDS
     )
-    fusion_loss_type: str = field(
-        default="ce",
-        metadata={
-            "help": "Fusion loss: ce (cross-entropy) or kl (Kullback-Leibler divergence).",
-            "choices": list(LOSS_KINDS),
-        },
+    fusion_function: str = option(
+        None,
+        "Distribution to train on: avg_ce_slice (in each slice whose median cross-entropy is lower for the source, a "
+        "mixture of source and pivot), min_ce_slice (in these slices the source's alone), min_ce (of each "
+        "conversation, that of the lower cross-entropy), avg_ce (of each conversation, a mixture with weights "
+        "exp(-CE)), min_ce_token (min_ce token by token), source (always the source's) (preset: avg_ce_slice, paper "
+        "min_ce).",
+        CHOICES,
     )
-    fusion_function: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Distribution to train on: avg_ce_slice (in each slice whose median cross-entropy is lower for "
-            "the source, a mixture of source and pivot), min_ce_slice (in these slices the source's alone), min_ce "
-            "(of each conversation, that of the lower cross-entropy), avg_ce (of each conversation, a mixture with "
-            "weights exp(-CE)), min_ce_token (min_ce token by token), source (always the source's) "
-            "(preset: avg_ce_slice, paper min_ce).",
-            "choices": list(CHOICES),
-        },
+    fusion_fallback: str = option(
+        None,
+        "Distribution where the source's is not chosen: label (all weight on the label, as in plain fine-tuning) or "
+        "pivot (the pivot's own distribution) (preset: label, paper pivot).",
+        FALLBACKS,
     )
-    fusion_fallback: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Distribution where the source's is not chosen: label (all weight on the label, as in plain "
-            "fine-tuning) or pivot (the pivot's own distribution) (preset: label, paper pivot).",
-            "choices": list(FALLBACKS),
-        },
+    fusion_tail: str = option(
+        None,
+        "What replaces the tail of a distribution, the entries that top-k did not keep: label (the label, where it is "
+        "one of them) or drop (nothing) (preset: label, paper drop).",
+        TAILS,
     )
-    fusion_tail: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "What replaces the tail of a distribution, the entries that top-k did not keep: label (the label, "
-            "where it is one of them) or drop (nothing) (preset: label, paper drop).",
-            "choices": list(TAILS),
-        },
+    label_noise: float = option(
+        0.05,
+        "Share e of labels that may be wrong, for fusion_tail label: the label gets weight t / (t + e), where t is "
+        "the mass of the tail; 0 is unbiased where the source itself wrote the labels.",
     )
-    label_noise: float = field(
-        default=0.05,
-        metadata={
-            "help": "Share e of labels that may be wrong, for fusion_tail label: the label gets weight t / (t + e), "
-            "where t is the mass of the tail; 0 is unbiased where the source itself wrote the labels."
-        },
+    slice_column: str = option(
+        "slice", "Slices of avg_ce_slice and min_ce_slice: slice (the data's own column) or auto (prompt clusters)."
     )
-    slice_column: str = field(
-        default="slice",
-        metadata={
-            "help": "Slices of avg_ce_slice and min_ce_slice: slice (the data's own column) or auto (prompt clusters)."
-        },
+    slice_pattern: str | None = option(
+        None, "Regular expression on the ids that names the slices, in place of slice_column."
     )
-    slice_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression on the ids that names the slices, in place of slice_column."},
+    fuse_temperature: float = option(1.0, "Temperature of the fusion distribution; changes its shape, not its mass.")
+    ce_unit: str = option(
+        None,
+        "Unit of the cross-entropies that are compared: byte (comparable between tokenizers) or token (preset: byte, "
+        "paper token).",
+        CE_UNITS,
     )
-    fuse_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the fusion distribution; changes its shape, not its mass."}
+    max_length: int = option(2048, "Tokens kept of each conversation; later ones are cut off.")
+    packing: bool = option(
+        False, "Put the conversations of a batch into one row without padding (best with FlashAttention)."
     )
-    ce_unit: str = field(
-        default=None,  # pyright: ignore[reportAssignmentType]
-        metadata={
-            "help": "Unit of the cross-entropies that are compared: byte (comparable between tokenizers) or token "
-            "(preset: byte, paper token).",
-            "choices": list(CE_UNITS),
-        },
+    lean_head: bool = option(
+        True, "Compute lm_head and the loss in chunks and at labelled positions only, where the model allows it."
     )
-    max_length: int = field(
-        default=2048, metadata={"help": "Tokens kept of each conversation; later ones are cut off."}
+    total_batch_size: int = option(
+        128, "Conversations per optimizer step over all devices; sets gradient_accumulation_steps unless that is given."
     )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Put the conversations of a batch into one row without padding (best with FlashAttention)."},
+    gradient_accumulation_steps: int | None = option(
+        None, "Batches per optimizer step on each device; unset: derived from total_batch_size."
     )
-    lean_head: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute lm_head and the loss in chunks and at labelled positions only, where the model allows it."
-        },
-    )
-    total_batch_size: int = field(
-        default=128,
-        metadata={
-            "help": "Conversations per optimizer step over all devices; sets gradient_accumulation_steps unless that "
-            "is given."
-        },
-    )
-    gradient_accumulation_steps: int | None = field(
-        default=None,
-        metadata={"help": "Batches per optimizer step on each device; unset: derived from total_batch_size."},
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Total number of training epochs."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; unset: 5e-6, or 2e-4 for LoRA adapters."}
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps of linear warm-up; below 1: as a ratio of all steps."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Conversations per device and batch in training."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=4, metadata={"help": "Conversations per device and batch in evaluation."}
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast; unset: where the GPU supports it. Weights stay float32."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log entries."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of the logs."}
-    )
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints kept."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "When --push_to_hub uploads: end (the finished target)."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the loss needs all columns."}
-    )
-    length_column_name: str = field(
-        default="num_tokens", metadata={"help": "Column with the lengths for group_by_length."}
-    )
+    num_train_epochs: float = option(3.0, "Total number of training epochs.")
+    learning_rate: float | None = option(None, "Peak learning rate; unset: 5e-6, or 2e-4 for LoRA adapters.")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
+    warmup_steps: float = option(0.03, "Steps of linear warm-up; below 1: as a ratio of all steps.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    per_device_train_batch_size: int = option(4, "Conversations per device and batch in training.")
+    per_device_eval_batch_size: int = option(4, "Conversations per device and batch in evaluation.")
+    bf16: bool | None = option(None, "bfloat16 autocast; unset: where the GPU supports it. Weights stay float32.")
+    logging_steps: float = option(10, "Optimizer steps between two log entries.")
+    logging_nan_inf_filter: bool = option(False, "Leave losses that are not finite out of the logs.")
+    save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch, best.")
+    save_total_limit: int | None = option(2, "Number of checkpoints kept.")
+    hub_strategy: str = option("end", "When --push_to_hub uploads: end (the finished target).")
+    remove_unused_columns: bool = option(False, "Must stay False: the loss needs all columns.")
+    length_column_name: str = option("num_tokens", "Column with the lengths for group_by_length.")
+
+
+def check_choices(options: Any) -> None:
+    """Raise InputError where a value, of FusionConfig or FusionCollator, is none of its choices in FusionOptions."""
+    for one in fields(FusionOptions):
+        value, allowed = getattr(options, one.name, None), one.metadata.get("choices")
+        if allowed and hasattr(options, one.name) and value not in allowed:
+            raise InputError(f"value for {one.name}: expected one of {', '.join(allowed)}, got {value!r}. Use one.")
 
 
 def train_flags(of_transformers: list[Flag]) -> dict[str, list[Flag]]:

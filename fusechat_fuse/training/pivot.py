@@ -15,19 +15,10 @@ from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 # Copied as they are: saving a tokenizer anew with another version of transformers can change its ids.
-OWN_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "tekken.json",
-)
+OWN_FILES = """
+    tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja chat_template.json generation_config.json tekken.json
+""".split()
 
 
 class PivotFiles:

@@ -17,53 +17,18 @@ from fusechat_fuse.store.files import read_json, write_atomic
 logger = logging.getLogger(__name__)
 RUN_FILE = "fusion_run.json"
 # what decides the numbers of a run, and so may not change between its parts
-DECISIVE = (
-    "lm_loss_weight",
-    "fusion_loss_type",
-    "fusion_function",
-    "fuse_temperature",
-    "ce_unit",
-    "fusion_fallback",
-    "fusion_tail",
-    "label_noise",
-    "slice_column",
-    "slice_pattern",
-    "max_length",
-    "packing",
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "optim",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "neftune_noise_alpha",
-    "train_sampling_strategy",
-    "lr_scheduler_kwargs",
-    "optim_args",
-    "optim_target_modules",
-    "dataloader_drop_last",
-    "average_tokens_across_devices",
-    "accelerator_config",
-    "ignore_data_skip",
-)
+DECISIVE = """
+    lm_loss_weight fusion_loss_type fusion_function fuse_temperature ce_unit fusion_fallback fusion_tail label_noise
+    slice_column slice_pattern max_length packing num_train_epochs max_steps learning_rate lr_scheduler_type
+    warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim seed data_seed bf16 fp16
+    neftune_noise_alpha train_sampling_strategy lr_scheduler_kwargs optim_args optim_target_modules
+    dataloader_drop_last average_tokens_across_devices accelerator_config ignore_data_skip
+""".split()
+DECISIVE_ARGUMENTS = "dtype save_dtype lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit".split()
 # what decides which checkpoint becomes the target, or what is told of it, where there is evaluation data
-DECISIVE_WITH_EVALUATION = (
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "greater_is_better",
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-)
+DECISIVE_WITH_EVALUATION = """
+    load_best_model_at_end metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay
+""".split()
 
 
 class RunDirectory:
@@ -81,21 +46,10 @@ class RunDirectory:
         self.path = Path(config.output_dir)
         self.file = self.path / RUN_FILE
         self._inputs = {"pivot": pivot.name, "data": data.path, "evaluation data": getattr(eval_data, "path", None)}
-        names = DECISIVE + (DECISIVE_WITH_EVALUATION if eval_data is not None else ())
+        names = DECISIVE + (DECISIVE_WITH_EVALUATION if eval_data is not None else [])
         options = {name: _plain(getattr(config, name)) for name in names}
         options["conversations_per_step"] = config.conversations_per_step
-        for name in (
-            "dtype",
-            "save_dtype",
-            "lora_r",
-            "lora_alpha",
-            "lora_dropout",
-            "lora_target_modules",
-            "load_in_4bit",
-        ):
-            options[name] = getattr(arguments, name)
-        if arguments.load_in_4bit:
-            options["load_in_4bit"] = True
+        options |= {name: getattr(arguments, name) for name in DECISIVE_ARGUMENTS}
         self.identity = {"model": pivot.fingerprint, "data": _content(data), "options": options}
         if eval_data is not None:
             self.identity["eval_data"] = _content(eval_data)

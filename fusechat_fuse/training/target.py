@@ -104,7 +104,7 @@ def tidy_saved(folder: Path, dtype: torch.dtype | None) -> None:
         write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
 
 
-def check_weights(model: torch.nn.Module, accelerator) -> None:
+def check_weights(model, accelerator) -> None:
     """Raise FloatingPointError where a weight is not finite: the last update is seen by no loss, and a frozen weight
     that the data never read by none either."""
     bad = 0
