@@ -1,6 +1,7 @@
 """Messages to ids: the published formats, contents found by construction, nothing that becomes a special token."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -749,6 +750,32 @@ def test_reasoning_in_a_family_that_owns_its_marks(special):
     check(tokenizer, messages, encoded)
     pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.predicted].tolist())
     assert [pieces[0], *[piece for piece in pieces[1:] if "think" in piece]] == ["<think>", "</think>"]
+
+
+TAKES_APART = (  # as Qwen3: reasoning is cut out of the content, and put before it again in the last answer only
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% set parts = m['content'].split('</think>') %}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n' }}"
+    "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' }}{{ '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1].lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_template_that_takes_reasoning_apart():
+    tokenizer = stand_in("qwen", TAKES_APART)
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    encoder = ConversationEncoder(tokenizer, "native")
+    reasoned = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHi"}
+    for messages in ([SINGLE[0], reasoned], [*MULTI[:3], reasoned]):
+        encoded = encoder.encode(messages)
+        assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(encoded.input_ids[encoded.predicted]) == reasoned["content"] + "<|im_end|>"
+        check(tokenizer, messages[-2:], replace(encoded, message=encoded.message - len(messages) + 2))
+    with pytest.raises(Unusable, match="changes the text of or around message 1"):  # it drops earlier reasoning
+        encoder.encode([SINGLE[0], reasoned, *MULTI[2:]])
+    # an answer without reasoning: the empty block is the template's, not the model's
+    encoded = encoder.encode(SINGLE)
+    assert tokenizer.decode(encoded.input_ids[encoded.predicted]) == "Hi there.<|im_end|>"
 
 
 @pytest.mark.parametrize("source", [None, THINKS, LAST_QUESTION], ids=["plain", "thinks", "last question"])

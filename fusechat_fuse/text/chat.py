@@ -79,7 +79,7 @@ class ConversationEncoder:
         special = {added[text] for text in reserved if text in added}
         self._is_special = np.zeros(2 + max(special, default=-1), bool)  # by id; the last entry serves all higher ids
         self._is_special[list(special)] = True
-        self._layouts: dict[tuple[str, ...], Layout | Unusable] = {}
+        self._layouts: dict[tuple[tuple[str, ...], tuple[int, ...]], Layout | Unusable] = {}
 
     def _is_own(self) -> bool:
         """Whether the template already renders this tokenizer's BOS and end of turn: its own does, and a file's."""
@@ -163,7 +163,8 @@ class ConversationEncoder:
         for n, message in enumerate(messages):
             if found := self._reserved.search(message["content"]):
                 raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
-        layout = self._layout(tuple(message["role"] for message in messages))
+        reasoning = tuple(n for n, message in enumerate(messages) if "</think>" in message["content"])
+        layout = self._layout(tuple(message["role"] for message in messages), reasoning)
         contents = [messages[i]["content"].lstrip(a).rstrip(b) for i, (a, b) in zip(layout.order, layout.trims)]
         self._check_rendering(layout, contents, messages)
         return layout, contents
@@ -171,13 +172,14 @@ class ConversationEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
 
-    def _layout(self, roles: tuple[str, ...]) -> Layout:
-        if roles not in self._layouts:
+    def _layout(self, roles: tuple[str, ...], reasoning: tuple[int, ...] = ()) -> Layout:
+        key = roles, reasoning
+        if key not in self._layouts:
             try:
-                self._layouts[roles] = probe_layout(self.template, roles)
+                self._layouts[key] = probe_layout(self.template, roles, reasoning)
             except Unusable as problem:
-                self._layouts[roles] = problem
-        if isinstance(layout := self._layouts[roles], Unusable):
+                self._layouts[key] = problem
+        if isinstance(layout := self._layouts[key], Unusable):
             raise Unusable(layout.reason, str(layout))
         return layout
 

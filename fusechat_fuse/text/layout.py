@@ -19,7 +19,7 @@ from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import ChatTemplate
 
 Trim = tuple[str | None, str | None]
-_MARK = re.compile(r"QZ\d+ZQ")
+_MARK = re.compile(r"(?:<think>\nQZ\d+ZQ\n</think>\n\n)?QZ\d+ZQ")
 _LINES = "\n" * 9  # more than a template puts before or after a content itself
 
 
@@ -42,11 +42,16 @@ class Layout:
     ended: tuple[bool, ...]
 
 
-def probe_layout(template: ChatTemplate, roles: tuple[str, ...]) -> Layout:
-    """The layout of one sequence of roles. Raises: Unusable where no answer's place can be told."""
+def probe_layout(template: ChatTemplate, roles: tuple[str, ...], reasoning: tuple[int, ...] = ()) -> Layout:
+    """The layout of one sequence of roles. Raises: Unusable where no answer's place can be told.
+
+    Args:
+        reasoning: the messages that hold a think block, which some templates take out and put back.
+    """
     marks = [f"QZ{n}ZQ" for n in range(len(roles))]
+    marks = [f"<think>\n{mark}\n</think>\n\n{mark}" if n in reasoning else mark for n, mark in enumerate(marks)]
     whole = _render(template, roles, marks)
-    order = tuple(int(mark[2:-2]) for mark in _MARK.findall(whole))
+    order = tuple(int(mark[:-2].rpartition("QZ")[2]) for mark in _MARK.findall(whole))
     found = Counter(order)
     for n, role in enumerate(roles):
         if found[n] != 1:

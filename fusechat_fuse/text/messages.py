@@ -54,9 +54,6 @@ class Unusable(InputError):
         super().__init__(detail)
         self.reason = reason
 
-    def __reduce__(self):  # pickled between processes
-        return Unusable, (self.reason, str(self))
-
 
 def content_hash(messages: list[dict[str, Any]]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (and weights of 0)."""
