@@ -108,7 +108,6 @@ def test_over_ssh_the_command_is_one_word_from_the_same_directory():
     assert words[2].endswith("align --output_dir 'a b'")
 
 
-@pytest.mark.usefixtures("forked_commands")
 def test_the_first_failure_stops_with_the_command_and_the_log(tmp_path):
     recipe = written(tmp_path, output_dir=str(tmp_path / "out"), pivot=str(tmp_path / "none"), data="none.json")
     with pytest.raises(RuntimeError, match="represent pivot ended with exit code 2: fusechat-fuse: error: ") as raised:
