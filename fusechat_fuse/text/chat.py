@@ -111,8 +111,8 @@ class ConversationEncoder:
         return self._located(ids, start, end, within, layout, messages)
 
     def _text(self, layout: Layout, contents: list[str]) -> tuple[str, list[tuple[int, int, int]], list[int]]:
-        """The rendered text; of each content where, in bytes, what the model generates for it begins, where the content
-        begins and where it ends; where, in characters, the ends of turns end."""
+        """(the rendered text; of each content, in bytes: where the model begins to generate, where the content begins
+        and ends; where each end of turn ends, in characters)."""
         parts, places, turn_ends, position, characters = [], [], [], 0, 0
         pieces = self._own_pieces(layout.pieces)
         ended = (False, *layout.ended)
@@ -127,8 +127,8 @@ class ConversationEncoder:
         return "".join(parts), places[:-1], turn_ends
 
     def _tokenized(self, text: str, turn_ends: list[int]) -> tuple[str, np.ndarray]:
-        """A text and its ids, or its beginning of more than `max_length` tokens: up to an end of turn, as no token runs
-        across one."""
+        """A text and its ids; a long text only up to an end of turn, which no token runs across, with more than
+        `max_length` tokens before it."""
         at_least = 8 * self.max_length
         for cut in turn_ends:
             if cut >= at_least:
@@ -198,10 +198,8 @@ class ConversationEncoder:
         theirs = self.template
         if (theirs.bos, theirs.end_of_turn) == (self.bos, self.end_of_turn):
             return list(pieces)
-        ours = {
-            theirs.bos: self.bos,
-            theirs.end_of_turn: self.end_of_turn,
-        }  # some put BOS before each question
+        # everywhere: some templates put BOS before each question
+        ours = {theirs.bos: self.bos, theirs.end_of_turn: self.end_of_turn}
         marks = re.compile("|".join(re.escape(mark) for mark in sorted(ours, key=len, reverse=True) if mark))
         own = [pieces[0].removeprefix(theirs.bos), *pieces[1:]]
         own = [marks.sub(lambda found: ours[found[0]], piece) for piece in own]
@@ -220,14 +218,14 @@ class ConversationEncoder:
         for k, n in enumerate(layout.order[: len(places)]):
             if is_special[low[k] : high[k]].any():
                 raise Unusable("special_token", f"message {n} joins its surroundings to a special token")
-            if not (layout.predicted[k] and _counts(messages[n])):
+            if not (layout.predicted[k] and _may_be_predicted(messages[n])):
                 continue
             stop = int(high[k])
             if layout.ended[k]:
                 if (at := np.searchsorted(turn_ends, stop)) == len(turn_ends):
                     raise Unusable("template", f"no end-of-turn token follows message {n}")
                 stop = int(turn_ends[at]) + 1
-            else:  # what runs into the text after the content is no prediction of the content alone
+            else:  # a token that runs into the text after the content does not predict the content alone
                 while low[k] < stop and end[stop - 1] > last[k]:
                     stop -= 1
             content, tokens = messages[n]["content"], slice(int(low[k]), stop)
@@ -247,17 +245,19 @@ class ConversationEncoder:
             start=starts[keep].astype(np.int32),
             end=ends[keep].astype(np.int32),
             truncated=len(ids) > self.max_length,
-            context_answers=sum(_counts(messages[n]) and not p for n, p in zip(layout.order, layout.predicted)),
+            context_answers=sum(
+                _may_be_predicted(messages[n]) and not p for n, p in zip(layout.order, layout.predicted)
+            ),
         )
 
 
-def _counts(message: dict) -> bool:
-    """Whether a message is an answer that is to be predicted."""
+def _may_be_predicted(message: dict) -> bool:
+    """Whether a message is an answer, and not one of weight 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _spans_in(content: str, left: str | None, kept: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Spans [2, n] of tokens in the bytes of a content; tokens of the blanks around it have empty ones, at byte 0 or at
+    """Spans [2, n] of tokens in the bytes of a content. Tokens of blanks around it have empty spans, at byte 0 or at
     its end.
 
     Args:

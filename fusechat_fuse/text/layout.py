@@ -81,8 +81,8 @@ def probe_layout(template: ChatTemplate, roles: tuple[str, ...], reasoning: tupl
 
 
 def _probe_answer(template: ChatTemplate, whole: str, roles: tuple[str, ...], marks: list[str]) -> tuple[bool, int]:
-    """(whether the conversation up to an answer, the last of `roles`, reads the same in the whole: that is what the
-    model saw; how many blanks before the answer the model generates)."""
+    """(whether the conversation up to an answer, the last of `roles`, reads the same in the whole conversation, as that
+    is what the model saw; how many blanks before the answer the model generates)."""
     mark = marks[len(roles) - 1]
     beginning, found, _ = _render(template, roles, marks).partition(mark)
     if not found or not whole.startswith(beginning + mark):
@@ -96,10 +96,10 @@ def _probe_answer(template: ChatTemplate, whole: str, roles: tuple[str, ...], ma
 
 
 def _probe_alike(pieces_of: dict[int, tuple[str, ...]], probe: Callable[[int], tuple[bool, int]]) -> dict:
-    """What `probe` says of every answer, from few probes, as each renders a conversation.
+    """The result of `probe` for every answer, from few calls: each renders all messages up to that answer.
 
-    Of the answers with the same pieces around them, the first and last two and ever fewer between are probed. Where the
-    inner ones agree the others are as they are, else all are probed.
+    Among answers with the same pieces around them, the first two, the last two and some between (at powers of two from
+    either end) are probed. If those between agree, the rest are taken to be the same, else every answer is probed.
 
     Args:
         pieces_of: answer -> the pieces before and after it.
