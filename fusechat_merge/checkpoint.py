@@ -4,7 +4,9 @@ Of the weights only the headers are read. A safetensors file begins with the len
 endian) and the header, JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
 """
 
+import functools
 import json
+import logging
 import os
 import struct
 from collections.abc import Hashable, Iterable, Sequence
@@ -15,6 +17,7 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
+logger = logging.getLogger(__name__)
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 BYTES = ("I8", "U8")
@@ -116,7 +119,7 @@ def check_distinct(where: str, models: Sequence[ModelReference]) -> None:
             )
 
 
-def check_all(method: str, models: Sequence[ModelReference]) -> None:
+def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) -> None:
     """Refuse checkpoints that cannot be merged, or that mergekit would read wrongly. Called while mergekit plans.
 
     Raises:
@@ -138,11 +141,28 @@ def check_all(method: str, models: Sequence[ModelReference]) -> None:
     expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
     for model in models:
         missing = expected - outputs[model]
-        if missing and not getattr(configs[model], "tie_word_embeddings", True):
+        if missing and not _tied(configs[model]):
             raise ValueError(
                 f"weights for {method}, model {model}: expected {min(missing)}, as its config.json says "
                 "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
             )
+        if expected and outputs[model] and not _tied(configs[model]) and _tied(configs[pivot]) and not outputs[pivot]:
+            _warn_about_tied_pivot(str(pivot), str(model), min(expected))
+
+
+def _tied(config: Any) -> bool:
+    return getattr(config, "tie_word_embeddings", True)
+
+
+@functools.cache
+def _warn_about_tied_pivot(pivot: str, model: str, name: str) -> None:
+    logger.warning(
+        "the merged model has %s, as %s, but the pivot's config.json, which it takes over, says tie_word_embeddings: "
+        "true, so a program may use the embeddings instead. Set tie_word_embeddings: false in %s first.",
+        name,
+        model,
+        pivot,
+    )
 
 
 def _output_layers(config: Any) -> set[str]:

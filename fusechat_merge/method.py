@@ -152,7 +152,7 @@ class PivotMerge(MergeMethod):
         if group_name and SLICE.search(group_name):  # mergekit plans a slice: its checkpoints can be read
             models = [model for model in input_ids if isinstance(model, ModelReference)]
             checkpoint.check_distinct(where, models)
-            checkpoint.check_all(self.spec.name, models)
+            checkpoint.check_all(self.spec.name, models, base_id)
             if group_name.endswith(".slices[0]"):  # once per planned output
                 _warned.clear()
                 ours, theirs = versions()

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
@@ -121,6 +122,17 @@ def check_adapters(config: MergeConfiguration, name: str, cache: bool, remedy: s
     adapted = next((model for model in sorted(config.referenced_models(), key=str) if model.lora is not None), None)
     if adapted is not None and not cache:
         raise ValueError(f"adapter of {adapted} in {name}: expected a directory to merge it in, got none. {remedy}")
+
+
+def check_names(config: MergeConfiguration, name: str) -> None:
+    """Raises ValueError for a directory whose name mergekit's model card would look up on the Hub, which is offline."""
+    for path in sorted({model.model.path for model in config.referenced_models()}):
+        if HF_HUB_OFFLINE and os.path.isdir(path) and path[0] not in "/~." and path.count("/") < 2:
+            raise ValueError(
+                f"model {path} in {name}: expected a path that cannot be a name on the Hub, got a relative one: "
+                "mergekit's model card asks the Hub for it, which HF_HUB_OFFLINE forbids. "
+                f"Write ./{path}, or pass --no-write-model-card."
+            )
 
 
 def _check_models(config: MergeConfiguration, name: str) -> None:

@@ -39,8 +39,11 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
         raise ValueError(
             f"{reporting.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Choose another."
         )
+    config, _ = recipe.load(config_path)
+    if "--no-write-model-card" not in flags:
+        recipe.check_names(config, str(config_path))
     recipe.check_adapters(
-        recipe.load(config_path)[0],
+        config,
         str(config_path),
         any(flag.partition("=")[0] == LORA_CACHE for flag in flags),
         f"Pass {LORA_CACHE} DIR.",

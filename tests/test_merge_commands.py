@@ -388,6 +388,23 @@ def test_yaml_refuses_a_report_inside_the_output(config, tmp_path, capsys, monke
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_yaml_offline_refuses_directories_that_the_model_card_would_look_up(
+    config, models, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(recipe, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(models[0].parent)
+    document = yaml.safe_load(config.read_text())
+    for entry, name in zip(document["models"], ("./target0", "target1", "target2")):
+        entry["model"] = name
+    config.write_text(yaml.safe_dump(document))
+    assert "Write ./target1, or pass --no-write-model-card" in fails(capsys, ["yaml", config, tmp_path / "out"])
+    flags = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
+    assert cli.main(["yaml", str(config), str(tmp_path / "out"), *flags]) == 0
+    config.write_text(config.read_text().replace("model: target", "model: ./target"))
+    assert cli.main(["yaml", str(config), str(tmp_path / "dotted"), *flags[:2]]) == 0
+    assert torch.equal(read(tmp_path / "dotted")[NAME], read(tmp_path / "out")[NAME])
+
+
 def test_yaml_refuses_a_mount_point(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "out")

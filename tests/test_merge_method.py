@@ -48,6 +48,7 @@ def merge(config, out, options=QUIET):
 def change_config(directory, **changes):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
 
 
 # --- Python ---------------------------------------------------------------------------------------------------------
@@ -352,6 +353,18 @@ def test_a_missing_output_layer_of_the_pivot_is_refused(lacking, models, tmp_pat
     for path in (pivot, *targets):
         change_config(path, tie_word_embeddings=True)
     assert "model.embed_tokens.weight" in merge(config, tmp_path / "tied")
+
+
+@pytest.mark.parametrize("untied", ["target", "pivot", "none"])
+def test_an_output_layer_that_the_pivot_ties_is_a_warning(untied, models, tmp_path, caplog):
+    paths = []
+    for path in (models[0], *models[1]):
+        own = untied == ("pivot" if path == models[0] else "target")
+        weights = {name: tensor for name, tensor in read(path).items() if own or name != "lm_head.weight"}
+        paths.append(change_config(write_llama(tmp_path / path.name, weights, layers=3), tie_word_embeddings=not own))
+    merged = merge(recipe(paths[0], paths[1:]), tmp_path / "out")
+    assert ("lm_head.weight" in merged) == (untied != "none")
+    assert ("Set tie_word_embeddings: false in" in caplog.text) == (untied == "target")
 
 
 @pytest.mark.parametrize("spelling", ["slash", "link", "pivot"])
