@@ -171,3 +171,21 @@ def test_modules_import_each_other_in_no_circle(package):
     }
     graph = {name: used - {package} for name, used in graph.items()}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
+
+
+def lines_without_docstring(node) -> int:
+    first = node.body[0] if ast.get_docstring(node) is not None else None
+    return node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if first else 0)
+
+
+@pytest.mark.parametrize("package", ["fusechat_fuse", "fusechat_merge"])
+def test_functions_have_60_lines_at_most_and_modules_350(package):
+    long = []
+    for name, path in modules_of(package).items():
+        text = path.read_text()
+        if len(text.splitlines()) > 350 and name != "fusechat_merge.compiled":  # numba keys its cache by that file
+            long.append(f"{name}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and lines_without_docstring(node) > 60:
+                long.append(f"{name}.{node.name}: {lines_without_docstring(node)} lines")
+    assert not long

@@ -33,8 +33,7 @@ from fusechat_fuse.training.step_losses import StepLosses
 from fusechat_fuse.training.target import as_pivot, cast_weights, check_weights, pivot_config, tidy_saved
 
 logger = logging.getLogger(__name__)
-# Part of transformers' warning that it changes special tokens of the configuration; the target keeps the pivot's
-IRRELEVANT_WARNING = "new PAD/BOS/EOS tokens"
+IRRELEVANT_WARNING = "new PAD/BOS/EOS tokens"  # transformers' of the configuration: the target keeps the pivot's
 
 
 class FusionTrainer(Trainer):
