@@ -116,6 +116,8 @@ def test_an_end_of_turn_is_the_pivots_whatever_header_bytes_the_tokens_hold(head
     # not within a source token: what was read there is not the turn's end
     _, rows = toy([(1, 0, 3), (2, 3, 4)], [(0, 0, 4)], [({END_S: 0.2}, 0.4)])
     assert [row.get("end") for row in rows] == [0.2, None]
+    _, rows = toy([(1, 0, 3), (2, 3, 4)], [(3, 0, 2), (4, 2, 4)], [({}, 0.6), ({END_S: 0.2}, 0.5)])
+    assert rows[1] == {b"e": 1.0}
 
 
 def test_the_actual_token_takes_the_actual_path():
