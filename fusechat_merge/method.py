@@ -136,8 +136,8 @@ class PivotMerge(MergeMethod):
             )
         if base_id not in input_ids:
             raise ValueError(
-                f"inputs for {where}: expected the pivot {base_id} among them, got {_names(input_ids)}. "
-                "List the pivot among the sources (its tensor must exist)."
+                f"inputs for {where}: expected the pivot {base_id} among them, got "
+                f"{', '.join(map(str, input_ids)) or 'none'}. List the pivot among the sources (its tensor must exist)."
             )
         if len(input_ids) < 2:
             raise ValueError(
@@ -237,14 +237,6 @@ class PivotMerge(MergeMethod):
         return weights
 
 
-def _names(ids: Sequence[Hashable]) -> str:
-    return ", ".join(str(key) for key in ids) or "none"
-
-
-def _sce(pivot, targets, *, int8_mask, normalize, **options) -> kernel.Merge:
-    return kernel.sce(pivot, targets, **options)
-
-
 sce = PivotMerge(
     "sce",
     "SCE",
@@ -261,7 +253,7 @@ sce = PivotMerge(
         ),
         *(_shared(name, _without_effect(name), False, "accepted for old recipes; has no effect") for name in NO_EFFECT),
     ),
-    _sce,
+    lambda pivot, targets, *, int8_mask, normalize, **options: kernel.sce(pivot, targets, **options),
 )
 
 varm = PivotMerge(

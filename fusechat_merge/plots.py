@@ -24,18 +24,11 @@ def draw(rows: Sequence[dict], names: Sequence[str], directory: Path) -> list[Pa
     return paths
 
 
-def _axes(rows: Sequence[dict]) -> tuple[list[str], list]:
-    """(tensor kinds in the order of the model, layers with the outside ones first)."""
-    kinds = list(
-        dict.fromkeys(row["kind"] for row in sorted(rows, key=lambda row: (row["layer"] is None, row["tensor"])))
-    )
-    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
-    return kinds, ([OUTSIDE] if any(row["layer"] is None for row in rows) else []) + layers
-
-
 def _coefficients(rows: Sequence[dict], names: Sequence[str]) -> Figure:
     """One heat map for each target, layers x tensor kinds, on one colour scale from 0 to 1."""
-    kinds, layers = _axes(rows)
+    kinds = list(dict.fromkeys(r["kind"] for r in sorted(rows, key=lambda r: (r["layer"] is None, r["tensor"]))))
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    layers = [OUTSIDE, *layers] if any(row["layer"] is None for row in rows) else layers
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     panel = min(7.0, 2.2 + 0.17 * len(layers))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from mergekit.common import ModelReference
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32"}
 DTYPE_ALIASES |= {"f32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
-SIGNIFICAND_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}  # of the significand, in bits
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -82,12 +82,7 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
         raise ValueError(f"configuration {path}, {place}: {first['msg']}. Correct it.") from None
     except RuntimeError as error:
         raise ValueError(f"configuration {path}: {error}. Correct it.") from None
-    check(config, str(path))
-    return config, text
-
-
-def check(config: MergeConfiguration, name: str) -> None:
-    """Raises ValueError for what `load` lists, except for faults of the syntax."""
+    name = str(path)
     methods = [method.spec.name for method in registry.registered_methods()]
     if config.merge_method not in methods:
         raise ValueError(f"merge_method in {name}: " + _unexpected(config.merge_method, methods))
@@ -95,6 +90,12 @@ def check(config: MergeConfiguration, name: str) -> None:
         dtype = getattr(config, key)
         if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
             raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, DTYPE_ALIASES.get(dtype.lower())))
+    _check_parameters(config, name)
+    _check_models(config, name)
+    return config, text
+
+
+def _check_parameters(config: MergeConfiguration, name: str) -> None:
     spec = registry.get(config.merge_method).spec
     shared = [p.name for p in spec.parameters if p.scope == ParameterScope.SHARED]
     known = [p.name for p in spec.parameters]
@@ -114,7 +115,6 @@ def check(config: MergeConfiguration, name: str) -> None:
                     f"parameters of {place} in {name}: expected no weight for the pivot {model}, got one. "
                     "Give weights to the targets only."
                 )
-    _check_models(config, name)
 
 
 def check_adapters(config: MergeConfiguration, name: str, cache: bool, remedy: str) -> None:
@@ -137,14 +137,14 @@ def check_names(config: MergeConfiguration, name: str) -> None:
 
 def _check_models(config: MergeConfiguration, name: str) -> None:
     """Raises ValueError for a local model directory that cannot be merged; a warning where `dtype` loses digits."""
-    layers, digits = {}, {}
+    layers, finest = {}, {}
     for model in sorted(config.referenced_models(), key=str):
         path = model.model.path
         if os.path.isabs(path) or path.startswith((".", "~")) or os.path.isdir(path):
-            layers[model], digits[model] = _layers_and_bits(model, name)
+            layers[model], finest[model] = _layers_and_rounding(model, name)
     for holder in (config, *(config.modules or {}).values()):
         _check_layers([config.base_model, *(entry.model for entry in holder.models or ())], layers, name)
-    narrowed = [model for model in digits if config.dtype and digits[model] > _significand_bits(config.dtype)]
+    narrowed = [model for model in finest if config.dtype and finest[model] < _rounding(config.dtype)]
     ours = config.merge_method in ("sce", "varm")  # they read the inputs in the dtype of their files
     if narrowed and not (ours and config.out_dtype):
         logger.warning(
@@ -157,12 +157,12 @@ def _check_models(config: MergeConfiguration, name: str) -> None:
         )
 
 
-def _significand_bits(dtype: str) -> int:
-    return SIGNIFICAND_BITS[dtype.removeprefix("torch.")]
+def _rounding(dtype: str) -> float:
+    return torch.finfo(getattr(torch, dtype.removeprefix("torch."))).eps
 
 
-def _layers_and_bits(model: ModelReference, name: str) -> tuple[int | None, int]:
-    """(number of layers, None where config.json does not say; bits of the significand of its finest weights)."""
+def _layers_and_rounding(model: ModelReference, name: str) -> tuple[int | None, float]:
+    """(number of layers, None where config.json does not say; relative rounding of its finest weights)."""
     path = model.model.path
     file = Path(path, "config.json")
     if not file.is_file():
@@ -175,8 +175,8 @@ def _layers_and_bits(model: ModelReference, name: str) -> tuple[int | None, int]
     shown = checkpoint.quantised(stored, settings)
     if shown is not None and model.lora is None:
         raise ValueError(f"model {path} in {name}: {checkpoint.quantised_error(shown)}")
-    floats = [_significand_bits(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
-    return settings.get("num_hidden_layers") or settings.get("n_layer"), max(floats, default=0)
+    floats = [_rounding(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
+    return settings.get("num_hidden_layers") or settings.get("n_layer"), min(floats, default=1.0)
 
 
 def _check_layers(models: Sequence[ModelReference | None], layers: Mapping, name: str) -> None:
