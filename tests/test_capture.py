@@ -566,6 +566,7 @@ def test_template_that_refuses_many_conversations_is_said_before_the_model_is_lo
 
 def test_template_that_changes_many_contents_is_refused_first_and_few_are_said(tmp_path, folder, caplog, monkeypatch):
     (tmp_path / "t.jinja").write_text(THINKS)
+    reason = "the chat template renders the first 2 messages differently once the conversation goes on"
     rows = [{"id": str(n), "messages": conversations(2)[1]["messages"]} for n in range(20)]
     for count, row in enumerate(rows[:3]):
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": "<think>hm</think>yes"}]
@@ -573,13 +574,9 @@ def test_template_that_changes_many_contents_is_refused_first_and_few_are_said(t
             with caplog.at_level(logging.WARNING):
                 stored = represent(folder / "m", rows, tmp_path / "few", template=str(tmp_path / "t.jinja"))
             assert stored.manifest["counts"]["skipped"] == {"template": 2}
-            assert (
-                "2 conversations skipped, as the chat template changes the text of or around message 1" in caplog.text
-            )
+            assert f"2 conversations skipped, as {reason}" in caplog.text
     monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(
-        InputError, match=r"got 3 of 20 .*\(the chat template changes the text of or around message 1\)"
-    ):
+    with pytest.raises(InputError, match=rf"got 3 of 20 .*\({reason}"):
         represent(folder / "m", rows, tmp_path / "r", template=str(tmp_path / "t.jinja"))
     assert not (tmp_path / "r").exists()
 
@@ -602,12 +599,11 @@ def test_directory_of_a_run_that_failed_before_its_first_shard_is_free(tmp_path,
 def test_directory_where_no_conversation_was_usable_is_free_for_the_mended_data(tmp_path, folder):
     rows = conversations(3)
     bad = [{**row, "messages": [{"role": "user", "content": "<|endoftext|>"}, row["messages"][-1]]} for row in rows]
-    for data, limit, got in (
-        (bad, 99, "3 special_token: message 0 holds"),
-        (rows, 1, "3 too_long: no predicted token"),
+    for data, limit, message in (
+        (bad, 99, "special tokens for the data: .*, got 3 of 3 conversations"),
+        (rows, 1, r"expected at least one usable conversation, got none \(3 too_long: no predicted token"),
     ):
         for deep in ("r", "new/deep"):
-            message = rf"expected at least one usable conversation, got none \({got}"
             with pytest.raises(InputError, match=message):
                 represent(folder / "m", data, tmp_path / deep, max_length=limit)
             assert not list(tmp_path.iterdir())
