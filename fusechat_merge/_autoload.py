@@ -27,7 +27,7 @@ PATCHES = {  # module of mergekit -> (our module whose `patch` changes it, what 
     ),
     "mergekit.merge": (
         "fusechat_merge.reporting",
-        "a merge report may lack its summary. Install mergekit 0.1.5, or a newer fusechat",
+        "FUSECHAT_MERGE_REPORT has no effect. Install mergekit 0.1.5, or a newer fusechat",
     ),
 }
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
@@ -95,7 +95,7 @@ def _call_after_execution(loader, callback) -> None:
 
 
 def patch(module) -> None:
-    """Have this module of mergekit do what the docstring above says."""
+    """Change this module of mergekit as the module docstring says."""
     import importlib
 
     ours, consequence = PATCHES[module.__name__]

@@ -76,11 +76,20 @@ class Reporter:
         """
         with self._lock:
             if self._reports is None:
-                return
+                return _warn_of_no_report() if os.environ.get(SWITCH) else None
             report = next((r for r in self._reports if self._fixed or r.takes(method, pivot, targets)), None)
             if report is None:
                 self._reports.append(report := Report(method, pivot, targets))
         report.add(tensor, tensors[0], tensors[1:], targets, merge)
+
+
+@functools.cache
+def _warn_of_no_report() -> None:
+    logger.warning(
+        "%s: this merge gets no report, as it does not use the run_merge that fusechat has patched. Call "
+        "fusechat_merge.register() before run_merge is imported.",
+        SWITCH,
+    )
 
 
 reporter = Reporter()

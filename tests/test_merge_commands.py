@@ -629,6 +629,18 @@ def test_slices_with_another_pivot_or_target_have_a_report_of_their_own(models, 
     assert [(summary["pivot"], summary["tensors"]) for summary in summaries] == [(pivot, 3), (targets[0], 1)]
 
 
+def test_a_merge_past_run_merge_warns_that_it_gets_no_report(tmp_path, monkeypatch, caplog):
+    merge = kernel.sce(torch.zeros(4), [torch.ones(4)] * 2)
+    reporting._warn_of_no_report.cache_clear()
+    for switch, warnings in ((None, 0), (str(tmp_path / "r"), 1)):
+        if switch:
+            monkeypatch.setenv(reporting.SWITCH, switch)
+        for _ in range(2):
+            reporting.reporter.add("sce", "p", ["a", "b"], "w", [torch.zeros(4)] * 3, merge)
+        assert caplog.text.count("this merge gets no report") == warnings
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     monkeypatch.setattr(report, "STRETCH", 1024)
     monkeypatch.setattr(report, "LONG_STRETCH", 4096)
