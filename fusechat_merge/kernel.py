@@ -254,11 +254,13 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
                 f"tensor for {name}: expected shape {tuple(pivot.shape)} on {pivot.device} as the pivot, "
                 f"got {tuple(tensor.shape)} on {tensor.device}. Pass tensors of one weight."
             )
-    if weights is not None and len(weights) != len(targets):
+    if weights is None:
+        return
+    if len(weights) != len(targets):
         raise ValueError(
             f"weights for the targets: expected {len(targets)}, got {len(weights)}. Give one for each target."
         )
-    positive = [float(weight) for weight in weights or () if weight]
+    positive = [float(weight) for weight in weights if weight]
     if not all(0 < weight < math.inf for weight in positive):
         raise ValueError(
             f"weights for the targets: expected numbers >= 0, got {list(weights)}. "
@@ -266,7 +268,7 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
         )
     if positive and max(positive) / LARGEST_RATIO > min(positive):
         raise ValueError(
-            f"weights for the targets: expected ratios up to {LARGEST_RATIO:g}, got {list(weights or ())}. "
+            f"weights for the targets: expected ratios up to {LARGEST_RATIO:g}, got {list(weights)}. "
             "Use 0 for a target that is not to move the result."
         )
 
