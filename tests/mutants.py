@@ -33,9 +33,9 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "sce: equal weights where task vectors are small",
-        "return weighted / total if total > 0 else",
-        "return weighted / total if total > 1e-6 else",
+        "sce: scopes of the selection swapped",
+        'select_scope == "all" else None',
+        'select_scope != "all" else None',
         "tests/test_merge_kernel.py",
     ),
     Mutant(
