@@ -2,7 +2,8 @@
 
 Each subcommand is one library function; its flags are that function's options. A `--config FILE.yml` gives the same
 names as flags would; flags on the command line win, unknown names are errors with a suggestion. Exit codes: 0 done,
-1 the run failed, 2 bad arguments or bad input (one sentence on standard error; `--debug` shows the traceback).
+1 the run failed, 2 bad arguments or bad input, 130 interrupted (one sentence on standard error; `--debug` shows the
+traceback).
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _run(argv)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv:
             traceback.print_exc()
         text, code = as_sentence(error)

@@ -91,7 +91,9 @@ def writing(path):
 
 
 def as_sentence(error: BaseException) -> tuple[str, int]:
-    """(message, exit code) of a command that ends with an error: 2 for bad input, 1 for a failed run."""
+    """(message, exit code) of a command that ends with an error: 2 bad input, 1 a failed run, 130 Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. Give the same command again to continue.", 130
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, InputError):
         return f"error: {text}", 2

@@ -364,6 +364,32 @@ def test_a_misspelt_subcommand_gets_a_suggestion(capsys):
     assert "did you mean 'align'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_an_interrupted_command_says_that_the_same_command_continues(name, capsys, monkeypatch):
+    def interrupt(name, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusechat_fuse.cli._call", interrupt)
+    line = sentence(capsys, *shlex.split(COMMANDS[name].example), code=130)
+    assert line == "fusechat-fuse: interrupted. Give the same command again to continue."
+
+
+def test_a_signal_while_importing_is_one_sentence(world, tmp_path):
+    program = f"""
+import signal, sys
+from fusechat_fuse.cli import main
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.exit(main({represent_flags(world, "pivot", tmp_path / "out")!r}))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 130
+    assert ended.stderr == "fusechat-fuse: interrupted. Give the same command again to continue.\n"
+
+
 def test_python_m_runs_the_same_command():
     command = [sys.executable, "-m", "fusechat_fuse"]
     finished = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
