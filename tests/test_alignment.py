@@ -295,6 +295,58 @@ def test_one_flipped_bit_in_what_is_aligned_is_refused(role, two, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("topk_ids", 999_999, "topk_ids of conversation 'c0' for .*source: expected ids below .*, got 999999"),
+        ("input_ids", 999_999, "input_ids of conversation 'c0' for .*source: expected ids below"),
+        ("ce", np.nan, "ce of conversation 'c0' for .*source: expected finite numbers"),
+        ("ce", np.inf, "ce of conversation 'c0' for .*source: expected finite numbers"),
+        ("topk_logprobs", np.nan, "topk_logprobs of conversation 'c0' for .*source: expected finite numbers"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(column, value, message, tiny_bpe, tiny_unigram, tmp_path):
+    rows = rows_for(tiny_unigram, seed=1)
+    rows[0][column][-1] = value
+    pivot, source = (
+        write(tmp_path / "pivot", tiny_bpe, rows_for(tiny_bpe)),
+        write(tmp_path / "source", tiny_unigram, rows),
+    )
+    with pytest.raises(InputError, match=message):
+        align(pivot.path, source.path, tmp_path / "out", mapping="prefix")
+
+
+@pytest.mark.parametrize("role", ["end_of_turn_id", "bos_id"])
+def test_a_role_beyond_the_vocabulary_is_refused(role, two, tmp_path):
+    file = two[1].path / "manifest.json"
+    manifest = json.loads(file.read_bytes())
+    manifest["tokenizer"][role] = 1_000_000
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"{role} for .*source: expected an id below .*, got 1000000"):
+        align(two[0].path, two[1].path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pivot_is_no_source_of_itself(two, tmp_path):
+    shutil.copytree(two[0].path, tmp_path / "copy")
+    for path in (two[0].path, tmp_path / "copy"):
+        with pytest.raises(InputError, match="expected another model's, got the pivot's own"):
+            align(two[0].path, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cached_map_serves_only_what_it_was_built_from(two, tmp_path):
+    """Manifests that name the same tokenizers, and vocabularies that differ in one token."""
+    pair, other = (TokenizerPair.load(*two, tmp_path / "cache") for _ in range(2))
+    changed = next(i for i, piece in enumerate(other.source.bytes) if piece and len(piece) > 2 and piece.isalpha())
+    own = other.source.bytes[changed]
+    other.source.bytes[changed] = own[::-1]
+    spelled = other.vocabularies(MAPPINGS["prefix"]).table.path(changed)
+    assert b"".join(pair.pivot.bytes[i] for i in spelled) == own[::-1]
+    spelled = pair.vocabularies(MAPPINGS["prefix"]).table.path(changed)
+    assert b"".join(pair.pivot.bytes[i] for i in spelled) == own
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path):
     write(tmp_path / "p", tiny_bpe, rows_for(tiny_bpe, repeat=6))

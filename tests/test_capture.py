@@ -30,7 +30,7 @@ from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.processes import Process
-from fusechat_fuse.store.tokenizers import load_tokenizer
+from fusechat_fuse.store.tokenizers import read_tokenizer
 from fusechat_fuse.text.batches import plan_batches
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import load_conversations
@@ -235,7 +235,7 @@ def test_directory_holds_all_that_the_contract_names(tmp_path, folder, tiny_bpe)
     assert stored.ids == [f"c{i}" for i in range(5)]
     assert stored[0]["slice"] == "code"
     assert len(datasets.load_from_disk(str(tmp_path / "r"))) == 5
-    assert load_tokenizer(tmp_path / "r")("the x").input_ids == tiny_bpe("the x").input_ids
+    assert read_tokenizer(stored).encode("the x").ids == tiny_bpe("the x").input_ids
     manifest = stored.manifest
     assert manifest["options"] == {
         "top_k": 4,

@@ -83,7 +83,7 @@ def test_terminal_without_the_source(aligned, tmp_path):
     file = tmp_path / "moved" / "manifest.json"
     file.write_text(file.read_text().replace(str(aligned / "source"), "gone"))
     assert "answered" in inspect_path(tmp_path / "moved", row=1)
-    with pytest.raises(InputError, match="expected it at gone"):
+    with pytest.raises(InputError, match="aligned from at gone, got nothing readable"):
         inspect_path(tmp_path / "moved", row=1, html=tmp_path / "x.html")
     assert "page written" in inspect_path(
         tmp_path / "moved", html=tmp_path / "x.html", source_representation=aligned / "source"
@@ -216,3 +216,18 @@ def test_page_in_chromium_by_keyboard(aligned, tmp_path):
     assert int(rows) > 6
     assert answers == "1"
     assert last == f"p{tokens - 1}"
+
+
+def test_another_source_than_the_aligned_one_is_refused(aligned, tiny_unigram, tmp_path):
+    other = write(tmp_path / "other", tiny_unigram, rows_for(tiny_unigram, seed=7))
+    with pytest.raises(InputError, match=r"aligned from at .*other, got another representation"):
+        inspect_path(aligned / "prefix", html=tmp_path / "x.html", source_representation=other.path)
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_bytes_per_token_are_those_of_the_shards(aligned):
+    counts = load_representation(aligned / "prefix").manifest["counts"]
+    size = sum(file.stat().st_size for file in (aligned / "prefix").glob("*.arrow"))
+    assert counts["bytes"] == size
+    shown = f"shards: {size / 1e6:.2f} MB, {size / counts['predicted_tokens']:.1f} bytes per predicted token"
+    assert shown in inspect_path(aligned / "prefix")

@@ -163,6 +163,12 @@ def test_a_hole_after_a_token_that_straddles():
     assert out.kind.tolist() == [EXACT, NONE]
 
 
+@pytest.mark.parametrize(("pivot", "source", "headers"), [(0, 13, (1, 0)), (5, 0, (0, 1)), (0, 0, (1, 1))])
+def test_an_end_of_turn_maps_by_role_at_a_start_with_header_bytes(pivot, source, headers):
+    _, rows = toy([(pivot, 0, 3)], [(source, 0, 3)], [({END_S: 0.25}, 0.5)], headers=headers)
+    assert rows == [{PIVOT[pivot]: 0.5, "end": 0.25}]
+
+
 def test_outcomes_say_why():
     streams = toy_streams(
         [(0, 0, 4), (6, 4, 5)],

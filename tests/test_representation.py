@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store import shard_writer
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.fields import decode_ids, encode_ids
 from fusechat_fuse.store.files import file_sha256
 from fusechat_fuse.store.rows import _decode_source, _encode_source, decode_row
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.shards import _sha256_once, load_representation
-from fusechat_fuse.store.tokenizers import load_tokenizer, save_tokenizer
+from fusechat_fuse.store.tokenizers import copy_tokenizer, read_tokenizer, save_tokenizer
 
 
 def make_row(rng, name, T=40, K=10, vocabulary=32002, aligned=False, turns=2):
@@ -397,16 +398,76 @@ def test_works_as_a_torch_dataset_in_workers(tmp_path):
     assert_same(pickle.loads(pickle.dumps(stored))[3], rows[3])
 
 
-def test_tokenizer_lies_in_the_directory(tmp_path, tiny_unigram):
-    save_tokenizer(tiny_unigram, tmp_path)
-    save_tokenizer(tiny_unigram, tmp_path)
+@pytest.fixture
+def with_files(tmp_path, tiny_unigram):
+    """A store with a tokenizer and `skipped.jsonl`."""
+    writer = ShardWriter(tmp_path / "r", {}, kind="representation")
+    writer.write(0, make_rows(2))
+    save_tokenizer(tiny_unigram, writer.path)
+    save_tokenizer(tiny_unigram, writer.path)
+    (writer.path / "skipped.jsonl").write_bytes(b"")
+    writer.finish(1, {})
+    return load_representation(writer.path)
+
+
+def test_the_tokenizer_in_the_directory_is_the_models(with_files, tiny_unigram):
     text = "Hello  wörld"
-    loaded = load_tokenizer(tmp_path)
-    assert loaded(text).input_ids == tiny_unigram(text).input_ids
-    assert loaded.eos_token_id == tiny_unigram.eos_token_id
-    assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer"]
-    with pytest.raises(InputError, match=r"expected tokenizer/tokenizer.json"):
-        load_tokenizer(tmp_path / "tokenizer")
+    read = read_tokenizer(with_files)
+    assert read.encode(text, add_special_tokens=False).ids == tiny_unigram(text, add_special_tokens=False).input_ids
+    assert "skipped.jsonl" in with_files.manifest["files"]
+    assert not list(with_files.path.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "half", "empty", "not UTF-8", "gone", "another"])
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(damage, with_files, tiny_bpe, tiny_unigram, tmp_path):
+    file = with_files.path / "tokenizer" / "tokenizer.json"
+    data = bytearray(file.read_bytes())
+    data[data.index(b"the")] ^= 1
+    content = {"flipped bit": data, "half": data[:100], "empty": b"", "not UTF-8": b"\xff\xfe"}
+    if damage == "another":
+        tiny_bpe.save_pretrained(file.parent)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[damage])
+    (tmp_path / "copy").mkdir()
+    for read in (lambda: read_tokenizer(with_files), lambda: copy_tokenizer(with_files, tmp_path / "copy")):
+        with pytest.raises(InputError, match=r"tokenizer/tokenizer.json: expected the file the manifest lists"):
+            read()
+    assert list((tmp_path / "copy").iterdir()) == []
+    save_tokenizer(tiny_unigram, with_files.path)  # what a repeated run does mends it
+    assert read_tokenizer(with_files).get_vocab_size() == len(tiny_unigram)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", r"manifest.json: expected an object, got \[\]"),
+        (b"{", "manifest.json: expected JSON"),
+        (b'{"schema_version": 2}', "manifest.json: expected an entry 'shards', got none"),
+        (b'{"schema_version": 2, "shards": [{"file": "x"}]}', "manifest.json: expected an entry 'rows', got none"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(content, message, with_files):
+    (with_files.path / "manifest.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_representation(with_files.path)
+
+
+def test_a_row_or_column_that_is_missing_is_named(tmp_path, monkeypatch):
+    whole = shard_writer.encode_row
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            shard_writer, "encode_row", lambda *given: {k: v for k, v in whole(*given).items() if k != "ce"}
+        )
+        writer = ShardWriter(tmp_path, {}, kind="representation")
+        writer.write(0, make_rows(1))
+        writer.finish(1, {})
+    stored = load_representation(tmp_path)
+    with pytest.raises(InputError, match=r"row 0 for .*: expected the fields of docs/format.md, got KeyError\('ce'\)"):
+        stored[0]
+    with pytest.raises(InputError, match=r"shard-00000.arrow: expected a column 'ce', got none"):
+        stored.column("ce")
 
 
 @pytest.mark.parametrize("width", [1, 2, 10, 300])

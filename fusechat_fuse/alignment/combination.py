@@ -81,7 +81,7 @@ def combine(
     places = _places(parts)
     combination = Combination(parts, places, options, _slices(parts, places, options))
     writer = ShardWriter(output_dir, combination.identity, kind="combined")
-    copy_tokenizer(parts[0].path, writer.path)
+    copy_tokenizer(parts[0], writer.path)
     shards = shard_ranges(len(combination.places))
     for shard in writer.left(range(len(shards))):
         rows = [combination.row(c) for c in shards[shard]]

@@ -74,12 +74,13 @@ def align(
     mapping = str(or_preset(preset, mapping=mapping)["mapping"])
     _check_options(mapping, num_proc, fail_under_coverage, counts)
     pivot, source = _open(pivot_representation, "pivot"), _open(source_representation, "source")
+    _check_distinct(pivot, source)
     joined, join = join_conversations(pivot, source)
     job = Job(pivot, source, joined, TokenizerPair.load(pivot, source, cache_dir), MAPPINGS[mapping], safe_only)
     used_counts = load_counts(counts, job.pair) if job.needs_counts and counts else None
     identity = _identity(job, used_counts)
     writer = ShardWriter(output_dir, identity, kind="aligned")
-    copy_tokenizer(pivot.path, writer.path)
+    copy_tokenizer(pivot, writer.path)
     processes = int(num_proc or 1)
     if job.needs_counts and used_counts is None:
         used_counts = collect_counts(job, writer.path, processes)
@@ -121,16 +122,25 @@ def _fingerprint(parts: list) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def _check_distinct(pivot: Representation, source: Representation) -> None:
+    if origin(pivot) == origin(source):
+        raise InputError(
+            f"source representation for {source.path}: expected another model's, got the pivot's own ({pivot.path}). "
+            "Give the representation of a source."
+        )
+
+
 def _identity(job: Job, counts: AlignedCounts | None) -> dict:
     """What decides the content of the aligned data."""
     made_from = "this corpus" if job.needs_counts else None
     if counts is not None:
         made_from = _fingerprint([counts.keys.tobytes().hex(), counts.counts.tobytes().hex()])
     options = {"mapping": job.mapping.name, "safe_only": bool(job.safe_only), "counts": made_from}
-    return {"options": options, "pivot": _origin(job.pivot), "source": _origin(job.source)}
+    return {"options": options, "pivot": origin(job.pivot), "source": origin(job.source)}
 
 
-def _origin(representation: Representation) -> dict:
+def origin(representation: Representation) -> dict:
+    """Which representation it is, as aligned data record it for their pivot and source."""
     manifest = representation.manifest
     return {
         "model": manifest.get("model", {}).get("name"),

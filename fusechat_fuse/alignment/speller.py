@@ -19,7 +19,7 @@ class Speller:
 
     def __init__(self, tokenizer):
         table = token_table(tokenizer)
-        self.bytes, self.family = table.bytes, table.pipeline.family
+        self.bytes, self.pipeline = table.bytes, table.pipeline
         self.is_byte_piece = [piece is not None and _is_byte_piece(piece) for piece in table.pieces]
         self.unk_id = table.unk_id
         self._copy, self._merges_only, self._replaces_blanks = _stripped(tokenizer)
@@ -41,15 +41,15 @@ class Speller:
                 path += self._merges_only.encode(spelled, add_special_tokens=False).ids
             else:
                 path += next(encoded).ids
-            paths.append(self._as_far_as_right(piece, path))
+            paths.append(self._longest_valid_prefix(piece, path))
         return paths
 
     def _text(self, body: bytes) -> str:
         text = body.decode()
         return text.replace(" ", MARK) if self._replaces_blanks else text
 
-    def _as_far_as_right(self, piece: bytes, path: list[int]) -> list[int]:
-        """The path up to the first id that does not spell the bytes (unknown token, no token for a byte)."""
+    def _longest_valid_prefix(self, piece: bytes, path: list[int]) -> list[int]:
+        """The path before the first id that does not spell the next bytes (unknown token, no token for a byte)."""
         at, mark = 0, MARK.encode()
         for n, i in enumerate(path):
             own = self.bytes[i] if i >= 0 else None

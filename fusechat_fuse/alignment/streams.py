@@ -26,7 +26,13 @@ class Batch:
 
 
 def make_batch(pivot_rows: list[dict], source_rows: list[dict], pair: TokenizerPair) -> Batch:
-    """Rows of both sides (documented names) as streams on one line."""
+    """Rows of both sides (documented names) as streams on one line.
+
+    Raises: InputError for ids beyond a vocabulary, and for figures that are not finite.
+    """
+    for side, rows in ((pair.pivot, pivot_rows), (pair.source, source_rows)):
+        for row in rows:
+            side.check(row)
     places, kept, conversation, start = _places(pivot_rows, pair.pivot)
     of_source, has_text, _, _ = _places(source_rows, pair.source)
     predictions = {name: _where(has_text, _joined(source_rows, name)) for name in ("ce", "topk_ids", "topk_logprobs")}

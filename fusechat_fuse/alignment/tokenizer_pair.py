@@ -1,11 +1,12 @@
-"""The vocabularies of one tokenizer pair, ready for the mappings: built once, kept under both tokenizers' hashes.
+"""The vocabularies of one tokenizer pair, ready for the mappings: built once, then cached.
 
-The cache is a folder of safetensors files named by content (`FUSECHAT_CACHE`, else `~/.cache/fusechat`); deleting it
-costs seconds for `exact` and `prefix` and minutes for `min_edit`.
+The cache is a folder of safetensors files (`FUSECHAT_CACHE`, else `~/.cache/fusechat`), each named by a digest of what
+it was built from, so that a file can never serve another pair. Deleting it costs seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,17 +23,17 @@ from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, preferred_ids
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store.files import write_atomic
+from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import read_tokenizer
 from fusechat_fuse.text.tokens import same_vocabulary
 
 logger = logging.getLogger(__name__)
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def cache_folder(cache_dir=None) -> Path:
-    """Where vocabulary maps are kept: the argument, else FUSECHAT_CACHE, else ~/.cache/fusechat."""
+    """The directory of the vocabulary maps: the argument, else FUSECHAT_CACHE, else ~/.cache/fusechat."""
     return Path(cache_dir or os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat")
 
 
@@ -50,13 +51,13 @@ def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]])
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, save(arrays))
     except OSError as error:
-        logger.warning("vocabulary map not kept in %s: %s", folder, error)
+        logger.warning("vocabulary map cannot be cached in %s: %s", folder, error)
     return arrays
 
 
 @dataclass
 class TokenizerPair:
-    """Pivot and source side, whether they share one vocabulary, and what the mappings need."""
+    """Both tokenizers, whether they share one vocabulary, and what the mappings need."""
 
     pivot: Side
     source: Side
@@ -67,10 +68,10 @@ class TokenizerPair:
 
     @classmethod
     def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> TokenizerPair:
-        """Read both tokenizers from the representations' directories."""
-        tokenizer = read_tokenizer(pivot.path)
+        """Read both tokenizers from the stores' directories."""
+        tokenizer = read_tokenizer(pivot)
         equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
-        other = tokenizer if equal else read_tokenizer(source.path)
+        other = tokenizer if equal else read_tokenizer(source)
         speller, side = Speller(tokenizer), Side.of(pivot, tokenizer)
         return cls(
             pivot=side,
@@ -82,7 +83,11 @@ class TokenizerPair:
         )
 
     def _name(self, kind: str) -> str:
-        return f"{kind}-{self.pivot.sha256[:16]}-{self.source.sha256[:16]}-v{_CACHE_VERSION}"
+        """Name of a cached map: by the bytes of both vocabularies and all that decides how the pivot spells."""
+        digest = hashlib.sha256(f"{self.pivot.sha256} {self.speller.pipeline}".encode())
+        for side in (self.pivot, self.source):
+            digest.update(side.lengths.tobytes() + b"".join(piece or b"" for piece in side.bytes))
+        return f"{kind}-{short_digest(digest)}-v{_CACHE_VERSION}"
 
     def vocabularies(self, mapping: Mapping, counts: AlignedCounts | None = None, workers: int = 1) -> Vocabularies:
         """Maps of the pair for one mapping.
@@ -93,8 +98,8 @@ class TokenizerPair:
             workers: threads.
 
         Returns:
-            Vocabularies; special tokens are mapped by role (end of turn, BOS), identical ones also where the two
-            vocabularies are one.
+            Vocabularies; special tokens are mapped by role (end of turn, BOS), or to the same id if the two
+            vocabularies are one and the piece is the same.
         """
         if self.identity:
             table = PathTable([[i] if same else [] for i, same in enumerate(self._same())])
@@ -135,11 +140,7 @@ class TokenizerPair:
         make = lambda: build(self.source.bytes, self.pivot.bytes, self.by_bytes, counts, workers)  # noqa: E731
         if not mapping.kept_on_disk:
             return make()
-        kept = _cached(self.folder, self._name(mapping.name), lambda: {"ids": make()})
-        cached = kept["ids"].astype(np.int32)
-        ids = np.full(len(self.source.bytes), -1, np.int32)
-        ids[: len(cached)] = cached[: len(ids)]
-        return ids
+        return _cached(self.folder, self._name(mapping.name), lambda: {"ids": make()})["ids"].astype(np.int32)
 
     def _paths(self) -> PathTable:
         def build() -> dict[str, np.ndarray]:
@@ -147,13 +148,11 @@ class TokenizerPair:
             return {"flat": table.flat, "length": table.length}
 
         cached = _cached(self.folder, self._name("prefix"), build)
-        size = len(self.source.bytes)  # padding of the embedding differs between models of one tokenizer
-        missing = max(size - len(cached["length"]), 0)
-        return PathTable.from_flat(cached["flat"], np.append(cached["length"], np.zeros(missing, np.int32))[:size])
+        return PathTable.from_flat(cached["flat"], cached["length"])
 
 
 def save_counts(path, counts: AlignedCounts, pair: TokenizerPair) -> None:
-    """Keep alignment counts for another corpus: safetensors with both tokenizers' hashes."""
+    """Write alignment counts for another corpus: safetensors with both tokenizers' hashes."""
     from safetensors.numpy import save
 
     about = {"pivot": pair.pivot.sha256, "source": pair.source.sha256, "pivot_size": counts.pivot_size}
@@ -162,13 +161,15 @@ def save_counts(path, counts: AlignedCounts, pair: TokenizerPair) -> None:
 
 
 def load_counts(path, pair: TokenizerPair) -> AlignedCounts:
-    """Counts that an earlier `align` left (a file, or the directory that holds `counts.safetensors`).
+    """Counts that an earlier `align` wrote (`counts.safetensors`, or its directory).
 
-    Raises: InputError where they are of another tokenizer pair or cannot be read.
+    Raises: InputError if they are damaged, cannot be read, or belong to another tokenizer pair.
     """
     from safetensors import safe_open
 
     file = Path(path) / "counts.safetensors" if Path(path).is_dir() else Path(path)
+    if (file.parent / "manifest.json").exists() and file.name == "counts.safetensors":
+        file = Representation(file.parent).file(file.name)
     try:
         with safe_open(file, framework="numpy") as tensors:
             about = json.loads((tensors.metadata() or {}).get("about", "{}"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, message_of
 from fusechat_fuse.alignment.mappings import MAPPINGS
+from fusechat_fuse.alignment.run import origin
 from fusechat_fuse.alignment.streams import align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
@@ -37,9 +38,9 @@ class Names:
         self.pieces, self.spelled, self._known = pieces, spelled, {}
 
     @classmethod
-    def of(cls, path) -> Names:
-        """Those of the tokenizer that lies in a store."""
-        table = token_table(read_tokenizer(path))
+    def of(cls, store: Representation) -> Names:
+        """The ids of the tokenizer in a store."""
+        table = token_table(read_tokenizer(store))
         return cls(table.pieces, table.bytes)
 
     def __call__(self, i: int) -> str:
@@ -67,7 +68,7 @@ def conversation_view(opened: Representation, number: int, source_representation
         "models": [(manifest.get(key) or {}).get("name") for key in ("model", "source_model")],
     }
     if source is None:
-        return view | {"messages": None, "tokens": stored_tokens(row, Names.of(opened.path))}
+        return view | {"messages": None, "tokens": stored_tokens(row, Names.of(opened))}
     pair = TokenizerPair.load(opened, source)
     batch = make_batch([row], [_matching(source, row)], pair)
     mapping = MAPPINGS[manifest["options"]["mapping"]]
@@ -126,14 +127,18 @@ def _own_text(spelled: bytes | None, stream, n: int, name: Names) -> str:
 def _source_of(opened: Representation, source_representation, required: bool) -> Representation | None:
     path = source_representation or opened.manifest["inputs"]["source"]
     try:
-        return load_representation(path)
-    except InputError:
-        if required or source_representation:
-            raise InputError(
-                f"source representation for {opened.path}: expected it at {path}, got nothing readable there. "
-                "Name its place with source_representation."
-            ) from None
-        return None
+        source = load_representation(path)
+        if origin(source) == opened.manifest["source"]:
+            return source
+        got = "another representation"
+    except InputError as error:
+        got = f"nothing readable ({error})"
+    if required or source_representation:
+        raise InputError(
+            f"source representation for {opened.path}: expected the one it was aligned from at {path}, got {got}. "
+            "Give its directory as source_representation."
+        )
+    return None
 
 
 def _matching(source: Representation, row: dict) -> dict:

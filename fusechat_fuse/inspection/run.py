@@ -89,12 +89,11 @@ def _row_number(opened: Representation, row) -> int:
 
 def _overview(opened: Representation) -> list[str]:
     manifest, counts = opened.manifest, opened.manifest["counts"]
-    size = sum(file.stat().st_size for file in opened.path.rglob("*") if file.is_file())
     model = (manifest.get("model") or {}).get("name")
     lines = [
         f"{opened.path}: {manifest['kind']} of {model}",
-        f"{counts['conversations']} conversations, {counts['tokens']} tokens, {counts['predicted_tokens']} predicted; "
-        f"{size / 1e6:.1f} MB, {counts['bytes_per_predicted_token']:.1f} bytes per predicted token",
+        f"{counts['conversations']} conversations, {counts['tokens']} tokens, {counts['predicted_tokens']} predicted",
+        f"shards: {counts['bytes'] / 1e6:.2f} MB, {counts['bytes_per_predicted_token']:.1f} bytes per predicted token",
         f"options {json.dumps(manifest.get('options'), sort_keys=True)}",
     ]
     if released := manifest.get("released"):
@@ -109,7 +108,7 @@ def _overview(opened: Representation) -> list[str]:
 
 
 def _representation_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
-    name = Names.of(opened.path)
+    name = Names.of(opened)
     lines = [f"conversation {row['id']}: {len(row['input_ids'])} tokens, {len(row['predicted'])} predicted"]
     for n, t in enumerate(row["predicted"][:tokens]):
         top = "  ".join(
@@ -129,7 +128,7 @@ def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]
     who = f"taken from source {n}, {names[n]}" if n >= 0 else "a mixture of its sources"
     ces = f"{source_cross_entropy(row, ce_unit):.4f} (pivot {pivot_cross_entropy(row, ce_unit):.4f})"
     head = f"conversation {row['id']}, {who}; cross-entropy {ces} nats per {ce_unit}"
-    return [head, *_token_lines(stored_tokens(row, Names.of(opened.path)), tokens)]
+    return [head, *_token_lines(stored_tokens(row, Names.of(opened)), tokens)]
 
 
 def _more(total: int, tokens: int) -> list[str]:

@@ -181,6 +181,12 @@ class ShardWriter:
         shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
         manifest |= {"counts": {**_totals(infos), **manifest.get("counts", {})}, "shards": shards}
+        manifest["files"] = {
+            str(file.relative_to(self.path)): file_sha256(file)
+            for pattern in ("tokenizer/**/*", "skipped.jsonl", "counts.safetensors")
+            for file in sorted(self.path.glob(pattern))
+            if file.is_file()
+        }
         schema = _schema(self.path / files[0][0])
         for name, content in _for_datasets(shards, schema).items():
             write_atomic(self.path / name, json_bytes(content))

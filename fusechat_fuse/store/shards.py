@@ -27,6 +27,30 @@ def _sha256_once(file: Path, size: int, modified: int) -> str:
     return file_sha256(file)
 
 
+def _matches(file: Path, sha256: str | None) -> bool:
+    with contextlib.suppress(OSError):
+        status = file.stat()
+        return _sha256_once(file.absolute(), status.st_size, status.st_mtime_ns) == sha256
+    return False
+
+
+class _Entries(dict):
+    """A JSON object of a manifest: a missing entry is an InputError with the file's path, no KeyError."""
+
+    def __init__(self, entries: dict, file: Path):
+        super().__init__({name: _with_path(value, file) for name, value in entries.items()})
+        self.file = file
+
+    def __missing__(self, name):
+        raise InputError(f"manifest for {self.file}: expected an entry {name!r}, got none. Make the directory again.")
+
+
+def _with_path(value, file: Path):
+    if isinstance(value, list):
+        return [_with_path(item, file) for item in value]
+    return _Entries(value, file) if isinstance(value, dict) else value
+
+
 class Representation:
     """A finished store, memory-mapped: `len`, `[i]`, iteration, `.ids`; a map-style dataset that pickles and forks.
 
@@ -43,7 +67,10 @@ class Representation:
             if (self.path / "identity.json").exists():
                 remedy = "Repeat the command that writes it to finish it"
             raise InputError(f"representation for {self.path}: expected a finished directory, got {got}. {remedy}.")
-        self.manifest: dict = read_json(file, "manifest")
+        entries = read_json(file, "manifest")
+        if not isinstance(entries, dict):
+            raise InputError(f"manifest for {file}: expected an object, got {entries!r:.40}. Make the directory again.")
+        self.manifest: dict = _Entries(entries, file)
         version = self.manifest.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -62,22 +89,27 @@ class Representation:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for number, whole in enumerate(pool.map(self._is_undamaged, range(len(self._ends)))):
                 if not whole:
-                    raise self._damaged(number)
+                    raise self._damaged(self.manifest["shards"][number]["file"])
         return self
 
     def _is_undamaged(self, number: int) -> bool:
         shard = self.manifest["shards"][number]
-        with contextlib.suppress(OSError):
-            file = self.path / shard["file"]
-            about = file.stat()
-            return _sha256_once(file.absolute(), about.st_size, about.st_mtime_ns) == shard["sha256"]
-        return False
+        return _matches(self.path / shard["file"], shard["sha256"])
 
-    def _damaged(self, number: int) -> InputError:
+    def _damaged(self, name: str) -> InputError:
         return InputError(
-            f"shard for {self.path / self.manifest['shards'][number]['file']}: expected the file the manifest lists, "
-            "got a missing or damaged one. Repeat the command that writes it to compute the shard again."
+            f"file for {self.path / name}: expected the file the manifest lists, got a missing or damaged one. Repeat "
+            "the command that writes it."
         )
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists under `files`, such as tokenizer/tokenizer.json.
+
+        Raises: InputError if the file is missing, or its SHA-256 is not the manifest's.
+        """
+        if not _matches(self.path / name, self.manifest["files"].get(name)):
+            raise self._damaged(name)
+        return self.path / name
 
     def _shard(self, number: int) -> tuple:
         if number not in self._batches:
@@ -87,7 +119,7 @@ class Representation:
             with contextlib.suppress(OSError, pa.ArrowInvalid, StopIteration):
                 batch = pa.ipc.open_stream(pa.memory_map(str(self.path / shard["file"]))).read_next_batch()
             if batch is None or batch.num_rows != shard["rows"]:
-                raise self._damaged(number)
+                raise self._damaged(shard["file"])
             columns = [(f.name, batch.column(n), str(f.type) == "binary") for n, f in enumerate(batch.schema)]
             self._batches[number] = (batch, columns)
         return self._batches[number]
@@ -105,7 +137,7 @@ class Representation:
         local = index - (int(self._ends[number - 1]) if number else 0)
         if number not in self._checked:
             if not self._is_undamaged(number):
-                raise self._damaged(number)
+                raise self._damaged(self.manifest["shards"][number]["file"])
             self._checked.add(number)
         _, columns = self._shard(number)
         return {
@@ -113,14 +145,30 @@ class Representation:
         }
 
     def __getitem__(self, index: int) -> dict:
-        return decode_row(self.stored_row(index))
+        stored = self.stored_row(index)
+        try:
+            return decode_row(stored)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(
+                f"row {index} for {self.path}: expected the fields of docs/format.md, got {error!r}. "
+                "Make the directory again."
+            ) from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
     def column(self, name: str) -> list:
         """A stored field of every row, in order, as Python values (binary: bytes); checksums are not compared."""
-        return [v for n in range(len(self._ends)) for v in self._shard(n)[0].column(name).to_pylist()]
+        values = []
+        for number, shard in enumerate(self.manifest["shards"]):
+            batch = self._shard(number)[0]
+            if name not in batch.schema.names:
+                raise InputError(
+                    f"shard for {self.path / shard['file']}: expected a column {name!r}, got none. "
+                    "Make the directory again."
+                )
+            values += batch.column(name).to_pylist()
+        return values
 
     @cached_property
     def ids(self) -> list[str]:

@@ -110,7 +110,7 @@ def prompts(data: Representation) -> list[str]:
     """The text before the first answer of every conversation, as the pivot's template shows it."""
     from fusechat_fuse.store.tokenizers import read_tokenizer
 
-    tokenizer = read_tokenizer(data.path)
+    tokenizer = read_tokenizer(data)
     ids = [row["input_ids"][: row["predicted"][0]].tolist() for row in data]
     return tokenizer.decode_batch(ids, skip_special_tokens=True)
 

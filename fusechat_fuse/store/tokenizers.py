@@ -1,19 +1,22 @@
-"""The tokenizer that lies in a store: put there, copied from another store, read back."""
+"""The tokenizer in a store: saved, copied from another store, read."""
 
 from __future__ import annotations
 
+import errno
+import filecmp
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.shards import Representation
 
-_FOLDER = "tokenizer"
+_FOLDER, _FILE = "tokenizer", "tokenizer/tokenizer.json"
 
 
 def save_tokenizer(tokenizer, path) -> None:
-    """Put a tokenizer into a store, as `tokenizer/`, whole or not at all; one that is there stays.
+    """Write a tokenizer into a store, as `tokenizer/`, complete or not at all.
 
     Args:
         tokenizer: transformers fast tokenizer; borrowed.
@@ -22,50 +25,51 @@ def save_tokenizer(tokenizer, path) -> None:
     _put(Path(path), tokenizer.save_pretrained)
 
 
-def copy_tokenizer(source, target) -> None:
-    """Give a store the tokenizer of another one, whole or not at all; one that is there stays."""
-    _put(Path(target), lambda staging: shutil.copytree(Path(source) / _FOLDER, staging, dirs_exist_ok=True))
+def copy_tokenizer(source: Representation, target) -> None:
+    """Copy the tokenizer of one store into another, complete or not at all.
+
+    Raises: InputError if a file of it is damaged.
+    """
+
+    def fill(staging: Path) -> None:
+        for name in source.manifest["files"]:
+            if name.startswith(f"{_FOLDER}/"):
+                copied = staging / Path(name).relative_to(_FOLDER)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source.file(name), copied)
+
+    source.file(_FILE)
+    _put(Path(target), fill)
 
 
 def _put(path: Path, fill: Callable[[Path], object]) -> None:
     folder = path / _FOLDER
-    if folder.exists():
-        return
     staging = Path(tempfile.mkdtemp(dir=path, prefix=f".{_FOLDER}.", suffix=".tmp"))
     try:
         fill(staging)
-        staging.chmod(0o755)
-        staging.rename(folder)
-    except Exception:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not folder.exists():  # else another process was faster
+        names = [str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()]
+        if filecmp.cmpfiles(staging, folder, names, shallow=False)[0] != names:  # not from another process or run
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.chmod(0o755)
+            staging.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
             raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_tokenizer(path):
-    """The tokenizer a representation was made with (a transformers fast tokenizer), from its directory alone.
+def read_tokenizer(store: Representation):
+    """The `tokenizers.Tokenizer` in a store (without transformers, whose import takes seconds).
 
-    Raises: InputError where there is none.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(_file(path).parent)
-
-
-def read_tokenizer(path):
-    """The `tokenizers.Tokenizer` in a representation's directory (without transformers: seconds less).
-
-    Raises: InputError where there is none.
+    Raises: InputError if it is missing, or not the one that the manifest lists.
     """
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(_file(path)))
-
-
-def _file(path) -> Path:
-    file = Path(path) / _FOLDER / "tokenizer.json"
-    if not file.is_file():
+    file = store.file(_FILE)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
         raise InputError(
-            f"tokenizer for {path}: expected {_FOLDER}/tokenizer.json in it, got none. Make the directory again."
-        )
-    return file
+            f"tokenizer for {file}: expected a tokenizer.json, got {error}. Make the directory again."
+        ) from error

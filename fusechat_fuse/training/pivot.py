@@ -10,7 +10,7 @@ from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_f
 from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.store.shards import Representation
-from fusechat_fuse.store.tokenizers import load_tokenizer
+from fusechat_fuse.store.tokenizers import read_tokenizer
 from fusechat_fuse.text.tokens import same_vocabulary, tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class PivotFiles:
             )
         if hashed == tokenizer_hash(self.tokenizer):
             return
-        if (Path(data.path) / "tokenizer").is_dir() and same_vocabulary(self.tokenizer, load_tokenizer(data.path)):
+        if (Path(data.path) / "tokenizer").is_dir() and same_vocabulary(self.tokenizer, read_tokenizer(data)):
             return
         raise InputError(
             f"tokenizer for {data.path}: expected the one of {self.name}, got data of another (hash {hashed[:8]}, "
