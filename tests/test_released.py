@@ -207,12 +207,10 @@ def test_cross_entropies_that_cannot_be_are_not_taken_for_normalisers(known, tmp
 
 def test_imported_data_align_and_train(known, tmp_path):
     path, _, rows = known
-    saved(rows, tmp_path / "released", ("per_step_metric",))
     pivot = tiny_runs.pivot_directory(tmp_path / "pivot")
-    for name in ("pivot_r", "source_r"):
-        fusechat_fuse.import_released(
-            tmp_path / "released", path / "tokenizer", tmp_path / name, template="openchat_3.5"
-        )
+    for name, part in (("pivot_r", rows), ("source_r", rows[:-1])):
+        released = saved(part, tmp_path / f"released_{name}", ("per_step_metric",))
+        fusechat_fuse.import_released(released, path / "tokenizer", tmp_path / name, template="openchat_3.5")
     fusechat_fuse.align(tmp_path / "pivot_r", tmp_path / "source_r", tmp_path / "aligned")
     argv = ["train", "--model_name_or_path", str(pivot), "--data_path", str(tmp_path / "aligned"), "--max_steps", "2"]
     assert main([*argv, "--output_dir", str(tmp_path / "target"), "--total_batch_size", "4"]) == 0

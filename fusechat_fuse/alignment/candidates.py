@@ -1,12 +1,12 @@
-"""What the mappings work on: two streams of tokens on one line, how they lie to each other, and the candidates.
+"""The input of the mappings: two streams of tokens on one line, their relative placement, and the candidates.
 
 The *candidates* of a source token are the kept top-k of its prediction and the actual token, whose probability exp(-ce)
 is always known. `place` says where the pivot's tokens start in each source token, `candidates_of` which candidates are
 still possible there and what they would become (`docs/method.md`, "Prefix mapping": `headers`, `literal_mark`).
 
-Precision: the probability of a kept candidate is a float32 exp of a stored float16 logarithm, which is all there is to
-know of it and half the work; that of the actual token, and every sum, is float64, so that the product of the actual
-tokens' probabilities is the source's own to the last digits.
+Precision: the probability of a kept candidate is the float32 exp of a stored float16 logarithm, which loses nothing and
+takes half the time; that of the actual token, and every sum, is float64, so that the product of the actual tokens'
+probabilities equals the source's own to the last digits.
 
 Shape letters: P pivot tokens, Q source tokens, K kept top-k, C = K + 1 candidates.
 """
@@ -54,13 +54,13 @@ class SourceStream(Stream):
 
 @dataclass
 class Vocabularies:
-    """What the mappings need to know of both vocabularies.
+    """Both vocabularies, as the mappings need them.
 
     Attributes:
         pivot_bytes, source_bytes: by id, None for special tokens.
         to_pivot: int32 [V_S], one pivot id each or -1; None where the mapping has no such map.
-        table: paths by source id; further rows for what was spelled anew.
-        spell: for the few byte strings that must be spelled anew.
+        table: paths by source id; later rows hold the byte strings that `rows_of` spelled.
+        spell: spells byte strings that are no source token.
         by_bytes: pivot id of each byte string.
         identity: the two vocabularies are one.
     """
@@ -85,15 +85,15 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class Placement:
-    """How each source token lies to the pivot's tokens.
+    """The position of each source token relative to the pivot's tokens.
 
     Attributes:
         first: int [Q], the first pivot token that starts in it (where none does, the first that starts after it).
         inside: int [Q], how many pivot tokens start in it.
         read: int [Q], its bytes before that start, or those that a pivot token which began earlier covers.
         header: int [Q], header bytes of the pivot token that starts where it starts, else 0.
-        no_hole: bool [Q], False where a pivot token runs into it and the next start in it is elsewhere than its end:
-            then nobody knows what was read.
+        no_hole: bool [Q], False where a pivot token ends inside it and the next pivot token does not start at that end:
+            then it is unknown which bytes were read.
     """
 
     first: np.ndarray
@@ -105,13 +105,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What each source prediction offers, once the bytes before the first pivot start in its token have been read.
+    """The candidates of each source prediction, after the bytes before the first pivot start in its token.
 
     A candidate is *alive* if it begins with these bytes. The actual token always is; its probability stands apart.
 
     Attributes:
         probs: float64 [Q, C], P of the others, kept ones first; 0 for the actual token and for dead ones.
-        rows: int [Q, C], the row in the path table of what is left of each.
+        rows: int [Q, C], the path table's row for the rest of each candidate.
         slot: int [Q], the column of the actual token: its own among the kept ones, else the last.
         actual, log_actual: float64 [Q], P of the actual token, exp(-ce), and its logarithm.
         alive: float64 [Q], sum of P over all that are alive, the actual one included.
@@ -169,7 +169,7 @@ def candidates_of(pivot: Stream, source: SourceStream, placement: Placement, voc
 
 
 def _read_on(pivot, source, placement: Placement, vocab: Vocabularies, probs, rows) -> None:
-    """Where bytes were read already (r, a header), in place: a candidate is dead, or gets the path of its rest.
+    """Where bytes were read already (r, a header): mark candidates dead, or set the path of their rest, in place.
 
     At a common start the pivot token's own header bytes come before that rest, as its actual token has them too.
     """

@@ -1,4 +1,4 @@
-"""Is an alignment good? Coverage, and the bits-per-byte gap between the source and what alignment made of it.
+"""The certificate of an alignment: coverage, and the bits-per-byte gap between source and aligned distributions.
 
     gap = bits the aligned distribution needs for the actual pivot tokens / bytes
         - bits the source needs for its actual tokens / bytes            over the covered stretches
@@ -21,11 +21,11 @@ COUNTED = (
     *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "kept", "without_actual"),
     *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits", "abs_gap", "with_gap"),
 )
-WORST = 10  # conversations named
+WORST = 10  # conversations listed by id
 
 
 class CoverageError(RuntimeError):
-    """An alignment answers fewer of the pivot's predicted tokens than was asked for."""
+    """Fewer of the pivot's predicted tokens have an answer than `fail_under_coverage` asks for."""
 
 
 def log_of_actual(pivot: Stream, mapped: Mapped) -> np.ndarray:
@@ -88,7 +88,7 @@ def tally(
     log_actual = log_of_actual(pivot, mapped)
     of_p, of_q, covered = stretches(pivot, source, match, answered)
     bits = -np.log2(np.e) * np.maximum(log_actual, np.log(FLOOR))
-    if mapped.exact_actual:  # tiny probabilities are meant
+    if mapped.exact_actual:  # tiny probabilities are the source's own, so they are not floored
         bits = -np.log2(np.e) * log_actual
     inside = (of_p >= 0) & np.append(covered, False)[of_p]
     inside_q = (of_q >= 0) & np.append(covered, False)[of_q]
@@ -116,7 +116,7 @@ def tally(
 
 
 def kept_mass(source: SourceStream, match: Correspondence, mapped: Mapped) -> np.ndarray:
-    """What of the source's probability is known at each answered pivot token (float64 [P]): 1 minus its tail.
+    """The source's known probability mass at each answered pivot token (float64 [P]): 1 minus its tail.
 
     At a common start the sum over the kept candidates, and the actual token where the mapping knows its probability;
     inside a source token 1, as the row is relative to the candidates that are alive.
@@ -139,7 +139,7 @@ def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
         predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, mean_kept_mass,
         without_actual; one_hot (of all), covered_tokens (of all), covered_bytes (count), source_bits_per_byte,
         aligned_bits_per_byte, gap_bits_per_byte, mean_abs_gap_bits_per_byte (of the conversations, where errors of
-        opposite sign do not cancel). None where there is nothing to divide by.
+        opposite sign do not cancel). None where the divisor is 0.
     """
 
     def share(name: str, of: str) -> float | None:
@@ -213,7 +213,7 @@ def figures_of(infos: list[dict]) -> dict:
 
 
 def summary_lines(figures: dict) -> list[str]:
-    """The certificate for a terminal: a few lines, worst conversations and slices included."""
+    """The certificate as lines of text, with its slices and the conversations of largest gap."""
 
     def percent(value) -> str:
         return "none" if value is None else f"{100 * value:.2f} %"

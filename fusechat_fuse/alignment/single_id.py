@@ -63,7 +63,7 @@ def _pivot_ids(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.n
 
 
 def _reread_headers(candidates: np.ndarray, read: bytes, put: bytes, vocab: Vocabularies, ids: np.ndarray) -> None:
-    """Where tokens hold header bytes, in place: the id of the pivot's header and the candidate without the source's."""
+    """Where tokens hold header bytes: set the ids of the pivot's header and the candidate without the source's."""
     for k, i in enumerate(candidates.tolist()):
         piece = vocab.source_bytes[i] if i >= 0 else None
         if piece is not None:

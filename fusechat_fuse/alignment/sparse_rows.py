@@ -9,19 +9,19 @@ import numpy as np
 
 @dataclass
 class Mapped:
-    """What the source says at each pivot token: P sparse distributions over the pivot's vocabulary.
+    """The source's prediction at each pivot token: P sparse distributions over the pivot's vocabulary.
 
     Attributes:
         ids: int32 [P, C], -1: no entry.
         probs: float64 [P, C].
         log_actual: float64 [P], log of the source's probability of the actual pivot token; -inf: no answer.
         answered: bool [P].
-        mass: float64 [P], what of the source's probability was mapped.
+        mass: float64 [P], the source's probability mass that was mapped.
         kind: uint8 [P] as in Correspondence, NONE where not answered.
-        label_tail: float64 [P], what becomes of the row where the actual token was not among the kept ones, so that the
-            label stands for the tail: 0, it was among them (or no answer); 1 + m, the label gets that, m of it from
-            kept candidates; -1, the label alone stands (the row is conditional on what was read of the token, or it is
-            an end of turn that the source did not keep).
+        label_tail: float64 [P], for `fusion_tail label`: 0, the actual token was among the kept ones (or no answer);
+            1 + m, the label stands for the tail, m of its probability from kept candidates; -1, the label alone stands
+            (the row is conditional on the bytes read of the token, or it is an end of turn that the source did not
+            keep).
         exact_actual: whether a row's probability of the actual token is the source's own, however small.
     """
 
@@ -48,7 +48,7 @@ class Mapped:
         )
 
     def leave_out(self, rows: np.ndarray, one_hot: np.ndarray | None = None) -> None:
-        """Take the answer from some rows (bool [P]): no entry, or probability 1 on the id in `one_hot` (int [P])."""
+        """Remove the answer from some rows (bool [P]): no entry, or probability 1 on the id in `one_hot` (int [P])."""
         self.ids[rows], self.probs[rows] = -1, 0
         self.log_actual[rows], self.mass[rows], self.label_tail[rows] = -np.inf, 0, 0
         self.answered[rows], self.kind[rows] = False, 0
@@ -57,7 +57,7 @@ class Mapped:
 
 
 def row_sums(values: np.ndarray) -> np.ndarray:
-    """Sums along the short axis: a matrix product is several times faster there than a reduction."""
+    """Sums along the short axis, as a matrix product, which is several times faster than a reduction."""
     return values @ np.ones(values.shape[1])
 
 

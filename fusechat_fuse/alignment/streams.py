@@ -1,4 +1,4 @@
-"""One batch of conversations: from stored rows to streams on one line, and what the source says at each pivot token."""
+"""One batch of conversations: from stored rows to streams on one line, and the aligned row of each pivot token."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def _places(rows: list[dict], side: Side) -> tuple[dict[str, np.ndarray], np.nda
 def align_batch(
     batch: Batch, pair: TokenizerPair, vocab: Vocabularies, mapping: Mapping, safe_only: bool
 ) -> tuple[Correspondence, Mapped, np.ndarray]:
-    """What answers each pivot token, its row, and whether it is a safe start (bool [P]), of one batch.
+    """The correspondence, the mapped rows, and which starts are safe (bool [P]), for one batch.
 
-    Where a turn ends and the source does not keep its end of turn, the label is marked to stand alone: a base model, or
-    one that ends its turns otherwise, says there how the text goes on, and would teach the pivot not to stop.
+    Where a turn ends and the source did not keep its end of turn, the label is marked to stand alone: a base model, or
+    one that ends its turns differently, predicts further text there, and would teach the pivot not to stop.
     """
     pivot, source = batch.pivot, batch.source
     match = correspond(pivot.start, pivot.end, source.start, source.end)

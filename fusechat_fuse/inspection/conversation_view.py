@@ -1,7 +1,7 @@
-"""One aligned conversation with both tokenizations, as plain data: for `inspect` in the terminal and for its page.
+"""One aligned conversation with both tokenizations, as plain data, for `inspect` in the terminal and as a page.
 
-An aligned directory holds the pivot's tokens only; the source's are read from the representation it was made of, whose
-path the manifest names, and aligned again.
+An aligned directory holds the pivot's tokens only; the source's tokens are read from the representation that was
+aligned, whose path is in the manifest, and aligned again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def readable(piece: bytes | None) -> str:
 
 
 class Names:
-    """Shows ids of one tokenizer: `names(id)`; each is made readable once."""
+    """Readable text for the ids of one tokenizer: `names(id)`; each is computed once."""
 
     def __init__(self, pieces: list[str | None], spelled: list[bytes | None]):
         self.pieces, self.spelled, self._known = pieces, spelled, {}

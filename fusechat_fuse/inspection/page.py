@@ -1,7 +1,7 @@
 """One aligned conversation as a self-contained HTML page: two tokenizations over one text, details on focus.
 
-The page asks for nothing from anywhere (a content policy forbids it), works by mouse and by keyboard (arrows move from
-token to token, Home and End to the first and last), says each class in words as well as in colour, and follows the
+The page loads nothing from the network (a content policy forbids it), works by mouse and by keyboard (arrows move from
+token to token, Home and End to the first and last), gives each class in words as well as in colour, and follows the
 reader's light or dark setting.
 """
 

@@ -1,7 +1,4 @@
-"""Look into a representation or an alignment: figures, and one conversation token by token.
-
-`inspect_path` gives the text for a terminal and, with `html`, writes a page (`page`).
-"""
+"""`inspect`: the figures of a store directory, and one conversation token by token, as text or as a page."""
 
 from __future__ import annotations
 
@@ -121,7 +118,7 @@ def _representation_lines(opened: Representation, row: dict, tokens: int) -> lis
 
 
 def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
-    """Who gave the conversation, at which cross-entropy, and the distributions that training takes from it."""
+    """The source of the conversation, its cross-entropy, and the distributions that training uses."""
     names, ce_unit, n = source_names(opened.manifest), opened.manifest["options"]["ce_unit"], -1
     if row.get("source_index") is not None:
         n = int(row["source_index"][0])

@@ -1,4 +1,4 @@
-"""Cards: what README.md says of a directory to whoever finds it on the Hub, and the parts that all cards share."""
+"""The dataset card (README.md) of a store, the parts that all cards share, and the names that reports show."""
 
 from __future__ import annotations
 

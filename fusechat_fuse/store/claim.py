@@ -1,4 +1,4 @@
-"""Which run a directory belongs to: nobody's, this very one's, or another's, which is refused with the difference."""
+"""Checks whether a run may write into a directory: an empty one, its own, but not another run's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fusechat_fuse.store.files import flatten
 
 
 def check_is_directory(path: Path) -> None:
-    """Raise InputError where an output directory cannot be made: a file is in its way, or nothing may be written there.
+    """Raise InputError if an output directory cannot be created: a file is in the way, or there is no write permission.
 
-    Nothing is made or changed.
+    Creates and changes nothing.
     """
     there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
@@ -27,14 +27,14 @@ def check_is_directory(path: Path) -> None:
 
 
 def check_claim(path: Path, identity: dict, found: Callable[[], dict | None], *, remedy: str = "") -> None:
-    """Raise InputError unless a run may write into a directory; nothing is made or changed.
+    """Raise InputError unless a run may write into a directory; creates and changes nothing.
 
     Args:
         path: the directory; may be missing.
         identity: what makes this run this run, JSON-able; the error joins nested names by dots.
-        found: reads the identity that the directory holds, None where it holds none. Then it must be empty, but for
-            what a kill left of a file in the making (`*.tmp`).
-        remedy: what may be done besides choosing another directory, e.g. " or the same options".
+        found: reads the directory's identity, None if it has none. Then it must be empty, apart from unfinished files
+            of a killed run (`*.tmp`).
+        remedy: what the user can do besides choosing another directory, e.g. " or the same options".
     """
     check_is_directory(path)
     # listed before the identity is read: a process beside this one may write it in between
@@ -53,7 +53,7 @@ def check_claim(path: Path, identity: dict, found: Callable[[], dict | None], *,
 
 
 def first_difference(there: dict, here: dict) -> str | None:
-    """`name = one value there and another here`, of the first name in which two identities differ; None: of none."""
+    """`name = A there and B here`, for the first name in which two identities differ; None if they are equal."""
     theirs, mine = flatten(there), flatten(json.loads(json.dumps(here)))
     for name in [*mine, *theirs]:
         if theirs.get(name) != mine.get(name):

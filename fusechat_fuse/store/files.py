@@ -22,9 +22,9 @@ def _fsync_directory(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name in the same folder, flush to disk, rename.
+    """Write a file completely or not at all: temporary name in the same folder, flush to disk, rename.
 
-    Raises: OSError naming the path; nothing is left of it then.
+    Raises: OSError with the path; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,13 +42,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def move_in(aside: Path, folder: Path, *, last: str) -> None:
-    """Move all that was written into `aside`, a directory within `folder`, to its place there; `aside` goes.
+def replace_into(aside: Path, folder: Path, *, last: str) -> None:
+    """Move everything in `aside`, a directory within `folder`, into `folder`, and remove `aside`.
 
     Args:
         aside: directory; its files are flushed to disk first.
-        folder: where they belong; what has their names is replaced.
-        last: name of the file without which the others are not taken for whole.
+        folder: destination; files and directories of the same names are replaced.
+        last: name of the file that marks the others as complete.
     """
     for file in aside.rglob("*"):
         if file.is_file():
@@ -68,16 +68,16 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file says, None where there is no file.
+    """The content of a JSON file, None if there is no file.
 
-    Raises: InputError where it is no JSON; `what` is its name there.
+    Raises: InputError if it is not JSON; `what` names the file in the message.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{what} for {path}: expected JSON, got {error}. Make the directory anew.") from error
+        raise InputError(f"{what} for {path}: expected JSON, got {error}. Make the directory again.") from error
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:

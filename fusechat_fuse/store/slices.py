@@ -1,6 +1,6 @@
-"""Slices: named parts of the data, and which model serves each.
+"""Slices: named parts of the data, and the model selected for each.
 
-    model of a slice = the one of the lowest median, over the slice's conversations, of its CE   (a tie: the first)
+    model of a slice = the one whose CE has the lowest median over the slice's conversations   (a tie: the first)
 
 The median, and one answer for the whole slice: a conversation with a wrong answer is served by the model that knows
 better as well, where a choice by conversation would take the one that agrees with the mistake. A slice of fewer than

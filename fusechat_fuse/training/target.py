@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fusechat_fuse.errors import first_line, writing
-from fusechat_fuse.store.files import json_bytes, move_in, write_atomic
+from fusechat_fuse.store.files import json_bytes, replace_into, write_atomic
 from fusechat_fuse.training.adapters import merge_adapters
 from fusechat_fuse.training.card import write_model_card
 from fusechat_fuse.training.lean_head import causal_model
@@ -70,7 +70,7 @@ def save_target(trainer, pivot, arguments, metrics: dict) -> None:
                 if trainer.slices is not None:
                     write_atomic(staging / "slices.json", json_bytes(trainer.slices))
                 write_model_card(staging, output.resolve().name, trainer, pivot, arguments, metrics)
-                move_in(staging, output, last="config.json")
+                replace_into(staging, output, last="config.json")
     except BaseException:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
