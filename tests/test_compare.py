@@ -95,6 +95,7 @@ def test_equal_names_are_told_apart(tmp_path):
         (("one", "aligned"), "expected what represent wrote, got aligned data"),
         (("one", "other"), "expected some that all of them have, got none"),
         (("one", "nothing"), "expected a finished directory"),
+        (("one", "one"), "expected each directory once, got .*one twice"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
 )

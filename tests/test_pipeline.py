@@ -14,11 +14,12 @@ import pytest
 
 from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.pipeline import content
 from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report_page import report_page
-from fusechat_fuse.pipeline.run import run
+from fusechat_fuse.pipeline.run import _locked, run
 from fusechat_fuse.pipeline.steps import launched, steps_of
 from fusechat_fuse.pipeline.subprocesses import last_message
 from fusechat_fuse.store.files import file_sha256
@@ -216,7 +217,7 @@ def test_the_page_in_chromium(tmp_path):
     assert title[1] == "4 false true"
 
 
-def content(folder: Path) -> dict[str, str]:
+def contents(folder: Path) -> dict[str, str]:
     """What a run made, without what tells of times."""
     kinds = {".arrow", ".safetensors"}
     files = [file for file in sorted(folder.rglob("*")) if file.suffix in kinds]
@@ -232,7 +233,7 @@ def finished(recipe_models, tmp_path_factory, forked):
     before = plan(recipe, options_of=options_of)
     run(recipe, check=options_of)
     after = plan(recipe, options_of=options_of)
-    return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=content(folder / "out"))
+    return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=contents(folder / "out"))
 
 
 @pytest.mark.slow
@@ -282,14 +283,14 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(
     caplog.clear()
     run(finished.recipe)
     assert caplog.text.count("finished before") == len(steps_of(read_recipe(finished.recipe)))
-    assert content(out) == before
+    assert contents(out) == before
 
     recipe = recipe_of(recipe_models, finished.folder, ("one", "two"), plain=False)
     caplog.clear()
     run(recipe)
     new = ["represent two", "compare", "align two", "train target-two", "merge sce"]
     assert re.findall(r"\] (.*): starts", caplog.text) == new
-    after = content(out)
+    after = contents(out)
     assert {name.split("/")[0] for name in before if before[name] != after[name]} <= {"merged"}
     assert len(json.loads((out / "merged" / "sce.yml").read_text())["models"]) == 2
 
@@ -311,7 +312,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_files(finished, recipe_m
         forked.wait_until_idle()
     done = forked.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert content(tmp_path / "out") == {
+    assert contents(tmp_path / "out") == {
         name: digest for name, digest in finished.content.items() if not name.startswith("held_out")
     }
 
@@ -329,14 +330,14 @@ def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     assert module.content_digest(folder) == first
     (folder / "config.json").write_text("{ }")
     assert module.content_digest(folder) != first
-    assert module.content_digest(Path("some/hub-name")) == "name"
+    assert module.content_digest(Path("some/hub-name")) is None
     before = module.content_digest(folder)
     (folder / "model.safetensors").write_bytes(b"y" * 10)  # of the same size: another merge, say
     assert module.content_digest(folder) != before
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"x" * 10)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
+        patch.setattr(content, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
         before = module.content_digest(gguf)
         gguf.write_bytes(b"xy" * 5)
         assert module.content_digest(gguf) != before
@@ -344,3 +345,106 @@ def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     before = module.content_digest(pattern)
     (folder / "config.json").write_text("[]")
     assert module.content_digest(pattern) != before
+
+
+def steps_in(folder: Path, **changes) -> dict:
+    recipe = written(folder, **{"output_dir": str(folder / "out"), "pivot": str(folder / "p"), **changes})
+    return {step.key: step for step in steps_of(read_recipe(recipe))}
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A recipe's `represent pivot`, entered as finished: pivot of adapters on a base, data in a directory."""
+    for name in ("p", "base", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "p" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    (tmp_path / "data" / "a.jsonl").write_bytes(b"x" * 1_600_000)
+    step = steps_in(tmp_path, data=str(tmp_path / "data"))["represent pivot"]
+    record = module.Record(tmp_path / "stages.json")
+    record.begin(step)
+    record.end(step, 1.0, 0)
+    assert record.is_done(step)
+    return SimpleNamespace(folder=tmp_path, record=record, step=step)
+
+
+def test_what_a_step_is_made_from_is_seen_whole(recorded):
+    data, base = recorded.folder / "data" / "a.jsonl", recorded.folder / "base" / "model.safetensors"
+    data.write_bytes(b"x" * 800_003 + b"y" + b"x" * 799_996)  # of the same size, between the samples of a model's file
+    assert not recorded.record.is_done(recorded.step)
+    data.write_bytes(b"x" * 1_600_000)
+    assert recorded.record.is_done(recorded.step)
+    base.write_bytes(b"y" * 10)
+    assert not recorded.record.is_done(recorded.step)
+
+
+def test_an_input_that_changes_during_a_step_is_told(recorded):
+    assert not recorded.record.begin(recorded.step)
+    (recorded.folder / "data" / "a.jsonl").write_bytes(b"y" * 1_600_000)
+    with pytest.raises(RuntimeError, match=r"expected its inputs to stay .*data.* --overwrite represent"):
+        recorded.record.end(recorded.step, 1.0, 0)
+    assert not module.Record(recorded.folder / "stages.json").is_done(recorded.step)
+    assert recorded.record.begin(recorded.step, overwrite=True)  # the old output goes
+
+
+def test_what_changes_nothing_made_does_not_count(recorded, monkeypatch):
+    monkeypatch.chdir(recorded.folder)
+    (recorded.folder / "p" / "notes.txt").write_text("mine")
+    same = steps_in(recorded.folder, pivot="p/", data="data", represent={"server_requests": 4})["represent pivot"]
+    assert recorded.record.is_done(same)
+    other = steps_in(recorded.folder, data=str(recorded.folder / "data"), represent={"top_k": 4})["represent pivot"]
+    assert not recorded.record.is_done(other)
+    first, second = (
+        steps_in(recorded.folder, data=str(recorded.folder / "data"), train=options)["train plain"]
+        for options in ({"seed": 1, "max_steps": 2}, {"max_steps": 2, "seed": 1, "logging_steps": 3})
+    )
+    assert module.fingerprint(first, {}) == module.fingerprint(second, {})
+
+
+def test_a_hub_name_stands_for_its_cached_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for folder, name, kind in (("models--a--b", "a/b", ""), ("datasets--a--b", "a/b:en", "data_path")):
+        (tmp_path / folder / "refs").mkdir(parents=True)
+        (tmp_path / folder / "refs" / "main").write_text(folder)
+        assert module.content_digest(Path(name), kind=kind) == folder
+
+
+def test_a_damaged_record_is_a_sentence_and_odd_entries_are_left_out(tmp_path):
+    (tmp_path / "stages.json").write_text('{"represent pivot": null}')
+    assert module.Record(tmp_path / "stages.json").entries == {}
+    (tmp_path / "stages.json").write_text('{"represent')
+    with pytest.raises(InputError, match=r"record of the run for .*: expected JSON, .*Remove it"):
+        module.Record(tmp_path / "stages.json")
+
+
+def test_a_second_run_in_one_directory_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    recipe = written(tmp_path, output_dir=str(tmp_path / "out"))
+    with (
+        _locked(tmp_path / "out"),
+        pytest.raises(InputError, match=r"expected no other run in .*, got one at work \(process \d+"),
+    ):
+        run(recipe)
+
+
+def test_the_pivot_as_its_own_source_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"key sources\.a in .*: expected another model than the pivot, got 'p/'"):
+        read_recipe(written(tmp_path, sources={"a": "p/"}))
+
+
+def test_a_dry_run_tells_what_has_changed(recorded, caplog):
+    caplog.set_level("INFO")
+    out = recorded.folder / "out"
+    (out / "representations" / "pivot").mkdir(parents=True)
+    shutil.copy(recorded.folder / "stages.json", out / "stages.json")
+    changed = written(
+        recorded.folder,
+        **{"output_dir": str(out), "pivot": str(recorded.folder / "p"), "data": str(recorded.folder / "data")},
+        represent={"top_k": 4},
+    )
+    run(changed, dry_run=True, only="represent")
+    assert "represent pivot: run, or be refused if its options or inputs differ; --overwrite represent" in caplog.text
+    run(changed, dry_run=True, only="represent", overwrite=["represent"])
+    assert "represent pivot: run anew, since its options or inputs have changed" in caplog.text

@@ -60,6 +60,11 @@ def _open(representation_dirs: Sequence) -> list[Representation]:
             f"representations for compare: expected at least two directories, got {representation_dirs!r}. "
             "Give the pivot's and a source's."
         )
+    places = [Path(one.path if isinstance(one, Representation) else one).resolve() for one in representation_dirs]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise InputError(
+            f"representations for compare: expected each directory once, got {twice} twice. Leave one out."
+        )
     opened = [one if isinstance(one, Representation) else load_representation(one) for one in representation_dirs]
     for one in opened:
         if one.manifest["kind"] != "representation":

@@ -20,6 +20,7 @@ Relative paths start at the directory in which the command runs.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -97,11 +98,16 @@ class _Reader:
         or_preset(preset)
         sources = self._mapping("sources", self.entries["sources"])
         self._check_names("source", sources, ("pivot", "plain", "multi", "compare"))
+        pivot = self._model("pivot", self.entries["pivot"])
+        models = {name: self._model(f"sources.{name}", value) for name, value in sources.items()}
+        for name, model in models.items():
+            same = os.path.abspath(model.model) == os.path.abspath(pivot.model) and model.flags == pivot.flags
+            self._check(not same, f"sources.{name}", "another model than the pivot", model.model)
         devices = self._get("devices", list, "a list of GPUs such as [0, 1]", [])
         return Recipe(
             output_dir=Path(self._get("output_dir", str, "text", None)),
-            pivot=self._model("pivot", self.entries["pivot"]),
-            sources={name: self._model(f"sources.{name}", value) for name, value in sources.items()},
+            pivot=pivot,
+            sources=models,
             data=self._texts("data"),
             held_out=self._texts("held_out"),
             preset=preset,

@@ -1,35 +1,48 @@
 """`stages.json`: what each step of a run was made from and what it wrote, both by content.
 
-A step is finished where its arguments, its inputs and its output are still those of its entry; file dates and launchers
-do not count.
+A step is finished if the options that decide its output, its inputs and its output are still those of its entry. File
+dates, spellings of paths, the order of options, launchers, logging and numbers of workers do not count.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
-import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.models.files import is_gguf
-from fusechat_fuse.models.identity import add_samples
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.pipeline.content import content_digest
 from fusechat_fuse.pipeline.steps import Step
-from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, short_digest, write_atomic
+from fusechat_fuse.store.files import json_bytes, read_json, short_digest, write_atomic
 
 RECORD_FILE = "stages.json"
+_PATHS = ("model_name_or_path", "pivot_name_or_path", "data_path", "pivot_representation", "source_representation")
+_PATHS += ("aligned", "eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
+_NO_EFFECT = ("output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to", "run_name")
+_NO_EFFECT_PREFIXES = ("logging_", "log_", "dataloader_num_workers", "dataloader_p")  # pin_memory, prefetch_factor, ...
 
 
 class Record:
     """The entries of `stages.json`, by step; the whole file is written after every change.
 
-    An entry: fingerprint, arguments, command, and of a finished step output, seconds, peak_bytes.
+    An entry: arguments, command, fingerprint, inputs (path -> digest), and of a finished step output (digest), seconds,
+    peak_bytes.
     """
 
     def __init__(self, path: Path):
-        self.path, self.entries, self.lock = path, read_json(path, "record of the run") or {}, threading.Lock()
+        self.path, self.lock = path, threading.Lock()
+        try:
+            found = read_json(path, "record of the run")
+        except InputError as error:
+            raise InputError(
+                f"record of the run for {path}: expected JSON, got a damaged file. Remove it: finished steps but "
+                "merges are recognised by what they wrote."
+            ) from error
+        entries = found if isinstance(found, dict) else {}
+        self.entries = {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
 
     def source_of_plain(self) -> str | None:
         """The source whose aligned data the `plain` baseline was trained on; None if it was not trained."""
@@ -37,65 +50,78 @@ class Record:
         return Path(command[command.index("--data_path") + 1]).name if command else None
 
     def is_done(self, step: Step) -> bool:
-        """Whether the step has finished on the same arguments and inputs, and its output is unchanged since."""
+        """Whether the step has finished on the same options and inputs, and its output is unchanged since."""
         entry = self.entries.get(step.key, {})
-        return "output" in entry and self._is_unchanged(step) and entry["output"] == content_digest(step.output)
+        return "output" in entry and not self.is_changed(step) and entry["output"] == content_digest(step.output)
 
-    def begin(self, step: Step) -> bool:
-        """Enter a step that starts. Returns whether its old output must be removed first.
+    def is_changed(self, step: Step) -> bool:
+        """Whether an earlier start of the step had other options or inputs."""
+        entry = self.entries.get(step.key)
+        return entry is not None and entry.get("fingerprint") != fingerprint(step, inputs_of(step))
 
-        That is the output of an earlier start of this run: one made from other inputs, if the step is `made_anew`, or
-        any merge (mergekit needs an empty directory). What this run did not write is left to the command to refuse.
+    def begin(self, step: Step, overwrite: bool = False) -> bool:
+        """Enter a step that starts, with its inputs as they are now. Returns whether its old output must be removed.
+
+        That is the output of an earlier start with other options or inputs, if the step is `made_anew` or `overwrite`
+        is given, or of any merge (mergekit needs an empty directory). What this run did not write stays: the command
+        refuses it.
         """
-        known, unchanged = step.key in self.entries, self._is_unchanged(step)
-        self._put(step, {})
-        return known and step.made_anew and (not unchanged or step.stage == "merge")
+        known, changed = step.key in self.entries, self.is_changed(step)
+        self._put(step, inputs_of(step), {})
+        return known and ((changed and (step.made_anew or overwrite)) or step.stage == "merge")
 
     def end(self, step: Step, seconds: float, peak_bytes: int) -> None:
-        """Enter a finished step: its duration and the peak memory of its largest process (0: unknown)."""
-        self._put(step, {"output": content_digest(step.output), "seconds": round(seconds, 1), "peak_bytes": peak_bytes})
+        """Enter a finished step: its duration and the peak memory of its largest process (0: unknown).
 
-    def _is_unchanged(self, step: Step) -> bool:
-        return self.entries.get(step.key, {}).get("fingerprint") == fingerprint(step)
+        Raises: RuntimeError if an input has changed since the step began; it then counts as unfinished.
+        """
+        before, now = self.entries[step.key]["inputs"], inputs_of(step)
+        for path, digest in now.items():
+            if before.get(path) not in (digest, None):  # None: a Hub name without a cached commit until now
+                raise RuntimeError(
+                    f"{step.key}: expected its inputs to stay as they are, got a change of {path} while it ran. Give "
+                    f"the same command with --overwrite {step.stage}."
+                )
+        output = content_digest(step.output)
+        self._put(step, now, {"output": output, "seconds": round(seconds, 1), "peak_bytes": peak_bytes})
 
-    def _put(self, step: Step, results: dict[str, Any]) -> None:
-        entry = {"fingerprint": fingerprint(step), "arguments": step.arguments, "command": step.shell, **results}
+    def _put(self, step: Step, inputs: dict[str, Any], results: dict[str, Any]) -> None:
+        entry = {"arguments": step.arguments, "command": step.shell, "inputs": inputs}
         with self.lock:
-            self.entries[step.key] = entry
+            self.entries[step.key] = {**entry, "fingerprint": fingerprint(step, inputs), **results}
             write_atomic(self.path, json_bytes(self.entries))
 
 
-def fingerprint(step: Step) -> str:
-    """16 hexadecimal digits of what a step is made from: its arguments and the content of its inputs."""
-    made_from = [step.arguments, {path: content_digest(Path(path)) for path in step.reads}]
-    return short_digest(json.dumps(made_from))
+def inputs_of(step: Step) -> dict[str, str | None]:
+    """Path or Hub name -> digest, of all files, directories and Hub names among a step's arguments."""
+    options = options_by_name(step)
+    whole = step.arguments[0] == "represent"  # its data are read whole, models and stores by samples
+    return {
+        value: content_digest(Path(value), whole=whole and name == "data_path", kind=name)
+        for name in _PATHS
+        for value in options.get(name, ())
+        if os.path.isabs(value) or name in ("model_name_or_path", "pivot_name_or_path", "data_path")
+    }
 
 
-def content_digest(path: Path) -> str:
-    """The content of a file in 16 hexadecimal digits; of a directory, its files' names, sizes and samples (files of up
-    to 64 KiB count whole).
-
-    A glob pattern stands for the files that it matches, a Hub name for itself.
-    """
-    if path.is_file():
-        status = path.stat()
-        return _file_digest(path, status.st_size, status.st_mtime_ns)
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else ():
-        if file.is_file() and not any(part.startswith((".", "checkpoint-")) for part in file.relative_to(path).parts):
-            digest.update(f"{file.relative_to(path)}\n".encode())
-            add_samples(digest, file)
-    if path.is_dir():
-        return short_digest(digest)
-    return " ".join(content_digest(Path(match)) for match in sorted(glob.glob(str(path), recursive=True))) or "name"
+def options_by_name(step: Step) -> dict[str, list[str]]:
+    """The arguments that decide a step's output, by flag ("": the positional ones), existing paths absolute."""
+    options: dict[str, list[str]] = {"": []}
+    name = ""
+    for word in step.arguments[1:]:
+        if word.startswith("--"):
+            name = word[2:]
+            options[name] = []
+        else:
+            options[name].append(_absolute(word, name == "data_path") if name in _PATHS else word)
+    return {n: v for n, v in options.items() if n not in _NO_EFFECT and not n.startswith(_NO_EFFECT_PREFIXES)}
 
 
-@functools.cache
-def _file_digest(path: Path, size: int, modified: int) -> str:
-    """Each file is read once per run; size and time of modification tell whether it changed meanwhile. A GGUF file is
-    a model: samples, as of the files in a model's directory."""
-    if not is_gguf(path):
-        return file_sha256(path)[:16]
-    digest = hashlib.sha256()
-    add_samples(digest, path)
-    return short_digest(digest)
+def _absolute(name: str, may_be_pattern: bool) -> str:
+    exists = os.path.exists(name) or (may_be_pattern and glob.glob(name, recursive=True))
+    return os.path.abspath(name) if exists else name
+
+
+def fingerprint(step: Step, inputs: dict[str, Any]) -> str:
+    """16 hexadecimal digits of what a step is made from: the options that count, and the content of its inputs."""
+    return short_digest(json.dumps([step.arguments[0], options_by_name(step), inputs], sort_keys=True))

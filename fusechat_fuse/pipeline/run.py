@@ -5,18 +5,22 @@ The same command continues a killed run; each step continues where it stopped.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
 import queue
 import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline.recipe import read_recipe
-from fusechat_fuse.pipeline.record import RECORD_FILE, Record
+from fusechat_fuse.pipeline.record import RECORD_FILE, Record, inputs_of
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of
 from fusechat_fuse.pipeline.subprocesses import execute, last_message
@@ -30,6 +34,7 @@ def run(
     *,
     only: str | None = None,
     start: str | None = None,
+    overwrite: Sequence[str] = (),
     dry_run: bool = False,
     check: Callable[[list[str]], Any] | None = None,
 ) -> dict[str, Any]:
@@ -38,17 +43,20 @@ def run(
     Args:
         recipe: path of the YAML file, see `pipeline.recipe`.
         only: one stage of STAGES; start: the first stage. The results of earlier stages must exist.
+        overwrite: stages whose steps start anew if their options or inputs have changed; their old output is removed.
+            Of other stages, the command decides whether it can continue (compare, combine, the training on all sources,
+            merges and evaluate always start anew).
         dry_run: log what would be done, and do nothing.
         check: raises InputError for bad arguments of `fusechat-fuse`; called for every step before any starts.
 
     Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, peak_bytes, command.
 
     Raises:
-        InputError: a bad recipe, an unknown stage or flag.
+        InputError: a bad recipe, an unknown stage or flag, another run at work in the same directory.
         RuntimeError: the first step that fails, with the command to repeat it by hand and its log.
     """
     checked = read_recipe(recipe)
-    stages = _chosen_stages(only, start)
+    stages = _chosen_stages(only, start, overwrite)
     record = Record(checked.output_dir / RECORD_FILE)
     steps = steps_of(checked, record.source_of_plain())
     chosen = [step for step in steps if step.stage in stages]
@@ -56,28 +64,67 @@ def run(
     if check is not None:
         _check_arguments(unfinished, recipe, check)
     if dry_run:
-        for step in chosen:
-            logger.info("%s: %s\n    %s", step.key, "run" if step in unfinished else "skip", step.shell)
+        _log_dry_run(chosen, unfinished, record, overwrite)
         return record.entries
     checked.output_dir.mkdir(parents=True, exist_ok=True)
-    current = _Run(checked.output_dir, record, unfinished)
-    for stage in stages:
-        of_stage = [step for step in chosen if step.stage == stage]
-        side_by_side = [step for step in of_stage if step.parallel and checked.devices]
-        if side_by_side:
-            current.perform_side_by_side(side_by_side, checked.devices)
-        for step in of_stage:
-            if step not in side_by_side:
-                current.perform(step)
-    if "report" in stages:
-        write_report(checked, steps, record.entries)
-        logger.info("report: %s", checked.output_dir / "report.html")
+    with _locked(checked.output_dir):
+        current = _Run(checked.output_dir, record, unfinished, overwrite)
+        for stage in stages:
+            of_stage = [step for step in chosen if step.stage == stage]
+            side_by_side = [step for step in of_stage if step.parallel and checked.devices]
+            if side_by_side:
+                current.perform_side_by_side(side_by_side, checked.devices)
+            for step in of_stage:
+                if step not in side_by_side:
+                    current.perform(step)
+        if "report" in stages:
+            write_report(checked, steps, record.entries)
+            logger.info("report: %s", checked.output_dir / "report.html")
     return record.entries
 
 
-def _chosen_stages(only: str | None, start: str | None) -> tuple[str, ...]:
+@contextlib.contextmanager
+def _locked(home: Path):
+    """Hold the lock of a run's directory, which ends with the process.
+
+    Raises: InputError that names the run that holds it.
+    """
+    with open(home / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"output_dir for run: expected no other run in {home}, got one at work ({file.read()}). Wait for its "
+                "end, or choose another output_dir."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def _log_dry_run(chosen: list[Step], unfinished: list[Step], record: Record, overwrite: Sequence[str]) -> None:
+    """Log for each step whether it would run, and its command."""
+    outputs: list[str] = []  # of steps that would run
+    for step in chosen:
+        action = "skip"
+        if step in unfinished:
+            action = "run"
+            if record.is_changed(step) and step.output.exists():
+                action = f"run, or be refused if its options or inputs differ; --overwrite {step.stage} starts it anew"
+                if step.made_anew or step.stage in overwrite:
+                    action = "run anew, since its options or inputs have changed"
+        elif any(os.path.abspath(path) in outputs for path in inputs_of(step)):
+            action = "run, unless its inputs turn out the same"
+        if action != "skip":
+            outputs.append(os.path.abspath(step.output))
+        logger.info("%s: %s\n    %s", step.key, action, step.shell)
+
+
+def _chosen_stages(only: str | None, start: str | None, overwrite: Sequence[str]) -> tuple[str, ...]:
     """The stages that --only and --from leave, in order."""
-    for stage in (only, start):
+    for stage in (only, start, *overwrite):
         if stage is not None and stage not in STAGES:
             raise InputError(f"stage for run: expected one of {', '.join(STAGES)}, got {stage!r}. Use one.")
     if only is not None and start is not None:
@@ -98,15 +145,16 @@ def _check_arguments(steps: list[Step], recipe, check: Callable[[list[str]], Any
 class _Run:
     """A run in progress: performs steps, and logs for each the time passed and an estimate of the time left."""
 
-    def __init__(self, home: Path, record: Record, unfinished: list[Step]):
-        self.home, self.record, self.start = home, record, time.monotonic()
+    def __init__(self, home: Path, record: Record, unfinished: list[Step], overwrite: Sequence[str] = ()):
+        self.home, self.record, self.overwrite, self.start = home, record, overwrite, time.monotonic()
         self.unfinished = {step.key: step for step in unfinished}
 
     def perform(self, step: Step, device: str | None = None) -> None:
         """Run one step, unless it is finished; on a device of its own its output is only logged."""
         if self.record.is_done(step):
             return self._log(step, "finished before")
-        if self.record.begin(step):
+        changed = self.record.is_changed(step)
+        if self.record.begin(step, step.stage in self.overwrite):
             shutil.rmtree(step.output, ignore_errors=True)
         for path, text in step.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,10 +166,10 @@ class _Run:
         environment = step.environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         code, peak_bytes = execute(step, log, environment, quiet=device is not None)
         if code:
-            message = last_message(log)
-            raise RuntimeError(
-                f"{step.key} ended with exit code {code}: {message} | full log: {log} | by hand: {step.shell}"
-            )
+            message = f"{step.key} ended with exit code {code}: {last_message(log)}"
+            if changed:
+                message += f" | to start it anew: --overwrite {step.stage}"
+            raise RuntimeError(f"{message} | full log: {log} | by hand: {step.shell}")
         self.record.end(step, time.monotonic() - started, peak_bytes)
         self._log(step, f"done in {_clock(time.monotonic() - started)}")
 

@@ -28,8 +28,7 @@ class Step:
     """One command of a stage.
 
     Attributes:
-        arguments: of `fusechat-fuse`. command: the same behind its launcher.
-        reads: files and directories on whose content the output depends.
+        arguments: of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models. command: what is run.
         made_anew: an output made from other inputs is removed before the step runs again.
         parallel: may run beside the other steps of its stage. files: path -> text, written before the step runs.
     """
@@ -39,7 +38,6 @@ class Step:
     arguments: list[str]
     command: list[str]
     output: Path
-    reads: list[str]
     made_anew: bool = False
     parallel: bool = False
     environment: dict[str, str] = field(default_factory=dict)
@@ -91,12 +89,12 @@ class _Steps:
             steps += self._evaluate([step for step in steps if step.stage in ("train", "merge")])
         return steps
 
-    def _step(self, stage: str, name: str, model: Model, arguments: list, output: Path, reads: list, **more) -> Step:
+    def _step(self, stage: str, name: str, model: Model, arguments: list, output: Path, **more) -> Step:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
         words = [str(argument) for argument in arguments]
         launched_as = "compare" if words[0] == "compare" else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
-        return Step(stage, name, words, launched(launcher, words), output, [str(r) for r in reads], **more)
+        return Step(stage, name, words, launched(launcher, words), output, **more)
 
     def _flags(self, stage: str, model: Model) -> list[str]:
         """The flags of a stage: the recipe's, overridden by the model's own."""
@@ -108,12 +106,11 @@ class _Steps:
         if name != "pivot":
             own += ["--pivot_name_or_path", self.recipe.pivot.model]
         own += ["--output_dir", output, *self._flags("represent", model)]
-        reads = [model.model, self.recipe.pivot.model, *self.recipe.data]
-        return self._step("represent", name, model, own, output, reads, parallel=True)
+        return self._step("represent", name, model, own, output, parallel=True)
 
     def _compare(self, stage: str, name: str, folders: list[str], output: Path) -> Step:
         own = ["compare", *folders, "--output_dir", output]
-        return self._step(stage, name, Model(""), own, output, folders, made_anew=True)
+        return self._step(stage, name, Model(""), own, output, made_anew=True)
 
     def _align(self, name: str, model: Model) -> Step:
         pivot, source, output = (
@@ -123,22 +120,21 @@ class _Steps:
         )
         own = ["align", "--pivot_representation", pivot, "--source_representation", source, "--output_dir", output]
         own += ["--preset", self.recipe.preset, *self._flags("align", model)]
-        return self._step("align", name, model, own, output, [pivot, source])
+        return self._step("align", name, model, own, output)
 
     def _combine(self) -> Step:
         parts = [self.home / "aligned" / name for name in self.recipe.sources]
         output = self.home / "aligned" / "multi"
         own = ["combine", "--aligned", *parts, "--output_dir", output, "--preset", self.recipe.preset]
         own += self._flags("combine", Model(""))
-        return self._step("combine", "", Model(""), own, output, parts, made_anew=True)
+        return self._step("combine", "", Model(""), own, output, made_anew=True)
 
     def _train(self, name: str, data: str, model: Model, more: dict, made_anew: bool = False) -> Step:
         output, aligned = self.home / "models" / name, self.home / "aligned" / data
         own = ["train", "--model_name_or_path", self.recipe.pivot.model, "--data_path", aligned]
         own += ["--output_dir", output, "--preset", self.recipe.preset]
         own += as_flags({**self.recipe.flags["train"], **model.flags.get("train", {}), **more})
-        reads = [self.recipe.pivot.model, aligned]
-        return self._step("train", name, model, own, output, reads, made_anew=made_anew)
+        return self._step("train", name, model, own, output, made_anew=made_anew)
 
     def _merge(self, name: str, method: str, parameters: dict[str, Any]) -> Step:
         targets = [self.home / "models" / f"target-{source}" for source in self.recipe.sources]
@@ -154,12 +150,12 @@ class _Steps:
         config |= {"parameters": parameters, "dtype": "float32", **top}
         file, output = self.home / "merged" / f"{name}.yml", self.home / "merged" / name
         text = json.dumps(config, indent=2) + "\n"  # JSON is YAML
-        merge = ["yaml", str(file), str(output)]
         launcher = self.recipe.launcher.get("merge", "python")
         script = str(Path(sysconfig.get_path("scripts")) / "fusechat-merge")
-        command = [*([] if launcher == "python" else shlex.split(launcher)), script, *merge]
+        command = [*([] if launcher == "python" else shlex.split(launcher)), script, "yaml", str(file), str(output)]
+        models = [self.recipe.pivot.model, *map(str, targets)]
         return Step(
-            *("merge", name, [*merge, text], command, output, [str(target) for target in targets]),
+            *("merge", name, ["merge", json.dumps(config, sort_keys=True), *models], command, output),
             made_anew=True,
             environment={"FUSECHAT_MERGE_REPORT": str(self.home / "merged" / "reports" / name)},
             files={file: text},
@@ -174,8 +170,7 @@ class _Steps:
             own = ["represent", "--model_name_or_path", model, "--data_path", *self.recipe.held_out]
             own += ["--pivot_name_or_path", self.recipe.pivot.model, "--output_dir", output]
             own += self._flags("represent", self.recipe.pivot)
-            reads = [model, self.recipe.pivot.model, *self.recipe.held_out]
-            steps.append(self._step("evaluate", name, Model(""), own, output, reads, made_anew=True, parallel=True))
+            steps.append(self._step("evaluate", name, Model(""), own, output, made_anew=True, parallel=True))
             folders.append(str(output))
         return [*steps, self._compare("evaluate", "compare", folders, self.home / "held_out" / "compare")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
@@ -10,9 +9,7 @@ import sys
 from pathlib import Path
 
 from fusechat_fuse.pipeline.steps import Step
-
-PR_SET_PDEATHSIG, SIGKILL = 1, 9
-_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not load anything
+from fusechat_fuse.processes import DIE_WITH_PARENT, die_with_parent
 
 
 def execute(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> tuple[int, int]:
@@ -26,10 +23,10 @@ def execute(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> 
         file.flush()
         child = subprocess.Popen(
             step.command,
-            env={**os.environ, **environment},
+            env={**os.environ, DIE_WITH_PARENT: "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent if _LIBRARY else None,
+            preexec_fn=die_with_parent,
         )
         assert child.stdout is not None
         try:
@@ -59,12 +56,6 @@ def _peak_memory(pid: int | str) -> int:
         return 0
     own = re.search(r"VmHWM:\s*(\d+) kB", status)
     return max([1024 * int(own[1]) if own else 0, *map(_peak_memory, children)])
-
-
-def _die_with_parent() -> None:
-    """Runs in the child: if the run is killed, so is the step; the next run continues it."""
-    assert _LIBRARY is not None
-    _LIBRARY.prctl(PR_SET_PDEATHSIG, SIGKILL)
 
 
 def last_message(log: Path) -> str:
