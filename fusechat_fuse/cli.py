@@ -68,11 +68,11 @@ def options_of(argv: list[str]) -> dict[str, Any]:
     return parser_of("train", installed=True).parse(argv[1:])
 
 
-def _call(name: str, options: dict[str, Any]) -> Any:
-    """Call a subcommand's function; returns what is printed."""
+def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
+    """Call a subcommand's function; returns what is printed and the exit code."""
     command, as_json = COMMANDS[name], options.pop("json", False)
     if name == "train":
-        return _train(options)
+        return _train(options), 0
     if name == "represent" and options["model_name_or_path"] is None and options["gguf_file"] is None:
         raise InputError("the following arguments are required: --model_name_or_path or --gguf_file.")
     options = {command.parameters.get(flag, flag): value for flag, value in options.items()}
@@ -81,7 +81,8 @@ def _call(name: str, options: dict[str, Any]) -> Any:
     if name == "plan":
         options["options_of"] = options_of
     result = _function(command)(**options)
-    return result if as_json or command.text_of is None else command.text_of(result)
+    code = 1 if name == "plan" and result["failing"] else 0  # `plan && run` stops
+    return result if as_json or command.text_of is None else command.text_of(result), code
 
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +138,8 @@ def _run(argv: list[str]) -> int:
         del options["debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fusechat_fuse").setLevel(logging.INFO if is_main_process() else logging.WARNING)
-    result = _call(name, options)
+    result, code = _call(name, options)
     if result is not None and is_main_process():
         print(result if isinstance(result, str) else json.dumps(result, indent=1, default=str), flush=True)
     end_process_group()
-    return 0
+    return code

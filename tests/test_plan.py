@@ -136,6 +136,19 @@ def test_what_will_fail_is_said_once_and_the_rest_is_planned(recipe_models, plan
     assert any("train plain will fail: unknown flag '--lerning_rate'" in warning for warning in found["warnings"])
 
 
+def test_missing_figures_are_counted_and_end_with_exit_code_1(recipe_models, tmp_path, capsys):
+    recipe = recipe_of(recipe_models, tmp_path, ("one",), data=str(tmp_path / "none.json"))
+    assert main(["plan", str(recipe)]) == 1
+    printed = capsys.readouterr().out
+    assert "WARNING  represent pivot will fail: " in printed
+    found = plan(recipe, options_of=options_of)
+    missing = [entry["step"] for entry in found["steps"] if "memory_bytes" not in entry]
+    assert found["failing"] == missing
+    assert f"total without {len(missing)} steps that have no figures: " in printed
+    assert not found["exact"]
+    assert "every conversation was encoded" not in printed
+
+
 @pytest.mark.parametrize(
     ("stage", "option"), [("represent", "shard_size"), ("represent", "top_k"), ("train", "per_device_train_batch_size")]
 )

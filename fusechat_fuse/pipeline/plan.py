@@ -51,7 +51,8 @@ def plan(
             `measured_disk_bytes` and `measured_memory_bytes` (main memory of its largest process). A step that will
             fail has no figures.
         totals: of `disk_bytes`, `flops`, `seconds`, and `gpu_seconds`.
-        warnings: sentences, also about steps that will fail. exact: whether every conversation was encoded.
+        warnings: sentences, also about steps that will fail. failing: the names of steps without figures.
+        exact: whether every conversation was encoded.
 
     Raises: InputError for a bad recipe or an unknown GPU.
     """
@@ -63,7 +64,9 @@ def plan(
     totals = {key: sum(row.get(key, 0) for row in rows) for key in ("disk_bytes", "flops", "seconds")}
     totals["gpu_seconds"] = sum(row.get("seconds", 0) * row["gpus"] for row in rows)
     warnings = [*planner.data.warnings, *planner.warnings]
-    return {"gpu": gpu, "steps": rows, "totals": totals, "warnings": warnings, "exact": planner.data.exact}
+    failing = [row["step"] for row in rows if "memory_bytes" not in row]
+    exact = planner.data.exact and not failing
+    return {"gpu": gpu, "steps": rows, "totals": totals, "warnings": warnings, "failing": failing, "exact": exact}
 
 
 class _Planner:
@@ -84,7 +87,7 @@ class _Planner:
         row |= self._measured(step)
         try:
             return row | self._figures(step)
-        except InputError as error:
+        except (InputError, OSError) as error:
             if not any(warning.endswith(str(error)) for warning in self.warnings):  # an earlier step fails of the same
                 self.warnings.append(f"{step.key} will fail: {error}")
             return row
@@ -293,12 +296,14 @@ def format_plan(found: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in table]
     totals, gpu = found["totals"], found["gpu"]
-    total = f"total: {totals['disk_bytes'] / 1e9:.2f} GB on disk, {totals['flops']:.1e} FLOPs"
+    total = "total" + (f" without {len(found['failing'])} steps that have no figures" if found["failing"] else "")
+    total += f": {totals['disk_bytes'] / 1e9:.2f} GB on disk, {totals['flops']:.1e} FLOPs"
     if totals["seconds"]:
         total += f", {totals['seconds'] / 3600:.2f} hours"
     if gpu:
         total += f" ({totals['gpu_seconds'] / 3600:.2f} GPU hours)"
     counted = "every conversation was encoded" if found["exact"] else "estimated from a sample of the conversations"
+    counted = "not of every data set" if found["failing"] else counted
     times = "* measured"
     times += (
         f"; others at {costs.UTILIZATION:.0%} of the bfloat16 peak of {gpu}, one stage after the other" if gpu else ""
