@@ -326,7 +326,7 @@ class FusionTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """As Trainer's, with the pivot's configuration, weights in `save_dtype` if set, and no pickled arguments."""
         folder = Path(output_dir or str(self.args.output_dir))
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.save_dtype is not None:
             state_dict = cast_weights(model.state_dict() if state_dict is None else state_dict, self.save_dtype)
         with as_pivot(model, self._pivot_config):
