@@ -1,7 +1,6 @@
 """FusionTrainer: transformers' Trainer with the loss of pairwise fusion, at the price of plain fine-tuning.
 
-What it adds: a collator, one of three paths to the loss (`loss_paths.py`), and figures in the logs. Everything else is
-Trainer's, so accelerate, PEFT, checkpoints, callbacks and hyper-parameter search work as they do there.
+It adds a collator, one of three paths to the loss (`loss_paths.py`), and figures in the logs. The rest is Trainer's.
 
 Normalisation: sums over labelled tokens are divided by the number of labelled tokens in the whole step
 (`num_items_in_batch`, over accumulated batches and processes), so 8 x 1 and 1 x 8 batches give one loss and gradient.
@@ -12,6 +11,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -326,7 +326,7 @@ class FusionTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """As Trainer's, with the pivot's configuration, weights in `save_dtype` if set, and no pickled arguments."""
         folder = Path(output_dir or str(self.args.output_dir))
-        model: torch.nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.save_dtype is not None:
             state_dict = cast_weights(model.state_dict() if state_dict is None else state_dict, self.save_dtype)
         with as_pivot(model, self._pivot_config):
