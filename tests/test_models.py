@@ -9,18 +9,26 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_file
 from fusechat_fuse.models.identity import identify
-from fusechat_fuse.models.loading import load_model
+from fusechat_fuse.models.loading import check_causal, load_model
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run import train
 from tests.helpers.hub import COMMIT, cache_model
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import FAMILIES, tiny_model
 from tests.helpers.tiny_runs import aligned_directory, config, pivot_directory
 
 NAME = "org/pivot"
@@ -121,6 +129,58 @@ def test_configuration_of_another_architecture_is_refused_with_the_missing_tenso
         InputError, match=r"every tensor of MixtralForCausalLM, got files without model\..* and \d+ more"
     ):
         load_model(tmp_path / "m", dtype="auto")
+
+
+def looking_ahead(kind):
+    """A tiny model whose predictions know what comes next."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 640, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
+    masked = {**size, "num_attention_heads": 2, "initializer_range": 0.3}
+    bart = {"vocab_size": 640, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    bart |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    return {
+        "llama": lambda: tiny_model("Llama", vocab_size=640, is_causal=False),
+        "bert": lambda: BertForMaskedLM(BertConfig(**masked)),
+        "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**masked)),
+        "bart": lambda: BartForConditionalGeneration(BartConfig(**bart)),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("llama", "a causal language model, got one whose logits depend on later"),
+        ("bert", "a causal language model, got one whose logits depend on later"),
+        ("roberta", "a causal language model, got one whose logits depend on later"),
+        ("bart", r"a decoder-only language model, got an encoder-decoder \(bart\)"),
+    ],
+)
+def test_models_that_look_ahead_are_refused(kind, message, folder, tmp_path):
+    place = tmp_path / "m"
+    shutil.copytree(folder, place)
+    looking_ahead(kind).save_pretrained(place)
+    if kind == "bart":  # with the shared embedding written out, all that its decoder alone lacks is there
+        tensors = load_file(place / "model.safetensors")
+        tensors["model.decoder.embed_tokens.weight"] = tensors["model.shared.weight"].clone()
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"^model for {place}: expected {message}"):
+        represent(place, CHATS, tmp_path / "r")
+    with pytest.raises(InputError, match=f"^model for {place}: expected {message}"):
+        train(str(place), aligned_directory(tmp_path / "aligned"), config(tmp_path / "target", max_steps=1))
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "target").exists()
+    with pytest.raises(InputError, match=r"for \w+: expected a (causal|decoder-only) language model"):
+        represent(looking_ahead(kind).eval(), CHATS, tmp_path / "r", tokenizer=load_fast_tokenizer(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_models_of_every_family_pass(family, dtype):
+    check_causal(tiny_model(family, dtype=dtype).eval(), family)
+    with torch.no_grad():
+        broken = tiny_model(family, dtype=dtype).eval()
+        broken.get_input_embeddings().weight.fill_(float("nan"))
+    check_causal(broken, family)  # not finite: no sign of looking ahead
 
 
 def test_tied_checkpoint_without_a_head_of_its_own_is_whole(tmp_path):

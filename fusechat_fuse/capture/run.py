@@ -25,7 +25,7 @@ from fusechat_fuse.capture.manifest import Capture
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import is_named, load_config, load_fast_tokenizer, positions_of, with_gguf
 from fusechat_fuse.models.identity import Identity, identify
-from fusechat_fuse.models.loading import load_model, quantization_of
+from fusechat_fuse.models.loading import check_causal, load_model, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
@@ -182,7 +182,9 @@ def _made_from(model, load_in: str | None) -> Identity:
 def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_per_batch: int) -> Runner:
     from fusechat_fuse.capture.distributions import PredictionHead
 
+    name = model if is_named(model) else type(model).__name__
     model = _load(model, device, loading)
+    check_causal(model, name)
     rows = int(model.get_input_embeddings().weight.shape[0])
     return BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch, rows)
 

@@ -124,7 +124,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
     Raises: InputError where there is no model, or none that transformers knows.
     """
     if not is_named(model):
-        return model.config
+        return _decoder_only(model.config, type(model).__name__)
     from transformers import AutoConfig
 
     _check_exists("model", model)
@@ -137,7 +137,7 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
         )
     try:
         place, more = for_transformers(model)
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
     except Exception as error:  # transformers and its readers raise many kinds
         advice = "Check that the file is complete" if is_gguf(model) else "Check the name, and config.json"
         if "custom code" in str(error):
@@ -146,6 +146,16 @@ def load_config(model, *, trust_remote_code: bool = False) -> Any:
             f"model for {model}: expected a model directory or a Hub name with a configuration that transformers "
             f"knows, got: {describe_error(error)}. {advice}."
         ) from error
+    return _decoder_only(config, model)
+
+
+def _decoder_only(config, name):
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model for {name}: expected a decoder-only language model, got an encoder-decoder ({config.model_type}). "
+            "Give a causal language model."
+        )
+    return config
 
 
 def positions_of(config) -> int | None:

@@ -69,6 +69,34 @@ def load_model(
     return model.eval()
 
 
+def check_causal(model, name) -> None:
+    """Raise InputError where a model's logits depend on later tokens.
+
+    Two probes of 16 tokens that differ in the second half must have equal logits in the first, within 1e-3 of the
+    largest logit, 5e-2 where the arithmetic is below float32.
+
+    Args:
+        model: loaded, in evaluation mode; borrowed. name: for the error.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings().weight
+    rows, device = int(embedding.shape[0]), "cpu" if embedding.device.type == "meta" else embedding.device
+    if not embedding.numel():
+        return  # ZeRO-3 holds it in parts: nothing can be computed before training begins
+    probes = (torch.arange(16).repeat(2, 1) + torch.tensor([[0] * 16, [0] * 8 + [rows // 2] * 8])) % rows
+    with torch.inference_mode():
+        logits = model(input_ids=probes.to(device), use_cache=False).logits[:, :8]
+    exact = logits.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
+    first, second = logits.float()
+    # false where they are not finite, which says nothing of causality
+    if (first - second).abs().max() > (1e-3 if exact else 5e-2) * first.abs().max():
+        raise InputError(
+            f"model for {name}: expected a causal language model, got one whose logits depend on later tokens "
+            "(a masked language model, or is_causal false in config.json?). Give a causal one."
+        )
+
+
 def _check_quantization(name) -> None:
     """Raise InputError where a checkpoint names a quantisation that transformers would ignore."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -12,7 +12,7 @@ import torch
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.loading import check_trainable
+from fusechat_fuse.models.loading import check_causal, check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import load_aligned
@@ -109,6 +109,7 @@ def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
     if arguments.load_in_4bit:  # laid where it stays: it cannot be moved
         loading |= {"load_in": "4bit", "device_map": {"": config.device}}
     model = pivot.load_model(**loading)
+    check_causal(model, pivot.name)
     if not arguments.lora_r:
         return model
     if config.activation_checkpointing:
