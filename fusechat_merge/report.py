@@ -72,7 +72,7 @@ class Report:
 
     def __init__(self, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED):
         self.method, self.pivot, self.targets, self.every = method, pivot, list(targets), every
-        self.names = short_names(self.targets)
+        self.names = distinct_names(self.targets)
         self.rows: list[dict] = []
 
     def takes(self, method: str, pivot: str, targets: Sequence[str]) -> bool:
@@ -186,10 +186,10 @@ def kind(tensor: str) -> str:
     return name.removeprefix("model.").removesuffix(".weight")
 
 
-def short_names(targets: Sequence[str]) -> list[str]:
-    """The last part of each path, numbered where two are the same."""
-    names = [re.split(r"[/\\]", target.rstrip("/\\"))[-1] or target for target in targets]
-    return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
+def distinct_names(models: Sequence[str]) -> list[str]:
+    """The last part of each model's name; equal ones are numbered from 1: chat#1, chat#2."""
+    names = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return [f"{name}#{names[: n + 1].count(name)}" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:

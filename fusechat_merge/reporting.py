@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fusechat_merge.kernel import Merge
-from fusechat_merge.report import Report, short_names
+from fusechat_merge.report import Report, distinct_names
 
 logger = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
@@ -115,6 +115,6 @@ def _next_directory(root: Path, report: Report) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     numbers = [re.match(r"(\d{3})-", entry.name) for entry in root.iterdir()]
     number = 1 + max((int(found.group(1)) for found in numbers if found), default=0)
-    directory = root / f"{number:03d}-{report.method}-{short_names([report.pivot])[0]}"
+    directory = root / f"{number:03d}-{report.method}-{distinct_names([report.pivot])[0]}"
     directory.mkdir()
     return directory

@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError
 
 import fusechat_merge
+from fusechat_fuse.store import card
 from fusechat_merge import _autoload, cli, kernel, plots, recipe, report, reporting
 from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, write_family, write_llama
@@ -627,6 +628,17 @@ def test_slices_with_another_pivot_or_target_have_a_report_of_their_own(models, 
         assert not (tmp_path / "reports").exists()
     summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "reports").glob("*/summary.json"))]
     assert [(summary["pivot"], summary["tensors"]) for summary in summaries] == [(pivot, 3), (targets[0], 1)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["a/chat", "other", "b/chat/", "chat"], ["chat#1", "other", "chat#2", "chat#3"]),
+        (["org/chat", "./chat-2"], ["chat", "chat-2"]),
+    ],
+)
+def test_targets_bear_the_names_of_the_other_reports(targets, names):
+    assert report.Report("sce", "pivot", targets).names == names == card.distinct_names(targets)
 
 
 def test_a_merge_past_run_merge_warns_that_it_gets_no_report(tmp_path, monkeypatch, caplog):
