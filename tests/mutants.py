@@ -1,4 +1,4 @@
-"""Do the tests see a broken line? 25 lines over all rooms are broken, one at a time, in a copy of the tree.
+"""Do the tests see a broken line? 26 lines over all rooms are broken, one at a time, in a copy of the tree.
 
     python tests/mutants.py [--root TREE] [--only NAME ...]
 
@@ -48,6 +48,12 @@ MUTANTS = [
         "sce: one element too many selected",
         "kept = math.floor(tau * differing)",
         "kept = math.ceil(tau * differing)",
+        "tests/test_merge_kernel.py",
+    ),
+    Mutant(
+        "sce: mergekit's equal coefficients for small updates",
+        "eta = _shares(sums, weights)",
+        "eta = _shares(sums if sums.sum() >= 1e-6 * passes.numel else torch.ones_like(sums), weights)",
         "tests/test_merge_kernel.py",
     ),
     Mutant(

@@ -30,6 +30,7 @@ from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.processes import Process
+from fusechat_fuse.store.shard_writer import ROWS_PER_SHARD
 from fusechat_fuse.store.tokenizers import read_tokenizer
 from fusechat_fuse.text.batches import plan_batches
 from fusechat_fuse.text.chat import ConversationEncoder
@@ -240,7 +241,7 @@ def test_directory_holds_all_that_the_contract_names(tmp_path, folder, tiny_bpe)
     assert manifest["options"] == {
         "top_k": 4,
         "max_length": 120,
-        "shard_size": 256,
+        "shard_size": ROWS_PER_SHARD,
         "dtype": "auto",
         "template": "pivot",
     }
