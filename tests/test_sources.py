@@ -62,8 +62,8 @@ def test_a_gguf_file_is_a_model_like_any_other(made, tmp_path):
 
 def test_a_gguf_pivot_is_trained_into_a_plain_target(made, tmp_path):
     file, data = made / "tiny-F32.gguf", [*CHATS]
-    for name in ("pivot", "source"):
-        represent(file, data, tmp_path / name, template="native")
+    for name, model in (("pivot", file), ("source", made / "plain")):
+        represent(model, data, tmp_path / name, template="native")
     pair = ["--pivot_representation", str(tmp_path / "pivot"), "--source_representation", str(tmp_path / "source")]
     assert main(["align", *pair, "--output_dir", str(tmp_path / "aligned")]) == 0
     train(file, tmp_path / "aligned", config(tmp_path / "target", max_steps=3, learning_rate=1e-3))

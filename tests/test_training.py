@@ -192,7 +192,7 @@ BAD_INPUT = {  # what is changed of pivot, data and options, given the pivot and
     ),
     "damaged data": (
         lambda pivot, folder: {"data": with_a_flipped_bit(folder)},
-        "shard for .*flipped.*arrow: expected the file the manifest lists",
+        "file for .*flipped.*arrow: expected the file the manifest lists",
     ),
     "no data": (
         lambda pivot, folder: {"data": folder / "nowhere"},

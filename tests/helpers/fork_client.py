@@ -17,6 +17,7 @@ with socket.socket(socket.AF_UNIX) as server:
     answer = server.recv(64)  # empty: the server is gone
 code = int(answer or 1)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:  # which has no handler
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
