@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fusechat_fuse.alignment.combination import average, combine
+from fusechat_fuse.alignment.combination import average, combination_lines, combine
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store import shard_writer
@@ -243,11 +243,17 @@ def test_by_slice_the_best_source_serves_all_of_it(tmp_path):
     assert won["b"] == {0, 1}  # where the best source lacks a conversation, the next one
     assert by_id(tmp_path / "out")["b-1"]["source_index"].tolist() == [0]
     assert {name: manifest["slices"][name]["best"] for name in "abc"} == {"a": 1, "b": 2, "c": 0}
+    assert all(manifest["slices"][name]["decides"] for name in ("", *"abc"))
+    assert not any("takes the choice" in line for line in combination_lines(manifest))
     assert won["c"] == {0}  # the pivot is better there: training leaves these rows
     assert manifest["slice_models"] == ["pivot", "one", "two"]
     assert manifest["taken"] == {"one": 41, "two": 19}
     by_pattern = combine(parts, tmp_path / "ids", function="min_ce_slice", slice_pattern="^[ab]")
     assert set(by_pattern["slices"]) == {"", "a", "b"}
     assert by_id(tmp_path / "ids")["c-2"].get("slice") is None
+    few = combine(parts, tmp_path / "few", function="min_ce_slice", slice_pattern="^a-1[25]$|^a-[369]$")
+    assert combination_lines(few)[-1] == (
+        "slice a-9 (1 conversations, 1 of 1 better): too few to tell, takes the choice of all data"
+    )
     with pytest.raises(InputError, match="same options, got slice_pattern = "):
         combine([parts[0], tmp_path / "ids"], tmp_path / "more", function="min_ce_slice")

@@ -176,7 +176,16 @@ FOUND = {
         "multi": {
             "ce_unit": "byte",
             "models": ["pivot", "one"],
-            "slices": {"code": {"best": 1, "conversations": 30, "medians": [0.5, 0.25]}},
+            "slices": {
+                "code": {
+                    "best": 1,
+                    "conversations": 30,
+                    "medians": [0.5, 0.25],
+                    "better": 18,
+                    "worse": 11,
+                    "decides": False,
+                }
+            },
         }
     },
     "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}}},
@@ -196,6 +205,9 @@ def test_the_page_holds_every_figure_and_asks_for_nothing():
     ]
     assert "<td>1.2500</td><td class=best>1.0000</td>" in page
     assert "<td>0.5000</td><td class=best>0.2500</td><td>one</td>" in page
+    assert (
+        "<p>slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data</p>" in page
+    )
     assert page.count("<polyline") == 2
     assert "p&lt;q" in page
     assert "run &lt;this&gt;" in page

@@ -11,17 +11,18 @@ import torch
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
+from fusechat_fuse.training.card import slice_lines
 from fusechat_fuse.training.collator import STATS, FusionCollator
 from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.run import train
-from fusechat_fuse.training.slice_choice import source_by_slice
+from fusechat_fuse.training.slice_choice import format_slice_choice, source_by_slice
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, config, pivot_directory
 
 
-def sliced_rows(wrong: int = 8) -> list[dict]:
+def sliced_rows(wrong: int = 4) -> list[dict]:
     """40 conversations by turns of two slices; the source knows "good", but for `wrong` answers that it finds odd."""
     rows = aligned_rows(40, vocab_size=500)
     for n, row in enumerate(rows):
@@ -49,15 +50,42 @@ def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
 
 @pytest.mark.parametrize(("unit", "sharpness"), [("token", 1), ("byte", 4)])
 def test_data_combined_by_slice_bring_their_choice_and_its_unit(tmp_path, unit, sharpness):
-    table = {"": (0, [1, 1, 1]), "bad": (2, [3, 9, 1]), "good": (0, [1, 2, 3])}  # against what these rows say
-    table = {name: {"best": best, "medians": medians} for name, (best, medians) in table.items()}
+    table = {  # against what these rows say
+        "": {"best": 2, "medians": [4, 5, 3], "decides": True},
+        "bad": {"best": 2, "medians": [3, 9, 1], "decides": True},
+        "good": {"best": 2, "medians": [1, 2, 3], "decides": False},
+    }
     data = load_representation(
         aligned_directory(
             tmp_path / "c", sliced_rows(), kind="combined", slices=table, slice_models=[], options={"ce_unit": unit}
         )
     )
     weight = source_by_slice(data, ce_unit="token")
-    assert [weight(row) for row in data] == [pytest.approx(1 / (1 + math.exp(-2 * sharpness))), 0] * 20
+    bad, as_all = (pytest.approx(1 / (1 + math.exp(gap * sharpness))) for gap in (-2, -1))
+    assert [weight(row) for row in data] == [bad, as_all] * 20
+
+
+def test_a_slice_that_cannot_tell_is_named_in_log_and_card(tmp_path):
+    rows = sliced_rows(wrong=0)
+    for row in rows[:16:2]:  # eight of the bad become a slice of their own, seven of them known to the source
+        row["slice"] = "few"
+    for row in rows[:14:2]:
+        row["source_ce"] = float(row["ce"].mean()) - 0.75
+    chosen = source_by_slice(load_representation(aligned_directory(tmp_path / "d", rows)), ce_unit="token")
+    line = "slice few (8 conversations, 7 of 8 better): too few to tell, takes the choice of all data"
+    models = ["pivot", "source"]
+    log = format_slice_choice(chosen, models, "token").splitlines()
+    assert [text for text in log if "takes the choice" in text] == [f"  {line}"]
+    table = chosen.choice.table
+    card = slice_lines({"ce_unit": "token", "models": models, "slices": table})
+    assert [text for text in card if "takes the choice" in text] == [f"- {line}"]
+    pivot, source = table[""]["medians"]
+    assert (
+        chosen(rows[0])
+        == chosen({"id": "x", "slice": "never seen"})
+        == pytest.approx(1 / (1 + math.exp(source - pivot)))
+    )
+    assert table["few"]["medians"] != table[""]["medians"]
 
 
 def test_the_trainer_chooses_before_training_and_says_so(data, tmp_path, caplog):

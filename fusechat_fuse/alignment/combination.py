@@ -31,7 +31,7 @@ from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.cross_entropy import CE_UNITS, pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
 from fusechat_fuse.store.shards import Representation, load_representation
-from fusechat_fuse.store.slices import AUTO, SliceChoice, choose_by_slice, name_slices
+from fusechat_fuse.store.slices import AUTO, SliceChoice, choose_by_slice, name_slices, undecided_lines
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
@@ -69,7 +69,7 @@ def combine(
     Returns:
         The manifest that was written: `sources` describes them, `taken` counts the conversations taken from each (none
         for avg_ce); a row's `source_index` [1] points into `sources` (-1: a mixture). For min_ce_slice also `slices`,
-        the table of medians, the pivot's first, and `slice_models`, the models they belong to.
+        the table of `store.slices.SliceChoice`, and `slice_models`, the models of its medians, the pivot first.
 
     Raises:
         InputError: fewer than two directories, another pivot, another function in an earlier combination.
@@ -318,4 +318,4 @@ def combination_lines(manifest: dict) -> list[str]:
     for n, name in enumerate(source_names(manifest)):
         taken = "mixed" if options["function"] == "avg_ce" else f"taken {manifest['taken'][name]} times"
         lines.append(f"source {n}: {name}, {taken}")
-    return lines
+    return lines + undecided_lines(manifest.get("slices", {}))

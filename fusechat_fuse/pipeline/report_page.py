@@ -9,6 +9,7 @@ import html
 from typing import Any
 
 from fusechat_fuse.store.card import shown_name
+from fusechat_fuse.store.slices import undecided_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --dim: #6e7781; }
@@ -109,7 +110,9 @@ def _slice_table(chosen: dict[str, Any]) -> str:
         rows[name or "all"] = [entry["conversations"], *entry["medians"], chosen["models"][entry["best"]]]
         best[name or "all"] = 1 + entry["best"]
     unit = f"nats per {chosen['ce_unit']}"
-    return _table(["slice", "conversations", *(f"{name}, {unit}" for name in chosen["models"]), "selected"], rows, best)
+    head = ["slice", "conversations", *(f"{name}, {unit}" for name in chosen["models"]), "selected"]
+    undecided = "".join(f"<p>{html.escape(line)}</p>" for line in undecided_lines(chosen["slices"]))
+    return _table(head, rows, best) + undecided
 
 
 def _coefficient_table(summary: dict[str, Any]) -> str:

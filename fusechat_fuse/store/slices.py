@@ -3,8 +3,10 @@
     model of a slice = the one whose CE has the lowest median over the slice's conversations   (a tie: the first)
 
 The median, and one answer for the whole slice: a conversation with a wrong answer is served by the model that knows
-better as well, where a choice by conversation would take the one that agrees with the mistake. A slice of fewer than
-LEAST conversations takes the answer of the whole data set.
+better as well, where a choice by conversation would take the one that agrees with the mistake.
+
+A slice decides for itself where its conversations can tell the models apart: by a sign test of the best source against
+the pivot (`sign_test`) below SIGNIFICANT, in the direction of the medians. Else it takes the choice of all data.
 
 Slices are named by the rows' own column, by a regular expression on their ids, or found: clusters of the prompts.
 """
@@ -24,51 +26,92 @@ from fusechat_fuse.errors import InputError
 if TYPE_CHECKING:
     from fusechat_fuse.store.shards import Representation
 
-LEAST = 20
+SIGNIFICANT = 0.05
+FEW = 20  # conversations without a tie below which an undecided slice is called too few, from which on too even
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class SliceChoice:
-    """Which of M models serves which slice.
+    """Which of M models serves which slice; model 0 is the pivot, the others are sources.
 
     Attributes:
-        best: slice -> index of its model.
-        table: slice -> {conversations, medians [M], best}, for manifests and people; under "" (all) the whole data set.
+        table: slice -> {conversations, medians [M], better, worse, decides, best}, the whole data set under "" (all).
+            better, worse: conversations for which the source of the lowest median has a lower, a higher CE than the
+            pivot; decides: whether the slice decides for itself; best: the index of its model.
     """
 
-    best: dict[str, int]
     table: dict[str, dict]
 
     def of(self, name: str) -> int:
         """The model of a slice; of one that was not there, the whole data set's."""
-        return self.best.get(name, self.best[""])
+        return self.table.get(name, self.table[""])["best"]
 
     def medians(self, name: str) -> list[float]:
         """The medians [M] that decide for a slice: its own, or the whole data set's."""
-        return self.table[name if name in self.best else ""]["medians"]
+        entry = self.table.get(name)
+        return (entry if entry and entry["decides"] else self.table[""])["medians"]
 
 
 def choose_by_slice(slices: Sequence[str], ces: np.ndarray) -> SliceChoice:
-    """The best model of every slice.
+    """The model of every slice.
 
     Args:
         slices: name of each conversation's slice [N], "" where it has none.
-        ces: float [M, N], CE of each model on each conversation, in one unit; one that is not a number loses.
+        ces: float [M, N], CE of the pivot and each source on each conversation, in one unit; what is no number loses.
+
+    Source: this project (docs/method.md, "Choice", `slices`).
     """
     ces = np.where(np.isfinite(ces), ces, np.inf)
     names = np.array(slices, dtype=object)
-    whole = np.median(ces, axis=1)  # [M]
-    best, table = {"": int(whole.argmin())}, {}
-    for name, count in [("", len(slices)), *sorted(Counter(slices).items())]:
-        if name in table:
-            continue
-        medians = whole if not name else np.median(ces[:, names == name], axis=1)
-        if count >= LEAST and name:
-            best[name] = int(medians.argmin())
-        chosen = best.get(name, best[""])
-        table[name] = {"conversations": count, "medians": [float(m) for m in medians], "best": chosen}
-    return SliceChoice(best, table)
+    whole = _entry(ces) | {"decides": True}
+    table = {"": whole}
+    for name in sorted(set(slices) - {""}):
+        entry = _entry(ces[:, names == name])
+        table[name] = entry if entry["decides"] else entry | {"best": whole["best"]}
+    return SliceChoice(table)
+
+
+def _entry(ces: np.ndarray) -> dict:
+    """The table's entry of a slice that decides for itself, from CEs [M, N]."""
+    medians = np.median(ces, axis=1)  # [M]
+    best, source = int(medians.argmin()), 1 + int(medians[1:].argmin())
+    better, worse = int((ces[source] < ces[0]).sum()), int((ces[source] > ces[0]).sum())
+    return {
+        "conversations": ces.shape[1],
+        "medians": medians.tolist(),
+        "better": better,
+        "worse": worse,
+        "decides": sign_test(better, worse) < SIGNIFICANT and (best > 0) == (better > worse),
+        "best": best,
+    }
+
+
+def sign_test(better: int, worse: int) -> float:
+    """How probable a majority as clear as this or clearer would be, of either side, if both were equally likely.
+
+    p = min(1, 2 sum_{i <= k} C(n, i) / 2^n),   n = better + worse,  k = min(better, worse)
+
+    Precision: float64, by logarithms.
+    """
+    n, k = better + worse, min(better, worse)
+    i = np.arange(1, k + 1)
+    log_counts = np.concatenate([[0.0], np.cumsum(np.log((n - i + 1) / i))])  # log C(n, i), i = 0..k
+    return min(1.0, 2 * float(np.exp(log_counts - n * np.log(2)).sum()))
+
+
+def undecided_lines(table: dict[str, dict]) -> list[str]:
+    """A sentence for each slice of a choice's table that takes the choice of all data."""
+    lines = []
+    for name, entry in table.items():
+        if not entry["decides"]:
+            compared = entry["better"] + entry["worse"]
+            why = "few" if compared < FEW else "even"
+            lines.append(
+                f"slice {name} ({entry['conversations']} conversations, {entry['better']} of {compared} better): too "
+                f"{why} to tell, takes the choice of all data"
+            )
+    return lines
 
 
 def name_slices(data: Representation, *, column: str = "slice", pattern: str | None = None) -> list[str]:
@@ -115,7 +158,7 @@ def prompts(data: Representation) -> list[str]:
     return tokenizer.decode_batch(ids, skip_special_tokens=True)
 
 
-def cluster(texts: Sequence[str], *, least: int = 2 * LEAST, most: int = 12, seed: int = 0) -> list[str]:
+def cluster(texts: Sequence[str], *, least: int = 40, most: int = 12, seed: int = 0) -> list[str]:
     """Texts of one kind get one name: k-means on 32 directions of TF-IDF over character 2- to 4-grams.
 
     Args:

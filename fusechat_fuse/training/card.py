@@ -12,6 +12,7 @@ from fusechat_fuse.store.card import (
     shown_name,
     source_names,
 )
+from fusechat_fuse.store.slices import undecided_lines
 
 PAPER = "https://arxiv.org/abs/2408.07990"
 CITATION = """@article{wan2024fusechat,
@@ -70,7 +71,7 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
             {"pivot": pivot_name, "source": source_list, "data": ", ".join(data) or "?", **_alignment(manifest)}
         ),
         "",
-        *_slices(trainer.slices),
+        *slice_lines(trainer.slices),
         "## Training",
         "",
         card_table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
@@ -102,7 +103,7 @@ def _metadata(pivot: str, data: list[str], *, plain: bool) -> dict:
     return metadata
 
 
-def _slices(chosen: dict | None) -> list[str]:
+def slice_lines(chosen: dict | None) -> list[str]:
     """Who served which slice, and the medians that decided."""
     if chosen is None:
         return []
@@ -113,7 +114,9 @@ def _slices(chosen: dict | None) -> list[str]:
         for slice_name, entry in figures.items()
     ]
     lines = [head, ["---"] * len(head), *rows]
-    return ["## Slices", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+    table = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    undecided = [f"- {line}" for line in undecided_lines(figures)]
+    return ["## Slices", "", *table, "", *undecided, *([""] if undecided else [])]
 
 
 def _alignment(manifest: dict) -> dict:

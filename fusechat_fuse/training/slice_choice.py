@@ -14,7 +14,7 @@ import numpy as np
 
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.shards import Representation
-from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices
+from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, undecided_lines
 from fusechat_fuse.training.choice import require_columns
 from fusechat_fuse.training.collator import as_documented
 from fusechat_fuse.training.dataset import check_not_empty
@@ -77,9 +77,8 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     if isinstance(data, Representation):
         table = data.manifest.get("slices")
         if table is not None:  # chosen among all sources when they were combined, and the rows named so
-            best = {name: entry["best"] for name, entry in table.items()}
             sharpness, models = SHARPNESS[data.manifest["options"]["ce_unit"]], data.manifest["slice_models"]
-            return SourceBySlice(SliceChoice(best, table), dict(zip(keys, own)), sharpness, models=models)
+            return SourceBySlice(SliceChoice(table), dict(zip(keys, own)), sharpness, models=models)
         own = name_slices(data, column=column, pattern=pattern)
     return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
 
@@ -91,4 +90,5 @@ def format_slice_choice(chosen: SourceBySlice, models: list[str], ce_unit: str) 
     for name, entry in choice.table.items():
         medians = ", ".join(f"{median:.4f}" for median in entry["medians"])
         lines.append(f"  {name or 'all'}: {medians} -> {models[entry['best']]}, {entry['conversations']} conversations")
+    lines += [f"  {line}" for line in undecided_lines(choice.table)]
     return "\n".join(lines)

@@ -1,6 +1,9 @@
 """The choice of what is fused, written from its definitions: loops over Python floats, no code of the library."""
 
 import math
+import statistics
+from fractions import Fraction
+from itertools import pairwise
 
 
 def distribution(ids, probs):
@@ -37,3 +40,29 @@ def reference_choice(row, choice, unit, temperature, fallback="pivot", slice_wei
     weight = math.exp(-source_ce) / (math.exp(-source_ce) + math.exp(-pivot_ce))
     weight = slice_weight if choice == "avg_ce_slice" else weight
     return [{u: weight * s.get(u, 0.0) + (1 - weight) * p.get(u, 0.0) for u in {*s, *p}} for s, p in zip(source, pivot)]
+
+
+def reference_sign_test(better, worse):
+    """The share of all 2^n ways to toss n coins whose rarer side comes up at most as often as here, of either side."""
+    n = better + worse
+    pascal = [1]
+    for _ in range(n):
+        pascal = [1, *(a + b for a, b in pairwise(pascal)), 1]
+    return min(Fraction(1), Fraction(2 * sum(pascal[: min(better, worse) + 1]), 2**n))
+
+
+def reference_slice_models(slices, ces):
+    """slice -> (index of its model, whether it decided for itself); CEs by model and conversation."""
+
+    def of(numbers):
+        columns = [[ces[m][n] if math.isfinite(ces[m][n]) else math.inf for n in numbers] for m in range(len(ces))]
+        medians = [statistics.median(column) for column in columns]
+        best, source = medians.index(min(medians)), 1 + medians[1:].index(min(medians[1:]))
+        better = sum(s < p for s, p in zip(columns[source], columns[0]))
+        worse = sum(s > p for s, p in zip(columns[source], columns[0]))
+        told = reference_sign_test(better, worse) < Fraction(5, 100)
+        return best, told and (best > 0 if better > worse else best == 0)
+
+    whole = of(range(len(slices)))[0]
+    found = {name: of([n for n, own in enumerate(slices) if own == name]) for name in set(slices) - {""}}
+    return {"": (whole, True)} | {name: (best if told else whole, told) for name, (best, told) in found.items()}
