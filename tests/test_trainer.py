@@ -1,5 +1,6 @@
 """FusionTrainer is a Trainer: normalisation, evaluation, and what people use around it, on tiny models."""
 
+import json
 import logging
 
 import datasets
@@ -12,7 +13,8 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.collator import FusionCollator
-from fusechat_fuse.training.config import FusionConfig, device_count
+from fusechat_fuse.training.config import FusionConfig, device_count, splits_batches
+from fusechat_fuse.training.dataset import LengthGrouped
 from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
@@ -260,6 +262,58 @@ def test_data_from_disk_in_every_form(tmp_path):
     assert workers[0] == runs[0][0]
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("form", ["rows", "directory"])
+def test_a_continued_run_sees_the_batches_of_an_uninterrupted_one(tmp_path, form, strategy):
+    """Continued inside the second epoch, whatever numbers were drawn since."""
+    rows = aligned_rows(22, vocab_size=500)
+    data = rows if form == "rows" else aligned_directory(tmp_path / "data", rows)
+    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 8, "save_total_limit": None}
+    options["train_sampling_strategy"] = strategy
+
+    def trainer():
+        return FusionTrainer(tiny_model(vocab_size=VOCAB), config(tmp_path / "t", **options), train_dataset=data)
+
+    def losses(trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = trainer()
+    whole.train()
+    epochs = [losses(whole)[n : n + 6] for n in (0, 6, 12)]
+    assert len({tuple(np.round(epoch, 4)) for epoch in epochs}) == 3
+    continued = trainer()
+    torch.rand(7)
+    continued.train(resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-8"))
+    assert losses(continued) == pytest.approx(losses(whole), rel=1e-5)
+    for mine, theirs in zip(continued.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_grouping_by_length_takes_every_conversation_once_an_epoch():
+    lengths = [5, 50, 6, 51, 7, 52, 8, 53]
+    sampler = LengthGrouped(4, lengths, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_sampler_of_your_own_may_draw_another_number(tmp_path):
+    """Rows that no process was filled up with are trained on."""
+    rows = aligned_rows(9)
+
+    class Own(FusionTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return torch.utils.data.SequentialSampler(range(8))
+
+    trainer = Own(tiny_model(), config(tmp_path, warmup_steps=0, lr_scheduler_type="constant"), train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(run(tmp_path, rows[:8])[0], rel=1e-5)
+
+
 def test_a_new_model_for_each_run(tmp_path):
     rows = aligned_rows(4)
     trainer = FusionTrainer(model_init=lambda: tiny_model(), args=config(tmp_path, max_steps=1), train_dataset=rows)
@@ -302,6 +356,16 @@ def test_devices_of_a_run(monkeypatch, environment, use_cpu, devices):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device_count(use_cpu=use_cpu) == devices
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"split_batches": True}, True), ({"even_batches": True}, False)])
+def test_batches_are_split_however_the_flag_is_given(tmp_path, given, expected):
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    for form in (given, json.dumps(given), str(tmp_path / "a.json")):
+        assert splits_batches(form) == expected
+    options = FusionConfig(str(tmp_path), use_cpu=True, accelerator_config=given)
+    assert splits_batches(options.accelerator_config) == expected
+    assert not splits_batches(None)
 
 
 @pytest.mark.parametrize(("size", "steps", "warned"), [(4, 3, False), (6, 2, False), (8, 2, True), (100, 1, True)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusechat_fuse.training.lean_head import install_lean_head
-from tests.helpers.distributed_worker import SETTINGS, UNEVEN, uneven
+from tests.helpers.distributed_worker import SETTINGS, TRAINED, UNEVEN, trained, uneven
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import run
@@ -97,6 +97,16 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(results, tmp_path
     got = results["ddp"]["uneven"][case]
     for name in ("eval_loss", "eval_lm_loss", "eval_fusion_loss", "eval_source_share", "eval_mapped_mass"):
         assert got[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_steps_do_not_depend_on_the_number_of_processes(results, tmp_path, case):
+    """Nor does the last of an epoch, which other conversations fill up: they carry no label."""
+    got = results["ddp"]["trained"][case]
+    same = {name: TRAINED[case][name] for name in ("count", "train_sampling_strategy") if name in TRAINED[case]}
+    alone = trained(tmp_path, per_device_train_batch_size=8, **same)
+    assert got["conversations"] == alone["conversations"] == 8
+    assert got["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

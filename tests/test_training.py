@@ -254,6 +254,26 @@ def test_saved_in_another_precision(pivot, data, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "t").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("flag", ["bf16_full_eval", "fp16_full_eval"])
+def test_the_target_is_as_trained_however_it_is_evaluated(pivot, data, tmp_path, flag):
+    metrics = train(pivot, data, config(tmp_path / "t", max_steps=2, **{flag: True}), eval_data_path=data)
+    assert metrics["eval_loss"] > 0
+    train(pivot, data, config(tmp_path / "plain", max_steps=2))
+    target, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("t", "plain"))
+    assert all(torch.equal(target[name], plain[name]) for name in plain)
+    assert (tmp_path / "t" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_kept(pivot, data, tmp_path):
+    copy = tmp_path / "pivot"
+    shutil.copytree(pivot, copy)
+    (copy / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}')
+    train(copy, data, config(tmp_path / "t", max_steps=2, save_strategy="steps", save_steps=1))
+    assert (tmp_path / "t" / "checkpoint-1" / "model.safetensors").exists()
+    kept = tmp_path / "t" / "generation_config.json"
+    assert kept.read_bytes() == (copy / "generation_config.json").read_bytes()
+
+
 def test_low_rank_adapters_are_merged_into_the_target(pivot, data, tmp_path):
     pytest.importorskip("peft")
     train(pivot, data, config(tmp_path / "t", max_steps=3, learning_rate=1e-2), lora_r=2)

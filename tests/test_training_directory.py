@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import fusechat_fuse.training.run as run_module
 import fusechat_fuse.training.target as target_module
@@ -154,6 +155,35 @@ def test_overwrite_replaces_runs_only(pivot, data, tmp_path):
     with pytest.raises(InputError, match=r"expected an empty one, got other files \('model.safetensors'\)"):
         train(pivot, data, config(tmp_path, max_steps=1), overwrite=True)
     assert (tmp_path / "model.safetensors").read_bytes() == b"someone's"
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+@pytest.mark.parametrize("moment", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_run_that_is_stopped_early_is_not_finished_and_continues(
+    pivot, data, tmp_path, monkeypatch, moment, save_strategy
+):
+    """SIGTERM with --enable_jit_checkpoint, noticed at any moment of a step."""
+    options = {"max_steps": 4, "logging_steps": 1, "enable_jit_checkpoint": True}
+    options |= {"save_strategy": save_strategy, "save_steps": 1, "save_total_limit": None}
+    original = getattr(JITCheckpointCallback, moment)
+
+    def stop(self, args, state, control, **kwargs):
+        self.jit_manager.is_checkpoint_requested = state.global_step == 2
+        original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITCheckpointCallback, moment, stop)
+        with pytest.raises(RuntimeError, match=r"expected 4 steps, got [23] before .* the same command again to"):
+            train(pivot, data, config(tmp_path / "t", **options))
+    assert not json.loads((tmp_path / "t" / "fusion_run.json").read_bytes())["finished"]
+    assert not list((tmp_path / "t").glob("*.safetensors"))
+    assert (tmp_path / "t" / "checkpoint-2").exists()
+    continued = train(pivot, data, config(tmp_path / "t", **options))
+    whole = train(pivot, data, config(tmp_path / "whole", **options))
+    assert continued["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+    targets = [load_file(tmp_path / name / "model.safetensors") for name in ("t", "whole")]
+    for name, tensor in targets[1].items():
+        torch.testing.assert_close(targets[0][name], tensor, rtol=1e-4, atol=1e-5)
 
 
 # -- how the target lands ----------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """FusionConfig: transformers' TrainingArguments and the options of pairwise fusion, with defaults from a preset."""
 
+import json
 import logging
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -43,7 +45,8 @@ class FusionConfig(FusionOptions, TrainingArguments):
             self.learning_rate = LEARNING_RATE
         steps, asked = None, self.gradient_accumulation_steps
         if asked is None:
-            at_a_time = device_count(use_cpu=self.use_cpu) * self.per_device_train_batch_size
+            devices = 1 if splits_batches(self.accelerator_config) else device_count(use_cpu=self.use_cpu)
+            at_a_time = devices * self.per_device_train_batch_size
             steps = max(round(self.total_batch_size / at_a_time), 1)
             self.gradient_accumulation_steps = steps  # pyright: ignore[reportIncompatibleVariableOverride]
         self._steps = asked, self.gradient_accumulation_steps  # what was set, and what is accumulated for it
@@ -69,7 +72,12 @@ class FusionConfig(FusionOptions, TrainingArguments):
         """Conversations of one optimizer step, over all devices and accumulated batches."""
         assert self.gradient_accumulation_steps is not None  # set by __post_init__
         batch_size = getattr(self, "_batch_size", None) or self.train_batch_size
-        return batch_size * self.gradient_accumulation_steps * max(self.world_size, 1)
+        return batch_size * self.gradient_accumulation_steps * self._batches_at_a_time
+
+    @property
+    def _batches_at_a_time(self) -> int:
+        """Batches that all processes compute together: one each, or one in all where accelerate splits it."""
+        return 1 if splits_batches(self.accelerator_config) else max(self.world_size, 1)
 
     def use_adapter_learning_rate(self) -> None:
         """Take the default of adapters where the user set no learning rate: 5e-6 hardly moves them."""
@@ -82,14 +90,14 @@ class FusionConfig(FusionOptions, TrainingArguments):
         """Keep the conversations of a step where batches have another size than was set (auto_find_batch_size, trials).
 
         Args:
-            batch_size: conversations of a batch on each process.
+            batch_size: conversations of a batch on each process (of all, where accelerate splits batches).
         """
         asked, fitted = self._steps
         if self.gradient_accumulation_steps != fitted:
             asked = self.gradient_accumulation_steps  # set since
-        processes = max(self.world_size, 1)
-        wanted = self.total_batch_size if asked is None else asked * self.train_batch_size * processes
-        fitted = max(round(wanted / (batch_size * processes)), 1)
+        batches = self._batches_at_a_time
+        wanted = self.total_batch_size if asked is None else asked * self.train_batch_size * batches
+        fitted = max(round(wanted / (batch_size * batches)), 1)
         self.gradient_accumulation_steps = fitted  # pyright: ignore[reportIncompatibleVariableOverride]
         self._steps, self._batch_size = (asked, fitted), batch_size
         if batch_size != self.train_batch_size:
@@ -121,6 +129,16 @@ class FusionConfig(FusionOptions, TrainingArguments):
         ):
             if not good:
                 raise InputError(f"value for {name}: expected {expected}, got {getattr(self, name)}. Change it.")
+
+
+def splits_batches(accelerator_config) -> bool:
+    """Whether accelerate splits each batch among the processes; the value in any form that TrainingArguments takes."""
+    if isinstance(accelerator_config, str):
+        text = accelerator_config
+        accelerator_config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    if isinstance(accelerator_config, dict):
+        return bool(accelerator_config.get("split_batches"))
+    return bool(getattr(accelerator_config, "split_batches", False))
 
 
 def device_count(*, use_cpu: bool) -> int:

@@ -3,6 +3,9 @@
 import os
 from typing import Any
 
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.shards import Representation, load_representation
@@ -27,6 +30,30 @@ def open_dataset(dataset) -> Any:
     if isinstance(dataset, str | os.PathLike):
         return load_aligned(dataset)
     return _must_be_aligned(dataset) if isinstance(dataset, Representation) else dataset
+
+
+class LengthGrouped(LengthGroupedSampler):
+    """Conversations of like length together, in an order drawn from seed and epoch: a resumed run draws the same."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def set_epoch(dataloader, epoch: int) -> None:
+    """Tell every sampler below a DataLoader the epoch; accelerate's own search ends before the one of a resumed run."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 def check_length(dataset, max_steps: int) -> None:

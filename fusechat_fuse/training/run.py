@@ -7,6 +7,7 @@ vocabulary, so all targets of one pivot merge.
 """
 
 import logging
+from pathlib import Path
 
 import torch
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
@@ -79,6 +80,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
         run.claim()
     trainer.accelerator.wait_for_everyone()  # what an earlier run left is cleared before any process looks for it
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint()).metrics
+    _check_finished(trainer)
     if eval_data is not None:
         metrics |= trainer.evaluate()
     save_target(trainer, pivot, arguments, metrics)
@@ -88,6 +90,20 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
             push_target(config)
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _check_finished(trainer) -> None:
+    """Raise RuntimeError where something stopped training before its last step; the same command continues it."""
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if step >= last:
+        return
+    folder = Path(trainer.args.output_dir)
+    if not trainer.args.load_best_model_at_end and not (folder / f"checkpoint-{step}").exists():
+        trainer._save_checkpoint(trainer.model, trial=None)
+    raise RuntimeError(
+        f"training for {folder}: expected {last} steps, got {step} before it was stopped. Give the same command again "
+        "to continue it."
+    )
 
 
 def _check_config(config: FusionConfig, arguments: TrainArguments) -> None:

@@ -20,7 +20,7 @@ class StepLosses(TrainerCallback, ExportableState):
 
     def _begin(self, global_step: int, total: float, steps: int) -> None:
         self.total, self.steps, self._last_step = total, steps, global_step
-        self._sum = self._first_bad = None
+        self._sum = self._first_bad = self._unfinished = None
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
@@ -44,17 +44,27 @@ class StepLosses(TrainerCallback, ExportableState):
         """Add one batch's share of the loss of step `step` (from 1); nothing is read from the device."""
         loss = loss.detach().to(torch.float32).mean()
         step_if_bad = torch.where(torch.isfinite(loss), math.inf, float(step))
-        if self._sum is None or self._first_bad is None:
-            self._sum, self._first_bad = loss.clone(), step_if_bad
+        self._finish_before(step)
+        if self._unfinished is None:
+            self._unfinished, self._step = loss.clone(), step
         else:
-            self._sum = self._sum + loss
-            self._first_bad = torch.minimum(self._first_bad, step_if_bad)
+            self._unfinished = self._unfinished + loss
+        self._first_bad = step_if_bad if self._first_bad is None else torch.minimum(self._first_bad, step_if_bad)
+
+    def _finish_before(self, step: int) -> None:
+        """Take in the loss of the step that was added to last, if it is before `step`."""
+        if self._unfinished is not None and self._step < step:
+            self._sum = self._unfinished if self._sum is None else self._sum + self._unfinished
+            self._unfinished = None
 
     def read(self, accelerator, global_step: int) -> None:
-        """Take in what was added; every process must call it.
+        """Take in the losses of finished steps; every process must call it.
+
+        A checkpoint may be written within a step (JIT checkpoints): its loss counts when the step is done again.
 
         Raises: FloatingPointError naming the first step whose loss is not finite, on any process.
         """
+        self._finish_before(global_step + 1)
         if self._sum is None or self._first_bad is None:
             return
         both = accelerator.gather(torch.stack([self._sum, self._first_bad])[None]).double()  # [processes, 2]

@@ -85,14 +85,24 @@ def pivot_config(model) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_pivot(model, entries: dict[str, Any]) -> Iterator[None]:
-    """Around saving: the model's configuration has the pivot's entries (`pivot_config`)."""
-    config = causal_model(model).config
-    trained_with = pivot_config(model)
-    vars(config).update(entries)
+    """Around saving: the model's configuration has the pivot's entries (`pivot_config`).
+
+    A generation configuration that transformers loads but refuses to save (temperature without do_sample) is left out;
+    the target gets the pivot's file itself.
+    """
+    inner: Any = causal_model(model)
+    trained_with, generation = pivot_config(model), inner.generation_config
+    vars(inner.config).update(entries)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+    except ValueError:
+        inner.generation_config = type(generation)()
     try:
         yield
     finally:
-        vars(config).update(trained_with)
+        inner.generation_config = generation
+        vars(inner.config).update(trained_with)
 
 
 def tidy_saved(folder: Path, dtype: torch.dtype | None) -> None:
@@ -102,6 +112,32 @@ def tidy_saved(folder: Path, dtype: torch.dtype | None) -> None:
     if dtype is not None and file.is_file():
         written = json.loads(file.read_bytes()) | {"dtype": str(dtype).removeprefix("torch.")}
         write_atomic(file, (json.dumps(written, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def without_token_warning() -> Iterator[None]:
+    """Leave out transformers' warning of new special tokens in the configuration: the target keeps the pivot's."""
+    transformers_logger = logging.getLogger("transformers.trainer_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "new PAD/BOS/EOS tokens" not in record.getMessage()
+
+    transformers_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def unchanged_weights(model) -> Iterator[None]:
+    """Around an evaluation that rounds the model in place (--bf16_full_eval): its exact weights come back after it."""
+    exact = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    finally:
+        for tensor, kept in exact:
+            tensor.data = kept.to(tensor.device)
 
 
 def check_weights(model, accelerator) -> None:

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, collator_options, first_conversations, make_collator
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import check_length, check_rows, open_dataset, sources_of
+from fusechat_fuse.training.dataset import LengthGrouped, check_length, check_rows, open_dataset, set_epoch, sources_of
 from fusechat_fuse.training.lean_head import causal_model
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.loss_paths import MODEL_INPUTS, choose_loss_path, loss_sums
@@ -30,10 +29,17 @@ from fusechat_fuse.training.meter import FusionMeter
 from fusechat_fuse.training.packing import check_packing
 from fusechat_fuse.training.slice_choice import format_slice_choice, source_by_slice
 from fusechat_fuse.training.step_losses import StepLosses
-from fusechat_fuse.training.target import as_pivot, cast_weights, check_weights, pivot_config, tidy_saved
+from fusechat_fuse.training.target import (
+    as_pivot,
+    cast_weights,
+    check_weights,
+    pivot_config,
+    tidy_saved,
+    unchanged_weights,
+    without_token_warning,
+)
 
 logger = logging.getLogger(__name__)
-IRRELEVANT_WARNING = "new PAD/BOS/EOS tokens"  # transformers' of the configuration: the target keeps the pivot's
 
 
 class FusionTrainer(Trainer):
@@ -171,7 +177,7 @@ class FusionTrainer(Trainer):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        with _without_warning(IRRELEVANT_WARNING):
+        with without_token_warning():
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self):
@@ -185,6 +191,12 @@ class FusionTrainer(Trainer):
         """Looked up each time: a checkpoint that is continued brings its own."""
         return next(one for one in self.callback_handler.callbacks if isinstance(one, StepLosses))
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As Trainer's; rows that fill up the last step of an epoch are masked before labels are counted."""
+        if self.args.train_sampling_strategy != "batch_rebalance":  # whose processes get batches of their own
+            epoch_iterator = map(self._without_repeated, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.add(loss, self.state.global_step + 1)
@@ -196,11 +208,7 @@ class FusionTrainer(Trainer):
         weight, kind = self.args.lm_loss_weight, self.args.fusion_loss_type
         out, aux = loss_sums(model, inputs, self.loss_path, lm_loss_weight=weight, kind=kind)
         mode = "train" if model.training else "eval"
-        tokens = (
-            inputs["attention_mask"].sum()
-            if "attention_mask" in inputs
-            else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
-        )
+        tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self.meters[mode].add(out.lm_loss, out.fusion_loss, labelled, tokens, inputs["conversation_stats"])
         if num_items_in_batch is None or mode == "eval":
             loss, parts = out.loss / labelled.clamp(min=1), 1
@@ -240,9 +248,11 @@ class FusionTrainer(Trainer):
     ):
         """As Trainer's, with the loss as a mean over labelled tokens (not over batches) and the fusion figures."""
         self.meters["eval"].reset()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        rounds = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
+        with unchanged_weights(self.model) if rounds else contextlib.nullcontext():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
         prefix = f"{metric_key_prefix}_"
         figures = self.meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
         if figures:
@@ -259,7 +269,7 @@ class FusionTrainer(Trainer):
     def _without_repeated(self, inputs):
         """Mask the rows with which accelerate fills the last step, so that all processes make equally many steps."""
         state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
         here = inputs["conversation_stats"].flatten(0, 1).shape[0]
         return first_conversations(inputs, state.remainder - self.accelerator.process_index * here)
@@ -291,19 +301,22 @@ class FusionTrainer(Trainer):
     # -- private methods of transformers' Trainer, overridden: look here first when a new version breaks something -----
 
     def _get_train_sampler(self, train_dataset=None):
-        """As Trainer's; lengths come from the store, so grouping by length reads no row."""
+        """As Trainer's; grouping by length takes the store's lengths, and the same order in a resumed run."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(dataset, "num_tokens", None)
-        if self.args.train_sampling_strategy == "group_by_length" and lengths is not None:
-            size = self.args.conversations_per_step // max(self.args.world_size, 1)
-            return LengthGroupedSampler(size, lengths=lengths.tolist())
-        return super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        sampler: Any = super()._get_train_sampler(train_dataset) if lengths is None else None
+        lengths = sampler.lengths if lengths is None else lengths.tolist()
+        size = self._train_batch_size * (self.args.gradient_accumulation_steps or 1)
+        return LengthGrouped(size, lengths, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _run_epoch(self, *args, **kwargs):
         """As Trainer's, but without a further step where the checkpoint of the last one, inside an epoch, continues."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
@@ -333,18 +346,3 @@ class FusionTrainer(Trainer):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
             tidy_saved(folder, self.save_dtype)
-
-
-@contextlib.contextmanager
-def _without_warning(text: str):
-    """Leave out transformers' warnings that contain this text."""
-    transformers_logger = logging.getLogger("transformers.trainer_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    transformers_logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        transformers_logger.removeFilter(keep)

@@ -26,6 +26,23 @@ UNEVEN = {
     "packed": {"count": 5, "packing": True},
     "split": {"count": 7, "accelerator_config": {"split_batches": True}},
 }
+TRAINED = {  # rows that the processes cannot share evenly
+    "filled": {"count": 11, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "filled, packed": {"count": 9, "per_device_train_batch_size": 4, "packing": True},
+    "rebalanced": {
+        "count": 12,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "batch_rebalance",
+    },
+    "split": {
+        "count": 11,
+        "per_device_train_batch_size": 4,
+        "total_batch_size": 8,
+        "gradient_accumulation_steps": None,
+        "accelerator_config": {"split_batches": True},
+    },
+}
 SETTINGS = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant", "warmup_steps": 0}
 
 
@@ -43,7 +60,17 @@ def ddp(output: Path) -> dict:
         "parameters": {name: p.tolist() for name, p in trainer.model.named_parameters()},
         "eval": trainer.evaluate(),
         "uneven": {name: uneven(output, **settings) for name, settings in UNEVEN.items()},
+        "trained": {name: trained(output, **settings) for name, settings in TRAINED.items()},
     }
+
+
+def trained(output: Path, count: int, **settings) -> dict:
+    """One epoch of as many conversations as the processes cannot share evenly."""
+    arguments = config(output / "trained", optim="sgd", max_grad_norm=0.0, **{**SETTINGS, **settings})
+    trainer = FusionTrainer(tiny_model(), arguments, train_dataset=aligned_rows(count))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"conversations": arguments.conversations_per_step, "losses": losses}
 
 
 def uneven(output: Path, count: int, **settings) -> dict:
