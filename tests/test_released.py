@@ -75,7 +75,7 @@ def rows(golden):
             "fused_metric_ce": 1.0 + n,
         }
         labels = labels_of(tokenizer, ids)
-        found.append(released_row(name, ids, labels, top_ids[part], z[part], 2.0 + n, **more))
+        found.append(released_row(name, ids, labels, top_ids[part], z[part], 7.0 + n, **more))
         start += len(ids)
     return found
 
@@ -189,20 +189,103 @@ def test_known_cross_entropies_give_true_log_probabilities(known, tmp_path):
     assert found.manifest["released"]["estimated_ce"] == 0
 
 
-def test_cross_entropies_that_cannot_be_are_not_taken_for_normalisers(known, tmp_path):
-    """Masked places hold 0; a cross-entropy below what the listed logits alone allow would give a sum above 1."""
+def test_masked_places_hold_no_cross_entropies(known, tmp_path):
     path, own, rows = known
-    masked, wrong = dict(rows[0]), dict(rows[1])
-    masked["per_step_metric_ce"] = [0.0] * len(masked["per_step_metric_ce"])
-    wrong["per_step_metric_ce"] = [1e-3] * len(wrong["per_step_metric_ce"])
-    found = fusechat_fuse.import_released(
-        saved([masked, wrong], tmp_path / "released"), path / "tokenizer", tmp_path / "r", template="openchat_3.5"
-    )
-    assert found.manifest["released"]["exact_tokens"] == 0
+    masked = {**rows[0], "per_step_metric_ce": [0.0] * len(rows[0]["per_step_metric_ce"])}
+    source = saved([masked, rows[1]], tmp_path / "released")
+    found = fusechat_fuse.import_released(source, path / "tokenizer", tmp_path / "r", template="openchat_3.5")
     assert found.manifest["released"]["estimated_ce"] == len(found[0]["predicted"])
     assert found[0]["ce"].mean() == pytest.approx(own[0]["ce"].mean(), rel=1e-4)
-    for row in found:
-        np.testing.assert_allclose(np.exp(row["topk_logprobs"].astype(np.float64)).sum(1), 1, atol=5e-3)
+    np.testing.assert_allclose(np.exp(found[0]["topk_logprobs"].astype(np.float64)).sum(1), 1, atol=5e-3)
+
+
+def test_a_mean_over_all_labels_is_not_taken_for_that_of_the_answers(known, tmp_path):
+    """Without a mask on instructions every token has a label, and the mean is over all of them."""
+    path, _, rows = known
+    row, n = dict(rows[1]), sum(rows[1]["attention_mask"])
+    ce = np.array(row.pop("per_step_metric_ce"))[: n - 1]
+    row |= {"labels": [*row["input_ids"][:n], *row["labels"][n:]], "metric_ce": float(ce.mean())}
+    found = fusechat_fuse.import_released(
+        saved([row], tmp_path / "released"), path / "tokenizer", tmp_path / "r", template="openchat_3.5"
+    )[0]
+    z = np.array(row["per_step_logits"][: n - 1])
+    hit = np.array(row["per_step_indices"][: n - 1]) == np.array(row["input_ids"][1:n])[:, None]
+    listed = np.log(np.exp(z).sum(1)) - np.where(hit.any(1), (z * hit).sum(1), z.min(1))
+    np.testing.assert_allclose(found["ce"], (listed * ce.mean() / listed.mean())[found["predicted"] - 1], rtol=1e-4)
+
+
+def shifted(row, by, *columns):
+    return {**row, **{name: [*row[name][by:], *row[name][:by]] for name in columns}}
+
+
+TABLE = ("per_step_logits", "per_step_indices")
+
+
+@pytest.mark.parametrize(
+    ("columns", "by", "expected"),
+    [
+        (TABLE, 1, r"per_step_indices for released: expected the row of position t .* one row earlier\. Shift"),
+        (TABLE, -1, r"the labels among the entries, and \d\d% one row later"),
+        ([f"fused_{name}" for name in TABLE], 1, r"fused_per_step_indices for released: .* one row earlier"),
+    ],
+)
+def test_shifted_rows_are_refused(rows, openchat, tmp_path, columns, by, expected):
+    source = saved([shifted(row, by, *columns) for row in rows], tmp_path / "released")
+    with pytest.raises(InputError, match=expected):
+        fusechat_fuse.import_released(source, openchat, tmp_path / "a", template="openchat_3.5")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda row: {"metric_ce": 0.5}, r"metric_ce is 0\.5, and the listed logits allow no less than \d"),
+        (lambda row: {"per_step_metric_ce": [1e-3] * PAD_TO}, r"per_step_metric_ce is 0\.001, and the listed"),
+        (lambda row: {"per_step_logits": [[float("nan")] * 10] * PAD_TO}, r"logits for token \d+ of \d+ are not fin"),
+    ],
+)
+def test_distributions_that_cannot_be_those_of_the_tokens_are_refused(known, tmp_path, change, expected):
+    path, _, rows = known
+    bad = rows[1] | change(rows[1])
+    many = saved([rows[0], bad], tmp_path / "many")
+    with pytest.raises(InputError, match=f"distributions for many: .*1% of the conversations .first: {expected}"):
+        fusechat_fuse.import_released(many, path / "tokenizer", tmp_path / "r", template="openchat_3.5")
+    assert not (tmp_path / "r" / "manifest.json").exists()
+
+
+def test_few_conversations_may_be_refused(known, tmp_path, monkeypatch):
+    from fusechat_fuse.capture import manifest, released_rows
+
+    for module in (manifest, released_rows):
+        monkeypatch.setattr(module, "MAX_NON_FINITE_SHARE", 0.2)
+    path, own, rows = known
+    source = saved([*rows[:9], rows[9] | {"metric_ce": 0.5}], tmp_path / "released")
+    found = fusechat_fuse.import_released(source, path / "tokenizer", tmp_path / "r", template="openchat_3.5")
+    assert found.ids == own.ids[:9]
+    assert found.manifest["counts"]["skipped"] == {"metric": 1}
+
+
+def test_negative_and_doubled_rows_are_left_out(known, tmp_path):
+    path, own, rows = known
+    by_token = [-0.25, *rows[3]["per_step_metric_ce"][1:]]
+    odd = [rows[2] | {"metric_ce": -1.0}, rows[3] | {"per_step_metric_ce": by_token}, rows[0] | {"metric_ce": 7.0}]
+    source = saved([*rows[:2], *odd], tmp_path / "released")
+    found = fusechat_fuse.import_released(source, path / "tokenizer", tmp_path / "r", template="openchat_3.5")
+    assert found.manifest["counts"]["skipped"] == {"metric": 2, "repeated": 1}
+    assert [row["ce"].mean() for row in found] == pytest.approx([row["ce"].mean() for row in own][:2], rel=1e-4)
+    details = [json.loads(line)["detail"] for line in (tmp_path / "r" / "skipped.jsonl").read_text().splitlines()]
+    assert details == ["a cross-entropy of -1, below 0", "a cross-entropy of -0.25, below 0", "the same ids as row 0"]
+
+
+@pytest.mark.parametrize(
+    ("size", "got"), [(-8, r"[\d,]+ bytes without its end"), (100, "100 bytes without"), (0, "nothing")]
+)
+def test_a_cut_file_is_named(known, tmp_path, size, got):
+    path, _, rows = known
+    (file,) = saved(rows, tmp_path / "released").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InputError, match=f"data for .*{file.name}: expected a whole file, got {got}.* Download it"):
+        fusechat_fuse.import_released(tmp_path / "released", path / "tokenizer", tmp_path / "r")
 
 
 def test_imported_data_align_and_train(known, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -47,8 +47,9 @@ class Runner(Protocol):
     vocab_size: int
     padded: int
 
-    def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
-        """A TopK for each conversation, in order; `progress.update` is called as conversations are finished."""
+    def __call__(self, encoded: list[Encoded], progress) -> Sequence[TopK | Unusable]:
+        """A TopK for each conversation, in order, or why it has none; `progress.update` is called as conversations are
+        finished."""
         ...
 
 
@@ -187,10 +188,13 @@ def _check_ids(encoded: list[Encoded], vocab_size: int) -> None:
         )
 
 
-def _rows(shard: EncodedShard, results: list[TopK]) -> list[dict]:
+def _rows(shard: EncodedShard, results: Sequence[TopK | Unusable]) -> list[dict]:
     """The documented rows of a shard; conversations whose logits are not finite are skipped."""
     rows = []
     for conversation, one, found in zip(shard.conversations, shard.encoded, results):
+        if isinstance(found, Unusable):
+            shard.skip(conversation, found.reason, str(found))
+            continue
         if not found.finite.all():
             where = int(one.predicted[int(np.argmin(found.finite))])
             detail = f"logits for token {where} of {len(one.input_ids)} are not finite"

@@ -13,6 +13,8 @@ Shape letters: T tokens, P predicted tokens, K entries.
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ import numpy as np
 
 from fusechat_fuse.capture.computation import write_representation
 from fusechat_fuse.capture.manifest import Capture
-from fusechat_fuse.capture.released_rows import FUSED, ReleasedRows, key_of
+from fusechat_fuse.capture.released_rows import FUSED, PIVOT, Columns, ReleasedRows, key_of
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.processes import Process
-from fusechat_fuse.store.files import short_digest
+from fusechat_fuse.store.files import read_json, short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
@@ -33,7 +35,9 @@ from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.templates import resolve_template
 
 logger = logging.getLogger(__name__)
-NEEDED = ("input_ids", "attention_mask", "labels", "per_step_logits", "per_step_indices", "metric_ce")
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow file in the stream format
+_NUMBERED = re.compile(r"(?:per_step_aligned_(?:logits|indices)|(?:per_step_)?metric_ce_aligned)_(\d+)")
+TOKENS = ("input_ids", "attention_mask", "labels")
 
 
 def import_released(
@@ -42,6 +46,7 @@ def import_released(
     output_dir: str | Path,
     *,
     template: str = "native",
+    source_number: int | None = None,
     max_length: int = 2048,
     shard_size: int = 256,
     encoding: str = "plain",
@@ -71,16 +76,24 @@ def import_released(
     data = _read(names)
     tokenizer = load_fast_tokenizer(model_name_or_path, trust_remote_code)
     encoder = ConversationEncoder(tokenizer, resolve_template(template, tokenizer), max_length)
-    rows = ReleasedRows(data, encoder, ", ".join(Path(name).name for name in names))
+    name, source = ", ".join(Path(name).name for name in names), _source(data.column_names, source_number)
+    if source_number is not None:
+        name += f" (source {source_number})"
+    _check_columns(data, names, source)
+    rows = ReleasedRows(data, encoder, name, source)
     capture = _capture(rows, names, str(model_name_or_path))
+    rows.check_order()
     identity = capture.identity(
         {"top_k": rows.top_k, "max_length": max_length, "shard_size": shard_size},
         short_digest("".join(one.content_hash for one in capture.conversations)),
     )
-    if rows.is_aligned:
-        own = short_digest(np.array(data["metric_ce"], np.float64).tobytes())
+    if rows.source:
+        figures = data[PIVOT.mean if PIVOT.mean in data.column_names else PIVOT.by_token]
+        own = short_digest(np.hstack(list(figures)).astype(np.float64).tobytes())
         identity["pivot"] = {"tokenizer": identity["tokenizer"], "template": identity["template"], "data": own}
         identity["options"] |= {"mapping": "released", "safe_only": False}
+        if source_number is not None:
+            identity["options"]["source_number"] = source_number
     writer = _Writer(rows, output_dir, identity, encoding)
     return write_representation(capture, writer, shard_size, Process(), lambda: rows)
 
@@ -107,9 +120,10 @@ def _read(names: list[str]) -> Any:
 
     parts = []
     for name in names:
+        _check_files(Path(name))
         try:
             loaded = load_from_disk(name)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"released data for {name}: expected a directory that datasets' save_to_disk wrote, got none. Download "
                 "the data set, and give the directory that holds its dataset_info.json or dataset_dict.json."
@@ -122,28 +136,67 @@ def _read(names: list[str]) -> Any:
             f"columns for {', '.join(names)}: expected the same in all splits, got others ({error}). "
             "Import them one by one."
         ) from error
-    aligned = any(name in data.column_names for name in FUSED)
-    missing = [name for name in (*NEEDED, *(FUSED if aligned else ())) if name not in data.column_names]
+    return data
+
+
+def _check_files(path: Path) -> None:
+    """Raise InputError where a file of a `datasets` directory is missing or cut off: perhaps between two batches, which
+    reads as fewer rows."""
+    for state in sorted(path.rglob("state.json")):
+        for entry in read_json(state, "released data")["_data_files"]:
+            file = state.parent / entry["filename"]
+            size = file.stat().st_size if file.is_file() else 0
+            if size < len(_END_OF_STREAM) or _end_of(file) != _END_OF_STREAM:
+                got = f"{size:,} bytes without its end" if size else "nothing"
+                raise InputError(f"released data for {file}: expected a whole file, got {got}. Download it again.")
+
+
+def _end_of(file: Path) -> bytes:
+    with open(file, "rb") as handle:
+        handle.seek(-len(_END_OF_STREAM), os.SEEK_END)
+        return handle.read()
+
+
+def _source(names: list[str], number: int | None) -> Columns | None:
+    """The columns of the source, of FuseChat's names or of FuseLLM's, which end in the source's number."""
+    numbers = sorted({int(match[1]) for match in map(_NUMBERED.fullmatch, names) if match})
+    if number is None and any(name in names for name in vars(FUSED).values()):
+        return FUSED
+    if number is None and not numbers:
+        return None
+    number = numbers[0] if number is None and len(numbers) == 1 else number
+    if number not in numbers:
+        raise InputError(
+            f"source_number for the released data: expected one of {', '.join(map(str, numbers)) or 'no source'}, got "
+            f"{number}. Import the sources one by one, each to a directory of its own."
+        )
+    cross_entropies = f"metric_ce_aligned_{number}", f"per_step_metric_ce_aligned_{number}"
+    return Columns(f"per_step_aligned_logits_{number}", f"per_step_aligned_indices_{number}", *cross_entropies)
+
+
+def _check_columns(data, names: list[str], source: Columns | None) -> None:
+    missing = [name for name in TOKENS if name not in data.column_names]
+    missing += [name for columns in (PIVOT, source) if columns for name in columns.missing(data.column_names)]
     if missing or not len(data):
         raise InputError(
-            f"columns for {', '.join(names)}: expected {', '.join(NEEDED)} and at least one row, got "
-            f"{', '.join(data.column_names) or 'none'} ({len(data)} rows). Give distributions that were released."
+            f"columns for {', '.join(names)}: expected {', '.join(TOKENS)}, {PIVOT.logits}, {PIVOT.indices} and "
+            f"{PIVOT.mean}, and at least one row, got {', '.join(data.column_names) or 'none'} ({len(data)} rows, "
+            f"without {', '.join(missing) or 'any'}). Give distributions that were released."
         )
-    return data
 
 
 class _Writer(ShardWriter):
     """Adds an aligned source's columns to each shard, and counts of exact and renormalised tokens to the manifest."""
 
     def __init__(self, rows: ReleasedRows, output_dir, identity: dict, encoding: str):
-        kind = "aligned" if rows.is_aligned else "representation"
+        kind = "aligned" if rows.source else "representation"
         super().__init__(output_dir, identity, kind=kind, encoding=encoding)
         self.rows = rows
 
     def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
         counted = [self.rows.counts[key_of(row["input_ids"])] for row in rows]
         totals = {name: sum(one[name] for one in counted) for name in (counted[0] if counted else ())}
-        if self.rows.is_aligned:
+        if self.rows.source:
             rows = [{**row, **self.rows.source_of(row)} for row in rows]
             totals["answered_tokens"] = int(sum((row["mapped_mass"] > 0).sum() for row in rows))
         super().write(shard, rows, {**(info or {}), "released": totals})
@@ -152,7 +205,7 @@ class _Writer(ShardWriter):
         infos = [self.info(n)["info"].get("released", {}) for n in range(num_shards)]
         totals = {name: sum(one.get(name, 0) for one in infos) for one in infos for name in one}
         manifest = {**manifest, "released": totals}
-        if self.rows.is_aligned:
+        if self.rows.source:
             tokens = totals["exact_tokens"] + totals["renormalised_tokens"]
             coverage = totals["answered_tokens"] / max(tokens, 1)
             origin = {"model": self.rows.name, "model_fingerprint": self.rows.fingerprint, "data": manifest["data"]}

@@ -6,16 +6,38 @@ Shape letters: T tokens, P predicted tokens, K entries.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusechat_fuse.capture.batches import TopK
+from fusechat_fuse.capture.manifest import MAX_NON_FINITE_SHARE
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.messages import Unusable
 
-FUSED = ("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce")
 TOLERANCE = 0.02  # of a log-sum-exp from float16 logits
+SAMPLED_ROWS = 64  # by which it is seen whether all rows are shifted
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one model's distributions, and of its cross-entropy: of each conversation or of each token."""
+
+    logits: str
+    indices: str
+    mean: str
+    by_token: str
+
+    def missing(self, names: list[str]) -> list[str]:
+        """Those that are not among `names`; one cross-entropy is enough."""
+        means = () if self.by_token in names else (self.mean,)
+        return [name for name in (self.indices, self.logits, *means) if name not in names]
+
+
+PIVOT = Columns("per_step_logits", "per_step_indices", "metric_ce", "per_step_metric_ce")
+FUSED = Columns("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce", "per_step_fused_metric_ce")
 
 
 def _scan(data, column: str) -> tuple[int, np.ndarray]:
@@ -34,19 +56,24 @@ def key_of(input_ids: np.ndarray) -> bytes:
 
 
 class ReleasedRows:
-    """The released rows; a `computation.Runner` that looks distributions up by their ids."""
+    """The released rows; a `computation.Runner` that looks distributions up by their ids.
 
-    def __init__(self, data, encoder: ConversationEncoder, name: str):
-        self.data, self.encoder, self.name = data, encoder, name
-        self.is_aligned = FUSED[0] in data.column_names
-        tables = ["per_step_indices", *(["fused_per_step_indices"] if self.is_aligned else [])]
-        largest, lengths = zip(*(_scan(data, name) for name in tables))
+    Args:
+        data: `datasets.Dataset`. encoder: of the template that made the ids. name: of the data, for the manifest.
+        source: the columns of the source, where the data are aligned ones.
+    """
+
+    def __init__(self, data, encoder: ConversationEncoder, name: str, source: Columns | None):
+        self.data, self.encoder, self.name, self.source = data, encoder, name, source
+        tables = [columns.indices for columns in (PIVOT, source) if columns]
+        largest, lengths = zip(*(_scan(data, column) for column in tables))
         self.vocab_size = max(len(encoder.tokenizer), max(largest) + 1)  # embeddings may be longer
         self.positions = np.min(lengths, 0)  # that have distributions, of each row
-        self.top_k = max((len(row) for row in data[0]["per_step_indices"]), default=1)
+        self.top_k = max((len(row) for row in data[0][PIVOT.indices]), default=1)
         self.fingerprint = str(data._fingerprint)[:16]
         self.padded = 0
         self.skipped: list[dict] = []
+        self.refused: list[str] = []  # why a conversation's distributions are none
         self.places: dict[bytes, int] = {}
         self.counts: dict[bytes, dict[str, int]] = {}
 
@@ -55,25 +82,56 @@ class ReleasedRows:
         from tqdm.auto import tqdm
 
         own = next((name for name in ("id", "conv_id") if name in self.data.column_names), None)
-        means = ["metric_ce", *(["fused_metric_ce"] if self.is_aligned else [])]
-        columns = ["input_ids", "attention_mask", "labels", *means, *([own] if own else [])]
+        wanted = [name for columns in (PIVOT, self.source) if columns for name in (columns.mean, columns.by_token)]
+        columns = ["input_ids", "attention_mask", "labels", *wanted, *([own] if own else [])]
+        columns = [name for name in columns if name in self.data.column_names]
         for number, row in enumerate(tqdm(self.data.select_columns(columns), unit="row", disable=None)):
             name = str(row[own]) if own else str(number)
             try:
-                for mean in means:
-                    if not np.isfinite(np.float64(row[mean])):  # float16 overflowed; filter_nan dropped these
-                        raise Unusable("no_metric", f"{mean} is {row[mean]}")
-                ids, labels = _unpadded(row)
-                if self.positions[number] < (last := int(np.flatnonzero(row["attention_mask"])[-1])):
-                    detail = f"distributions for {self.positions[number]} positions, the last token is at {last}"
-                    raise Unusable("positions", detail)
-                messages, one = self._messages(ids, labels)
+                key, messages = self._conversation(number, row)
             except Unusable as problem:
                 entry = {"row": number, "id": name, "reason": problem.reason, "detail": str(problem)}
                 self.skipped.append(entry)
                 continue
-            self.places[key_of(one.input_ids)] = number
+            self.places[key] = number
             yield {"id": name, "messages": messages}
+
+    def _conversation(self, number: int, row: dict) -> tuple[bytes, list[dict[str, Any]]]:
+        """A row's key and messages. Raises: Unusable for what is wrong with it."""
+        ids, labels, places = _unpadded(row)
+        _mean_ce(row, PIVOT, places[_labelled(labels) - 1])
+        if self.source:
+            _mean_ce(row, self.source, None)
+        if self.positions[number] < places[-1]:
+            detail = f"distributions for {self.positions[number]} positions, the last token is at {places[-1]}"
+            raise Unusable("positions", detail)
+        messages, one = self._messages(ids, labels)
+        key = key_of(one.input_ids)
+        if key in self.places:
+            raise Unusable("repeated", f"the same ids as row {self.places[key]}")
+        return key, messages
+
+    def check_order(self) -> None:
+        """Raise InputError where the rows of a table stand at the wrong positions: more of the labels are among the
+        entries of a neighbouring row than among those of the row that should predict them."""
+        tables = [(PIVOT.indices, 0), *([(self.source.indices, 1)] if self.source else [])]
+        chosen = self.data.select(list(self.places.values())[:SAMPLED_ROWS])
+        for column, least in tables:
+            hits = np.zeros((3, 2), int)  # labels among the entries of the row before, the right one, the one after
+            for row in chosen.select_columns(["input_ids", "attention_mask", "labels", column]):
+                ids, labels, places = _unpadded(row)
+                for token in _labelled(labels):
+                    for n, place in enumerate(places[token - 1] + np.arange(-1, 2)):
+                        entries = row[column][place] if 0 <= place < len(row[column]) else []
+                        if len(entries) > least:  # one entry of a source: the fallback for what was not aligned
+                            hits[n] += int(ids[token]) in entries, 1
+            before, right, after = hits[:, 0] / np.maximum(hits[:, 1], 1)
+            if max(before, after) > max(2 * right, 0.3):
+                raise InputError(
+                    f"{column} for {self.name}: expected the row of position t to predict token t + 1, got "
+                    f"{right:.0%} of the labels among the entries, and {max(before, after):.0%} one row "
+                    f"{'earlier' if before > after else 'later'}. Shift the rows back."
+                )
 
     def _messages(self, ids: np.ndarray, labels: np.ndarray) -> tuple[list[dict[str, Any]], Encoded]:
         """The conversation of these ids, and its encoding, which is these ids; answers without labels have weight 0."""
@@ -118,49 +176,76 @@ class ReleasedRows:
             last = cut + 1
         return "".join(text)
 
-    def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
-        results = []
+    def __call__(self, encoded: list[Encoded], progress) -> list[TopK | Unusable]:
+        results: list[TopK | Unusable] = []
         for one in encoded:
-            results.append(self._distributions(one))
+            try:
+                results.append(self._distributions(one))
+            except Unusable as problem:
+                results.append(problem)
+                self.refused.append(str(problem))
+                self._check_refused()
             self.padded += len(one.input_ids)
             progress.update(1)
         return results
 
+    def _check_refused(self) -> None:
+        if len(self.refused) > MAX_NON_FINITE_SHARE * len(self.places):
+            raise InputError(
+                f"distributions for {self.name}: expected finite logits that go with the cross-entropies, got others "
+                f"in more than {MAX_NON_FINITE_SHARE:.0%} of the conversations (first: {self.refused[0]}). Compare the "
+                "rows with their source: they may be damaged, or belong to other tokens."
+            )
+
     def _distributions(self, one: Encoded) -> TopK:
+        """The distributions of one conversation. Raises: Unusable where they cannot be those of its tokens."""
         key = key_of(one.input_ids)
         row = self.data[self.places[key]]
-        keep, at = np.flatnonzero(np.asarray(row["attention_mask"])), one.predicted - 1
-        ids, z = _table(row["per_step_indices"], row["per_step_logits"], keep[at], self.top_k)
-        actual = one.input_ids[one.predicted]
-        hit = ids == actual[:, None]
+        _, labels, places = _unpadded(row)
+        labelled = _labelled(labels)  # the tokens of which the mean is taken
+        tokens = np.union1d(labelled, one.predicted)
+        at, in_mean = places[tokens - 1], np.isin(tokens, labelled)
+        ids, z = _table(row[PIVOT.indices], row[PIVOT.logits], at, self.top_k)
+        hit = ids == one.input_ids[tokens][:, None]
         listed, listed_z = hit.any(1), np.where(hit, z, 0.0).sum(1)
         normalizer = _logsumexp(z)
-        known = _token_ce(row.get("per_step_metric_ce"), keep, at)
+        lowest = np.where(ids >= 0, z, np.inf).min(1)
+        least = normalizer - np.where(listed, listed_z, lowest)  # what the listed entries alone allow
+        if not np.isfinite(least).all():
+            where = int(tokens[int(np.argmin(np.isfinite(least)))])
+            raise Unusable("non_finite", f"logits for token {where} of {len(one.input_ids)} are not finite")
+        mean = _mean_ce(row, PIVOT, places[labelled - 1])
+        known = _token_ce(row.get(PIVOT.by_token), at)
+        _check_mean(PIVOT.mean, mean, least[in_mean])
+        given = in_mean & np.isfinite(known)
+        if given.any():
+            _check_mean(PIVOT.by_token, known[given].mean(), least[given])
         exact = listed & np.isfinite(known) & (listed_z + known >= normalizer - TOLERANCE)
         normalizer = np.where(exact, np.maximum(listed_z + known, normalizer), normalizer)
         logprobs = np.where(ids >= 0, z - normalizer[:, None], -np.inf)
-        lowest = np.where(ids >= 0, logprobs, np.inf).min(1)
-        ce = np.where(np.isfinite(known), known, np.where(listed, normalizer - listed_z, -lowest))
         unknown = ~np.isfinite(known)
-        if unknown.any():
-            rest = max(float(row["metric_ce"]) * len(ce) - ce[~unknown].sum(), 0.0)
-            ce = np.where(unknown, (ce + 1e-9) * rest / (ce[unknown] + 1e-9).sum(), ce)
+        ce = np.where(unknown, least, known)
+        if (estimated := unknown & in_mean).any():
+            rest = max(mean * len(labelled) - ce[given].sum(), 0.0)
+            ce = np.where(unknown, (ce + 1e-9) * rest / (ce[estimated] + 1e-9).sum(), ce)
+        kept = np.searchsorted(tokens, one.predicted)
         self.counts[key] = {
-            "exact_tokens": int(exact.sum()),
-            "renormalised_tokens": int((~exact).sum()),
-            "estimated_ce": int(unknown.sum()),
+            "exact_tokens": int(exact[kept].sum()),
+            "renormalised_tokens": int((~exact[kept]).sum()),
+            "estimated_ce": int(unknown[kept].sum()),
         }
-        finite = np.isfinite(ce) & np.isfinite(normalizer) & (ids[:, 0] >= 0)
-        logprobs = np.maximum(logprobs, np.finfo(np.float16).min)
-        return TopK(np.maximum(ids, 0).astype(np.int32), logprobs.astype(np.float32), ce.astype(np.float32), finite)
+        logprobs = np.maximum(logprobs[kept], np.finfo(np.float16).min).astype(np.float32)
+        found = np.maximum(ids[kept], 0).astype(np.int32)
+        return TopK(found, logprobs, ce[kept].astype(np.float32), np.ones(len(kept), bool))
 
     def source_of(self, row: dict) -> dict:
-        """The fields of a source beside the pivot's, from the `fused_*` columns."""
+        """The fields of a source beside the pivot's."""
+        assert self.source
         released = self.data[self.places[key_of(row["input_ids"])]]
-        keep, at = np.flatnonzero(np.asarray(released["attention_mask"])), row["predicted"] - 1
-        indices, logits = released["fused_per_step_indices"], released["fused_per_step_logits"]
-        width = max((len(indices[t]) for t in keep[at] if t < len(indices)), default=1) or 1
-        ids, z = _table(indices, logits, keep[at], width)
+        at = np.flatnonzero(np.asarray(released["attention_mask"]))[row["predicted"] - 1]
+        indices, logits = released[self.source.indices], released[self.source.logits]
+        width = max((len(indices[t]) for t in at if t < len(indices)), default=1) or 1
+        ids, z = _table(indices, logits, at, width)
         probs = np.where(ids >= 0, np.exp(z - _logsumexp(z)[:, None]), 0.0)
         answered = (ids >= 0).sum(1) > 1  # none: nothing survived; one: the fallback for a token that was not aligned
         own = np.where(ids == row["input_ids"][row["predicted"]][:, None], probs, 0.0).sum(1)
@@ -172,18 +257,57 @@ class ReleasedRows:
             "source_token_ce": np.where(answered, own_ce, np.inf).astype(np.float32),
             "mapped_mass": answered.astype(np.float16),
             "label_tail": np.zeros(len(ids), np.float16),
-            "source_ce": float(released["fused_metric_ce"]),
+            "source_ce": _mean_ce(released, self.source, None),
             "source_tokens": len(ids),
             "source_bytes": int((row["end"] - row["start"]).sum()),
         }
 
 
-def _unpadded(row: dict) -> tuple[np.ndarray, np.ndarray]:
-    keep = np.flatnonzero(np.asarray(row["attention_mask"]))
+def _unpadded(row: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids [T], labels [T], places [T] of the tokens in the padded row)."""
+    places = np.flatnonzero(np.asarray(row["attention_mask"]))
     ids, labels = np.asarray(row["input_ids"], np.int32), np.asarray(row["labels"], np.int64)
-    if not len(keep) or len(ids) != len(labels) or keep[-1] >= len(ids):
-        raise Unusable("lengths", f"{len(ids)} ids, {len(labels)} labels, {len(keep)} places that are no padding")
-    return ids[keep], labels[keep]
+    if not len(places) or len(ids) != len(labels) or places[-1] >= len(ids):
+        raise Unusable("lengths", f"{len(ids)} ids, {len(labels)} labels, {len(places)} places that are no padding")
+    return ids[places], labels[places], places
+
+
+def _labelled(labels: np.ndarray) -> np.ndarray:
+    """The tokens with a label, but for the first, which no row predicts."""
+    return np.flatnonzero(labels[1:] != -100) + 1
+
+
+def _mean_ce(row: dict, columns: Columns, at: np.ndarray | None) -> float:
+    """A model's mean cross-entropy on a conversation.
+
+    Args:
+        at: the positions whose predictions have a label; None: not known (a source's are of tokens of its own), then
+            all that are not 0, which masked ones are.
+    Raises: Unusable where it is not known or below 0.
+    """
+    values = np.asarray(row.get(columns.by_token) or [], np.float64)
+    least = np.nanmin(values, initial=0.0)
+    if columns.mean in row:
+        mean, name = float(np.float64(row[columns.mean])), columns.mean
+    else:
+        values, name = values[values != 0] if at is None else values[at[at < len(values)]], columns.by_token
+        mean = float(np.mean(values)) if len(values) else float("nan")
+    if not np.isfinite(mean):  # float16 overflowed; filter_nan dropped these
+        raise Unusable("no_metric", f"{name} is {mean}")
+    if min(mean, least) < 0:
+        raise Unusable("metric", f"a cross-entropy of {min(mean, least):.4g}, below 0")
+    return mean
+
+
+def _check_mean(name: str, mean: float, least: np.ndarray) -> None:
+    """Raise Unusable where a mean cross-entropy is below what the listed logits allow: they are of other tokens.
+
+    Args:
+        least: [N] cross-entropies of the same tokens if no entry but the listed had a probability.
+    """
+    if mean < 0.95 * (lower := least.mean()) - TOLERANCE:
+        detail = f"{name} is {mean:.4g}, and the listed logits allow no less than {lower:.4g} for these labels"
+        raise Unusable("metric", detail)
 
 
 def _table(indices: list, logits: list, places: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -205,12 +329,12 @@ def _logsumexp(z: np.ndarray) -> np.ndarray:
         return np.where(np.isneginf(top), 0.0, safe + np.log(np.exp(z - safe[:, None]).sum(1)))
 
 
-def _token_ce(values, keep: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Cross-entropies of the predicted tokens, NaN where they are not released (a row t is that of token t + 1)."""
+def _token_ce(values, at: np.ndarray) -> np.ndarray:
+    """Cross-entropies at some positions, NaN where they are not released."""
     found = np.full(len(at), np.nan)
     if values is not None:
         values = np.asarray(values, np.float64)
-        there = keep[at] < len(values)
-        found[there] = values[keep[at][there]]
+        there = at < len(values)
+        found[there] = values[at[there]]
         found[found <= 0] = np.nan  # masked places hold 0
     return found
