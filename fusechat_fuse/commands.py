@@ -73,7 +73,7 @@ COMMANDS = {
                 "RECIPE.yml": "models, data and options of the whole fusion",
                 "only": "the one stage to run: represent, compare, align, combine, train, merge, evaluate or report",
                 "from": "the first stage to run; the results of earlier stages must be there",
-                "overwrite ...": "stages whose steps start anew if their options or inputs have changed",
+                "overwrite ...": "stages whose steps start anew if their options, inputs or output have changed",
                 "dry_run": "print what would run and its commands, without running them",
             }
         },

@@ -1,8 +1,14 @@
 """`run`: a recipe is checked, becomes commands, is carried out once, goes on when killed, and grows by a source."""
 
+import contextlib
+import errno
 import json
+import os
 import re
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,8 +26,8 @@ from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report_page import report_page
 from fusechat_fuse.pipeline.run import _locked, run
-from fusechat_fuse.pipeline.steps import launched, steps_of
-from fusechat_fuse.pipeline.subprocesses import last_message
+from fusechat_fuse.pipeline.steps import Step, launched, steps_of
+from fusechat_fuse.pipeline.subprocesses import execute, last_message
 from fusechat_fuse.store.files import file_sha256
 from tests.helpers.recipes import recipe_of, written
 from tests.test_inspect import CHROMIUM
@@ -357,6 +363,9 @@ def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     before = module.content_digest(pattern)
     (folder / "config.json").write_text("[]")
     assert module.content_digest(pattern) != before
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nothing")
+    assert [module.content_digest(tmp_path / name) for name in ("pipe", "link")] == [None, None]
 
 
 def steps_in(folder: Path, **changes) -> dict:
@@ -375,6 +384,7 @@ def recorded(tmp_path):
     )
     (tmp_path / "data" / "a.jsonl").write_bytes(b"x" * 1_600_000)
     step = steps_in(tmp_path, data=str(tmp_path / "data"))["represent pivot"]
+    step.output.mkdir(parents=True)
     record = module.Record(tmp_path / "stages.json")
     record.begin(step)
     record.end(step, 1.0, 0)
@@ -423,22 +433,70 @@ def test_a_hub_name_stands_for_its_cached_commit(tmp_path, monkeypatch):
         assert module.content_digest(Path(name), kind=kind) == folder
 
 
-def test_a_damaged_record_is_a_sentence_and_odd_entries_are_left_out(tmp_path):
-    (tmp_path / "stages.json").write_text('{"represent pivot": null}')
-    assert module.Record(tmp_path / "stages.json").entries == {}
-    (tmp_path / "stages.json").write_text('{"represent')
-    with pytest.raises(InputError, match=r"record of the run for .*: expected JSON, .*Remove it"):
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"compare": null}', b'{"compare', b"\0\0", b'{"\xc3'])
+def test_a_damaged_record_is_a_sentence_that_loses_nothing(tmp_path, content):
+    (tmp_path / "stages.json").write_bytes(content)
+    message = (
+        r"record of the run for .*stages.json: expected an entry for each step, .* Remove it and .*merged: all other"
+    )
+    with pytest.raises(InputError, match=message):
         module.Record(tmp_path / "stages.json")
+
+
+def test_what_was_damaged_since_is_made_anew_where_it_is_asked(recorded):
+    (recorded.step.output / "README.md").write_text("# mine")
+    (recorded.step.output / "NOTES").write_text("mine")
+    assert recorded.record.is_done(recorded.step)
+    (recorded.step.output / "shard-00000.arrow").write_text("not what was written")
+    assert recorded.record.is_stale(recorded.step)
+    assert recorded.record.begin(recorded.step, overwrite=True)
+    assert not recorded.record.begin(recorded.step, overwrite=True)  # a start that did not end goes on
 
 
 def test_a_second_run_in_one_directory_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     recipe = written(tmp_path, output_dir=str(tmp_path / "out"))
-    with (
-        _locked(tmp_path / "out"),
-        pytest.raises(InputError, match=r"expected no other run in .*, got one at work \(process \d+"),
-    ):
+    at_work = rf"expected no other run in .*, got one at work \(process {os.getpid()} on {socket.gethostname()} since"
+    with _locked(tmp_path / "out"), pytest.raises(InputError, match=at_work):
         run(recipe)
+
+
+def test_where_files_have_no_locks_a_run_says_so(tmp_path, monkeypatch, caplog):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with _locked(tmp_path):
+        assert "Function not implemented, so that another run in it would not be refused" in caplog.text
+
+
+def test_the_ranks_below_a_launcher_end_with_a_killed_run(tmp_path):
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text('"$@" --config "$0.0" & "$@" --config "$0.1" & wait\n')
+    places = [f"{launcher}.{rank}" for rank in (0, 1)]
+    for place in places:
+        os.mkfifo(place)  # a rank waits for what is written there
+    step = Step("align", "a", ["align"], launched(f"sh {launcher}", ["align"]), tmp_path / "out")
+    killed = os.fork()
+    if killed == 0:
+        execute(step, tmp_path / "log", {}, True)
+        os._exit(0)
+    ranks = []
+    for place in places:
+        while True:
+            with contextlib.suppress(OSError):  # nobody reads yet
+                ranks.append(os.open(place, os.O_WRONLY | os.O_NONBLOCK))
+                break
+            assert os.waitpid(killed, os.WNOHANG) == (0, 0), (tmp_path / "log").read_text()
+            time.sleep(0.01)
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    ended = select.poll()
+    for rank in ranks:
+        ended.register(rank, 0)
+        assert ended.poll(10_000) == [(rank, select.POLLERR)]  # nobody reads any more
+        ended.unregister(rank)
+        os.close(rank)
 
 
 def test_the_pivot_as_its_own_source_is_refused(tmp_path):
@@ -449,7 +507,6 @@ def test_the_pivot_as_its_own_source_is_refused(tmp_path):
 def test_a_dry_run_tells_what_has_changed(recorded, caplog):
     caplog.set_level("INFO")
     out = recorded.folder / "out"
-    (out / "representations" / "pivot").mkdir(parents=True)
     shutil.copy(recorded.folder / "stages.json", out / "stages.json")
     changed = written(
         recorded.folder,
@@ -459,4 +516,11 @@ def test_a_dry_run_tells_what_has_changed(recorded, caplog):
     run(changed, dry_run=True, only="represent")
     assert "represent pivot: run, or be refused if its options or inputs differ; --overwrite represent" in caplog.text
     run(changed, dry_run=True, only="represent", overwrite=["represent"])
-    assert "represent pivot: run anew, since its options or inputs have changed" in caplog.text
+    assert "represent pivot: run anew, since its options, inputs or output have changed" in caplog.text
+    warnings = plan(changed, options_of=options_of)["warnings"]
+    assert "represent pivot may be refused: its options, inputs or output have changed since it ran" in " ".join(
+        warnings
+    )
+    (out / "stages.json").write_text("null")
+    with pytest.raises(InputError, match=r"record of the run for .*, got a damaged file"):
+        plan(changed, options_of=options_of)

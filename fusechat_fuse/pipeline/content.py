@@ -13,18 +13,8 @@ from fusechat_fuse.models.files import adapter_base, is_gguf
 from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.store.files import file_sha256, short_digest
 
-_NOTES = (
-    ".md",
-    ".rst",
-    ".txt",
-    ".pdf",
-    ".png",
-    ".jpg",
-    ".svg",
-    ".html",
-    ".log",
-)  # they decide nothing
-_VOCABULARIES = ("vocab.txt", "merges.txt")
+_NOTES = {"", *".md .rst .org .txt .pdf .doc .docx .odt .png .jpg .jpeg .gif .svg .html .log .bak".split()}  # suffixes
+_NO_NOTES = ("vocab.txt", "merges.txt")
 
 
 def content_digest(path: Path, *, whole: bool = False, kind: str = "") -> str | None:
@@ -44,22 +34,23 @@ def content_digest(path: Path, *, whole: bool = False, kind: str = "") -> str | 
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*")):
-            if file.is_file() and _counts(file.relative_to(path)):
+            if file.is_file() and _counts(file.relative_to(path), whole):
                 digest.update(f"{file.relative_to(path)}\n".encode())
                 status = file.stat()
                 digest.update(_file_digest(file, whole, status.st_size, status.st_mtime_ns).encode())
         base = None if whole else adapter_base(path)
         return short_digest(digest) + (f" on {content_digest(Path(base))}" if base else "")
-    if matches := sorted(glob.glob(str(path), recursive=True)):
+    matches = [match for match in sorted(glob.glob(str(path), recursive=True)) if os.path.exists(match)]
+    if matches and matches != [str(path)]:
         return short_digest(json.dumps([[match, content_digest(Path(match), whole=whole)] for match in matches]))
     return _cached_commit(str(path), "datasets" if kind == "data_path" else "models")
 
 
-def _counts(file: Path) -> bool:
-    """Whether a file of a directory may decide what is made from it."""
+def _counts(file: Path, data: bool) -> bool:
+    """Whether a file of a directory may decide what is made from it; the README of data may name their splits."""
     if any(part.startswith((".", "checkpoint-")) for part in file.parts):
         return False
-    return (file.suffix not in _NOTES and not file.name.startswith("LICENSE")) or file.name in _VOCABULARIES
+    return file.suffix.lower() not in _NOTES or file.name in _NO_NOTES or (data and file.name == "README.md")
 
 
 @functools.cache

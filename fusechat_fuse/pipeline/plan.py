@@ -22,9 +22,8 @@ from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
-from fusechat_fuse.pipeline.record import RECORD_FILE
+from fusechat_fuse.pipeline.record import RECORD_FILE, Record
 from fusechat_fuse.pipeline.steps import Step, ranks_of, steps_of
-from fusechat_fuse.store.files import read_json
 from fusechat_fuse.text.batches import plan_batches
 
 Options = dict[str, Any]
@@ -74,7 +73,7 @@ class _Planner:
         self.recipe, self.options_of, self.gpu, self.data = recipe, options_of, gpu, data
         self.peak_flops, self.gpu_memory = (None, None) if gpu is None else costs.gpu_of(gpu)
         self.device = "cpu" if gpu is None else "gpu"
-        self.record = read_json(recipe.output_dir / RECORD_FILE, "record of the run") or {}
+        self.record = Record(recipe.output_dir / RECORD_FILE)
         self.steps = steps_of(recipe)
         self.warnings: list[str] = []
         self.sizes: dict[str, costs.ModelSize] = {}
@@ -85,6 +84,11 @@ class _Planner:
         """What one step costs; only a warning if it will fail."""
         row: dict[str, Any] = {"step": step.key, "ranks": ranks_of(step.command)[0], "gpus": 0, "disk_bytes": 0}
         row |= self._measured(step)
+        if self.record.is_stale(step) and not step.made_anew:
+            self.warnings.append(
+                f"{step.key} may be refused: its options, inputs or output have changed since it ran; `run --overwrite "
+                f"{step.stage}` starts it anew."
+            )
         try:
             return row | self._figures(step)
         except (InputError, OSError) as error:
@@ -94,7 +98,7 @@ class _Planner:
 
     def _measured(self, step: Step) -> dict[str, int]:
         """The measured disk space and memory of a step that has run, to stand beside its estimates."""
-        entry = self.record.get(step.key, {})
+        entry = self.record.entries.get(step.key, {})
         if "output" not in entry:
             return {}
         disk = sum(file.stat().st_size for file in step.output.rglob("*") if file.is_file())
@@ -253,7 +257,7 @@ class _Planner:
 
     def warn_of_full_disk(self, rows: list[dict]) -> None:
         """Warn if the disk has too little space for what is still to be written."""
-        needed = sum(row["disk_bytes"] for row in rows if "output" not in self.record.get(row["step"], {}))
+        needed = sum(row["disk_bytes"] for row in rows if "output" not in self.record.entries.get(row["step"], {}))
         place = self.recipe.output_dir.resolve()
         while not place.exists():
             place = place.parent
@@ -268,7 +272,7 @@ class _Planner:
         """Add times: measured, or else from the rate of measured steps of the stage, or else from the GPU's peak."""
         rates: dict[str, list[float]] = {}  # seconds per FLOP or token, by stage
         for row in rows:
-            measured = self.record.get(row["step"], {}).get("seconds")
+            measured = self.record.entries.get(row["step"], {}).get("seconds")
             row["measured"] = measured is not None
             if measured is not None:
                 row["seconds"] = measured

@@ -16,7 +16,7 @@ from typing import Any
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline.content import content_digest
 from fusechat_fuse.pipeline.steps import Step
-from fusechat_fuse.store.files import json_bytes, read_json, short_digest, write_atomic
+from fusechat_fuse.store.files import json_bytes, short_digest, write_atomic
 
 RECORD_FILE = "stages.json"
 _PATHS = ("model_name_or_path", "pivot_name_or_path", "data_path", "pivot_representation", "source_representation")
@@ -33,16 +33,7 @@ class Record:
     """
 
     def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()
-        try:
-            found = read_json(path, "record of the run")
-        except InputError as error:
-            raise InputError(
-                f"record of the run for {path}: expected JSON, got a damaged file. Remove it: finished steps but "
-                "merges are recognised by what they wrote."
-            ) from error
-        entries = found if isinstance(found, dict) else {}
-        self.entries = {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
+        self.path, self.lock, self.entries = path, threading.Lock(), _read(path)
 
     def source_of_plain(self) -> str | None:
         """The source whose aligned data the `plain` baseline was trained on; None if it was not trained."""
@@ -57,18 +48,26 @@ class Record:
     def is_changed(self, step: Step) -> bool:
         """Whether an earlier start of the step had other options or inputs."""
         entry = self.entries.get(step.key)
-        return entry is not None and entry.get("fingerprint") != fingerprint(step, inputs_of(step))
+        return entry is not None and entry["fingerprint"] != fingerprint(step, inputs_of(step))
+
+    def is_stale(self, step: Step) -> bool:
+        """Whether the step's command may refuse what an earlier start left.
+
+        That start had other options or inputs, or what it finished has changed since.
+        """
+        finished = "output" in self.entries.get(step.key, {})
+        return step.output.exists() and not self.is_done(step) and (finished or self.is_changed(step))
 
     def begin(self, step: Step, overwrite: bool = False) -> bool:
         """Enter a step that starts, with its inputs as they are now. Returns whether its old output must be removed.
 
-        That is the output of an earlier start with other options or inputs, if the step is `made_anew` or `overwrite`
-        is given, or of any merge (mergekit needs an empty directory). What this run did not write stays: the command
-        refuses it.
+        That is the output of an earlier start with other options or inputs, if the step is `made_anew`; what is stale
+        with `overwrite`; of any merge (mergekit needs an empty directory). What this run did not write stays: the
+        command refuses it.
         """
-        known, changed = step.key in self.entries, self.is_changed(step)
+        known, changed, stale = step.key in self.entries, self.is_changed(step), self.is_stale(step)
         self._put(step, inputs_of(step), {})
-        return known and ((changed and (step.made_anew or overwrite)) or step.stage == "merge")
+        return (changed and step.made_anew) or (stale and overwrite) or (known and step.stage == "merge")
 
     def end(self, step: Step, seconds: float, peak_bytes: int) -> None:
         """Enter a finished step: its duration and the peak memory of its largest process (0: unknown).
@@ -92,6 +91,21 @@ class Record:
             write_atomic(self.path, json_bytes(self.entries))
 
 
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_bytes())
+        if all("fingerprint" in entry for entry in entries.values()):
+            return entries
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise InputError(
+        f"record of the run for {path}: expected an entry for each step, got a damaged file. Remove it and "
+        f"{path.parent / 'merged'}: all other finished steps are recognised by what they wrote."
+    )
+
+
 def inputs_of(step: Step) -> dict[str, str | None]:
     """Path or Hub name -> digest, of all files, directories and Hub names among a step's arguments."""
     options = options_by_name(step)
@@ -110,7 +124,7 @@ def options_by_name(step: Step) -> dict[str, list[str]]:
     name = ""
     for word in step.arguments[1:]:
         if word.startswith("--"):
-            name = word[2:]
+            name = word[2:].replace("-", "_")
             options[name] = []
         else:
             options[name].append(_absolute(word, name == "data_path") if name in _PATHS else word)

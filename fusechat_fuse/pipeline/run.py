@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, describe_error
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import RECORD_FILE, Record, inputs_of
 from fusechat_fuse.pipeline.report import write_report
@@ -43,9 +43,9 @@ def run(
     Args:
         recipe: path of the YAML file, see `pipeline.recipe`.
         only: one stage of STAGES; start: the first stage. The results of earlier stages must exist.
-        overwrite: stages whose steps start anew if their options or inputs have changed; their old output is removed.
-            Of other stages, the command decides whether it can continue (compare, combine, the training on all sources,
-            merges and evaluate always start anew).
+        overwrite: stages whose steps start anew if their options, inputs or finished output have changed; the old
+            output is removed. Of other stages, the command decides whether it can continue (compare, combine, the
+            training on all sources, merges and evaluate start anew where options or inputs have changed).
         dry_run: log what would be done, and do nothing.
         check: raises InputError for bad arguments of `fusechat-fuse`; called for every step before any starts.
 
@@ -68,6 +68,7 @@ def run(
         return record.entries
     checked.output_dir.mkdir(parents=True, exist_ok=True)
     with _locked(checked.output_dir):
+        record = Record(record.path)  # a run that has ended meanwhile may have changed it
         current = _Run(checked.output_dir, record, unfinished, overwrite)
         for stage in stages:
             of_stage = [step for step in chosen if step.stage == stage]
@@ -85,7 +86,7 @@ def run(
 
 @contextlib.contextmanager
 def _locked(home: Path):
-    """Hold the lock of a run's directory, which ends with the process.
+    """Hold the lock of a run's directory, which ends with the process; not all file systems have locks.
 
     Raises: InputError that names the run that holds it.
     """
@@ -98,6 +99,8 @@ def _locked(home: Path):
                 f"output_dir for run: expected no other run in {home}, got one at work ({file.read()}). Wait for its "
                 "end, or choose another output_dir."
             ) from error
+        except OSError as error:
+            logger.warning("%s: %s, so that another run in it would not be refused.", home, describe_error(error))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
@@ -111,10 +114,10 @@ def _log_dry_run(chosen: list[Step], unfinished: list[Step], record: Record, ove
         action = "skip"
         if step in unfinished:
             action = "run"
-            if record.is_changed(step) and step.output.exists():
+            if record.is_stale(step):
                 action = f"run, or be refused if its options or inputs differ; --overwrite {step.stage} starts it anew"
                 if step.made_anew or step.stage in overwrite:
-                    action = "run anew, since its options or inputs have changed"
+                    action = "run anew, since its options, inputs or output have changed"
         elif any(os.path.abspath(path) in outputs for path in inputs_of(step)):
             action = "run, unless its inputs turn out the same"
         if action != "skip":
@@ -153,7 +156,7 @@ class _Run:
         """Run one step, unless it is finished; on a device of its own its output is only logged."""
         if self.record.is_done(step):
             return self._log(step, "finished before")
-        changed = self.record.is_changed(step)
+        stale = self.record.is_stale(step)
         if self.record.begin(step, step.stage in self.overwrite):
             shutil.rmtree(step.output, ignore_errors=True)
         for path, text in step.files.items():
@@ -167,7 +170,7 @@ class _Run:
         code, peak_bytes = execute(step, log, environment, quiet=device is not None)
         if code:
             message = f"{step.key} ended with exit code {code}: {last_message(log)}"
-            if changed:
+            if stale:
                 message += f" | to start it anew: --overwrite {step.stage}"
             raise RuntimeError(f"{message} | full log: {log} | by hand: {step.shell}")
         self.record.end(step, time.monotonic() - started, peak_bytes)
