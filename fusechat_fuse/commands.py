@@ -151,7 +151,8 @@ COMMANDS = {
                 "RELEASED ...": "data sets with per_step_logits, saved to disk",
                 "model_name_or_path": "tokenizer that made the ids (the pivot's, if they are aligned)",
                 "output_dir": OUTPUT,
-                "template": "chat template: native (the tokenizer's own), the name of a built-in one or a .jinja file",
+                "template": "chat template: native (the tokenizer's own), the name of a built-in one, text (none) or a "
+                ".jinja file",
                 "source_number": "number of the source to import, where FuseLLM's columns end in several",
                 "max_length": "tokens to which the conversations were cut",
                 "shard_size": SHARD,

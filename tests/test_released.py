@@ -325,6 +325,102 @@ def test_imported_data_are_inspected_and_combined(rows, openchat, tmp_path, caps
     assert {int(row["source_index"][0]) for row in combined} == {0}  # of the smaller cross-entropy
 
 
+@pytest.fixture(scope="module")
+def plain_texts(known):
+    """FuseLLM's data, as its released code writes them: ids without padding, a label at every token, an EOS at the end,
+    float16; (ids, top-10 logits, their ids, every token's cross-entropy) of each text."""
+    path, _, _ = known
+    tokenizer, model = tiny_runs.tokenizer(), tiny_model("Llama", seed=3, vocab_size=tiny_runs.VOCAB).eval()
+    found = []
+    for text in [line for line in real_tokenizers.tiny_corpus() if 20 < len(line) < 60 and "<" not in line][:6]:
+        ids = torch.tensor(tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
+        with torch.inference_mode():
+            z = model(input_ids=ids[None]).logits[0].half().double()
+        ce = torch.nn.functional.cross_entropy(z[:-1], ids[1:], reduction="none").half()
+        top, top_ids = z.topk(10)
+        found.append((text, ids.tolist(), top.tolist(), top_ids.tolist(), ce.tolist()))
+    return path / "tokenizer", found
+
+
+def plain_text_rows(texts, by_token, sources):
+    rows = []
+    for n, (_, ids, top, top_ids, ce) in enumerate(texts):
+        row = {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
+        row |= {"per_step_logits": top, "per_step_indices": top_ids}
+        row |= {"per_step_metric_ce": [*ce, 0.0]} if by_token else {"metric_ce": float(np.mean(ce))}
+        for number in sources:
+            kept = [[], [5]] + [each[: 3 + number] for each in top_ids[2:]]
+            row[f"per_step_aligned_indices_{number}"] = kept
+            row[f"per_step_aligned_logits_{number}"] = [z[: len(each)] for z, each in zip(top, kept)]
+            own_ce = [1.5 + n + number] * 7 + [0.0] * 9  # of the source's own tokens, padded
+            mean = {f"per_step_metric_ce_aligned_{number}": own_ce} if by_token else {}
+            row |= mean or {f"metric_ce_aligned_{number}": own_ce[0]}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_plain_text_and_columns_of_fusellm_are_taken(plain_texts, tmp_path, by_token):
+    tokenizer, texts = plain_texts
+    source = saved(plain_text_rows(texts, by_token, sources=(0, 1)), tmp_path / "released")
+    argv = ["import", str(source), "--model_name_or_path", str(tokenizer), "--template", "text", "--source_number", "1"]
+    assert main([*argv, "--output_dir", str(tmp_path / "a")]) == 0
+    found = fusechat_fuse.load_representation(tmp_path / "a")
+    assert found.manifest["kind"] == "aligned"
+    assert found.manifest["source"]["model"] == "released (source 1)"
+    assert len(found) == len(texts)
+    for n, (row, (text, ids, _top, top_ids, ce)) in enumerate(zip(found, texts)):
+        size = len(text.encode())
+        np.testing.assert_array_equal(row["input_ids"], ids)
+        np.testing.assert_array_equal(row["predicted"], np.arange(1, len(ids)))
+        assert (row["start"][1:] == row["end"][:-1]).all()
+        assert (row["start"][-1], row["end"][-1]) == (size, size + 1)  # the EOS
+        np.testing.assert_array_equal(row["topk_ids"], top_ids[:-1])
+        assert row["ce"].mean() == pytest.approx(np.mean(ce), rel=1e-3)
+        if by_token:
+            np.testing.assert_allclose(row["ce"], ce, rtol=1e-3)
+        assert row["source_ce"] == 2.5 + n
+        assert row["source_ids"][2:, :4].tolist() == [each[:4] for each in top_ids[2:-1]]
+        assert row["mapped_mass"].tolist() == [0.0, 0.0] + [1.0] * (len(ids) - 3)
+    assert found.manifest["released"]["estimated_ce"] == (
+        0 if by_token else found.manifest["counts"]["predicted_tokens"]
+    )
+
+
+def test_a_source_of_several_must_be_named(plain_texts, tmp_path, capsys):
+    tokenizer, texts = plain_texts
+    source = saved(plain_text_rows(texts, False, sources=(0, 1)), tmp_path / "released")
+    for number, got in ((None, "None"), (2, "2")):
+        with pytest.raises(InputError, match=f"source_number for the released data: expected one of 0, 1, got {got}"):
+            fusechat_fuse.import_released(source, tokenizer, tmp_path / "a", template="text", source_number=number)
+    one = saved(plain_text_rows(texts, False, sources=(0,)), tmp_path / "one")
+    assert fusechat_fuse.import_released(one, tokenizer, tmp_path / "a", template="text").manifest["kind"] == "aligned"
+    with pytest.raises(InputError, match=r"all of it has labels, as plain text has \(template text\)"):
+        fusechat_fuse.import_released(one, tokenizer, tmp_path / "b", template="openchat_3.5")
+
+
+def test_both_sources_of_one_data_set_combine(plain_texts, tmp_path):
+    tokenizer, texts = plain_texts
+    source = saved(plain_text_rows(texts, False, sources=(0, 1)), tmp_path / "released")
+    for number in (0, 1):
+        out = tmp_path / f"a{number}"
+        fusechat_fuse.import_released(source, tokenizer, out, template="text", source_number=number)
+    options = {"function": "min_ce", "ce_unit": "token"}
+    made = fusechat_fuse.combine([tmp_path / "a0", tmp_path / "a1"], tmp_path / "c", **options)
+    assert made["taken"] == {"released (source 0)": len(texts), "released (source 1)": 0}
+
+
+def test_plain_texts_of_two_models_align(plain_texts, tmp_path):
+    tokenizer, texts = plain_texts
+    for name, part in (("pivot", texts), ("source", texts[:5])):
+        source = saved(plain_text_rows(part, True, sources=()), tmp_path / f"released_{name}")
+        fusechat_fuse.import_released(source, tokenizer, tmp_path / name, template="text")
+    fusechat_fuse.align(tmp_path / "pivot", tmp_path / "source", tmp_path / "a")
+    aligned = fusechat_fuse.load_representation(tmp_path / "a")
+    assert len(aligned) == 5
+    assert aligned.manifest["certificate"]["all"]["coverage"] == 1
+
+
 def test_an_unlabelled_answer_is_context(known, tmp_path):
     path, _, rows = known
     first = dict(rows[0])

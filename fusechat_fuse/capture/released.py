@@ -1,11 +1,16 @@
 """Distributions that were published with FuseChat and FuseLLM, as a representation or an aligned directory.
 
-The released data are `datasets` directories of padded rows: `input_ids`, `attention_mask`, `labels` and, for every
-position t, the ten largest logits for token t + 1 (`per_step_logits`, `per_step_indices`) with the conversation's mean
-cross-entropy (`metric_ce`). After their alignment also `fused_per_step_*` and `fused_metric_ce`, a source's over the
-pivot's tokens. No text and, mostly, no normaliser: conversations are rebuilt from the ids, and one that is not rendered
-to the very same ids again is left out; log-probabilities are exact where `per_step_metric_ce` gives the cross-entropy
-of a listed token, and renormalised over the ten elsewhere, as the released training takes them.
+The released data are `datasets` directories of rows, padded or not: `input_ids`, `attention_mask`, `labels` and, for
+every position t, the ten largest logits for token t + 1 (`per_step_logits`, `per_step_indices`), with the
+conversation's mean cross-entropy (`metric_ce`) or every token's (`per_step_metric_ce`). After their alignment also a
+source's over the pivot's tokens: FuseChat's `fused_per_step_logits`, `fused_per_step_indices` and `fused_metric_ce`
+(or `per_step_fused_metric_ce`), FuseLLM's `per_step_aligned_logits_N`, `per_step_aligned_indices_N` and
+`metric_ce_aligned_N` (or `per_step_metric_ce_aligned_N`) of source number N. No text and, mostly, no normaliser:
+conversations are rebuilt from the ids, and one that is not rendered to the very same ids again is left out;
+log-probabilities are exact where `per_step_metric_ce` gives the cross-entropy of a listed token, and renormalised over
+the ten elsewhere, as the released training takes them.
+
+FuseLLM's plain text (template `text`) becomes the answer to an empty message.
 
 Shape letters: T tokens, P predicted tokens, K entries.
 """
@@ -52,7 +57,7 @@ def import_released(
     encoding: str = "plain",
     trust_remote_code: bool = False,
 ) -> Representation:
-    """Make released distributions a representation or, where they hold `fused_*` columns, an aligned directory.
+    """Make released distributions a representation or, where they hold a source's columns, an aligned directory.
 
     Per predicted token t with logits z (K largest of row t - 1): log p = z - n, n = z_y + ce_y where the actual token
     y is among the K and its ce is known, else n = log sum exp z. Where ce is unknown it is -log p_y, or -log p of the
@@ -62,7 +67,9 @@ def import_released(
         released: `datasets` directories (`save_to_disk`), one or several; all splits of each.
         model_name_or_path: tokenizer that made `input_ids`: the model's, and the pivot's for aligned data.
         output_dir: new, or an interrupted run's, which is continued.
-        template: the chat template that made them: native (the tokenizer's own), a built-in name or a .jinja file.
+        template: the chat template that made them: native (the tokenizer's own), a built-in name, text (plain text,
+            an EOS at its end) or a .jinja file.
+        source_number: of FuseLLM's columns of several sources, which to take.
         max_length: tokens to which conversations were cut. shard_size: conversations per shard.
         encoding: plain or compact.
     Returns: the Representation in output_dir; its manifest's `released` counts the tokens whose log-probabilities are

@@ -139,6 +139,8 @@ class ReleasedRows:
         if (labels[labelled] != ids[labelled]).any():
             raise Unusable("labels", "the labels are not the tokens at their places")
         text, detail = self._text(ids), "the template renders no such text"
+        if labelled.all():
+            detail += "; all of it has labels, as plain text has (template text)"
         runs = int((labelled & ~np.r_[False, labelled[:-1]]).sum())
         most = int((ids == self.encoder.end_of_turn_id).sum()) + 1
         for answers in sorted(range(1, most + 1), key=lambda count: abs(count - runs)):

@@ -16,6 +16,10 @@ from fusechat_fuse.text.messages import Unusable
 
 MAX_REFUSED_SHARE = 0.1
 OTHER_TEMPLATE = "Set template to a built-in name or a .jinja file that keeps them"
+_PLAIN_TEXT = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 _TODAY = datetime(2024, 7, 26)  # the default date of Llama-3.1's template; renderings must not depend on the day
 
 
@@ -153,7 +157,8 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
     """The template that the option `template` names.
 
     Args:
-        template: pivot (the pivot's own), native (the model's own), a built-in name, or the path of a Jinja file.
+        template: pivot (the pivot's own), native (the model's own), a built-in name, text (contents alone, an EOS after
+            each answer: what base models are trained on), or the path of a Jinja file.
         tokenizer: the model's. pivot_tokenizer: the pivot's; None means that the model is the pivot.
     Returns: ChatTemplate; BOS and end of turn are still those of its own family (`ConversationEncoder` replaces them by
         the model's).
@@ -165,9 +170,11 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
         return replace(native_template(pivot_tokenizer, _name(pivot_tokenizer, "the pivot")), name=template)
     if template in BUILT_IN:
         return _built_in(template)
+    if template == "text":
+        return _own("text", _PLAIN_TEXT, tokenizer)
     path = Path(template)
     if not path.is_file():
-        names = ", ".join(["pivot", "native", *BUILT_IN])
+        names = ", ".join(["pivot", "native", *BUILT_IN, "text"])
         raise InputError(f"chat template for {template!r}: expected one of {names} or a .jinja file, got neither.")
     try:
         return _own(path.name, path.read_text(encoding="utf-8"), tokenizer)
