@@ -154,15 +154,19 @@ def test_only_what_the_run_made_is_removed(tmp_path):
     merge.output.mkdir(parents=True)
     (merge.output / "mine.txt").write_text("precious")
     record = module.Record(tmp_path / "stages.json")
-    assert not record.begin(merge)  # someone else's: the command refuses it
-    assert record.begin(merge)  # ours, of a start that did not end
-    assert not record.begin(train)
+    record.begin(merge)
+    assert (merge.output / "mine.txt").exists()  # someone else's: the command refuses it
+    record.begin(merge)
+    assert not merge.output.exists()  # ours, of a start that did not end
+    train.output.mkdir(parents=True)
+    record.begin(train)
     record.end(train, 1.0, 0)
     assert record.is_done(train)
     other = steps_of(read_recipe(written(tmp_path, output_dir=str(tmp_path / "out"), train={"seed": 3})))
     changed = next(step for step in other if step.key == "train plain")
     assert not record.is_done(changed)
-    assert not record.begin(changed)  # targets are never removed: train refuses another run's directory
+    record.begin(changed)
+    assert changed.output.exists()  # targets are never removed: train refuses another run's directory
     assert module.Record(tmp_path / "stages.json").entries == record.entries
 
 
@@ -403,12 +407,13 @@ def test_what_a_step_is_made_from_is_seen_whole(recorded):
 
 
 def test_an_input_that_changes_during_a_step_is_told(recorded):
-    assert not recorded.record.begin(recorded.step)
+    recorded.record.begin(recorded.step)
     (recorded.folder / "data" / "a.jsonl").write_bytes(b"y" * 1_600_000)
     with pytest.raises(RuntimeError, match=r"expected its inputs to stay .*data.* --overwrite represent"):
         recorded.record.end(recorded.step, 1.0, 0)
     assert not module.Record(recorded.folder / "stages.json").is_done(recorded.step)
-    assert recorded.record.begin(recorded.step, overwrite=True)  # the old output goes
+    recorded.record.begin(recorded.step, overwrite=True)
+    assert not recorded.step.output.exists()
 
 
 def test_what_changes_nothing_made_does_not_count(recorded, monkeypatch):
@@ -448,9 +453,31 @@ def test_what_was_damaged_since_is_made_anew_where_it_is_asked(recorded):
     (recorded.step.output / "NOTES").write_text("mine")
     assert recorded.record.is_done(recorded.step)
     (recorded.step.output / "shard-00000.arrow").write_text("not what was written")
-    assert recorded.record.is_stale(recorded.step)
-    assert recorded.record.begin(recorded.step, overwrite=True)
-    assert not recorded.record.begin(recorded.step, overwrite=True)  # a start that did not end goes on
+    for overwrite in (False, True):  # refused at first
+        assert recorded.record.is_stale(recorded.step)
+        recorded.record.begin(recorded.step, overwrite)
+        assert recorded.step.output.exists() != overwrite
+    recorded.step.output.mkdir()
+    recorded.record.begin(recorded.step, overwrite=True)
+    assert recorded.step.output.exists()  # a start that did not end goes on
+
+
+def test_the_training_on_all_sources_keeps_its_checkpoints_unless_its_data_change(recorded):
+    sources = {"sources": {"a": "one", "b": "two"}, "multi": True}
+    of_options = [
+        steps_in(recorded.folder, **sources, train={"per_device_train_batch_size": n})["train multi"] for n in (4, 2)
+    ]
+    data = recorded.folder / "out" / "aligned" / "multi"
+    data.mkdir(parents=True)
+    (data / "shard.arrow").write_text("x")
+    of_options[0].output.mkdir(parents=True)
+    recorded.record.begin(of_options[0])
+    recorded.record.begin(of_options[1])
+    assert recorded.record.is_stale(of_options[1])
+    assert of_options[1].output.exists()
+    (data / "shard.arrow").write_text("y")
+    recorded.record.begin(of_options[1])
+    assert not of_options[1].output.exists()
 
 
 def test_a_second_run_in_one_directory_is_refused(tmp_path):

@@ -279,13 +279,13 @@ def test_what_is_finished_needs_no_more_disk(planned, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     assert any(warning.startswith("disk: ") for warning in planned()["warnings"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": {"fingerprint": "", "output": "x"}}))
+    (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": {"fingerprint": "", "inputs": {}, "output": "x"}}))
     assert not any(warning.startswith("disk: ") for warning in planned()["warnings"])
 
 
 def test_measured_times_are_taken_and_carried_over(planned, tmp_path):
     (tmp_path / "out").mkdir()
-    record = {key: {"fingerprint": "", "seconds": s} for key, s in (("represent pivot", 8.0), ("align one", 3.0))}
+    record = {key: {"fingerprint": "", "inputs": {}, "seconds": s} for key, s in (("represent pivot", 8.0), ("align one", 3.0))}
     (tmp_path / "out" / "stages.json").write_text(json.dumps(record))
     found = planned(sources=("one", "two"))
     pivot, two = row(found, "represent pivot"), row(found, "represent two")

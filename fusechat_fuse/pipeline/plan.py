@@ -84,7 +84,7 @@ class _Planner:
         """What one step costs; only a warning if it will fail."""
         row: dict[str, Any] = {"step": step.key, "ranks": ranks_of(step.command)[0], "gpus": 0, "disk_bytes": 0}
         row |= self._measured(step)
-        if self.record.is_stale(step) and not step.made_anew:
+        if self.record.is_stale(step) and not self.record.starts_anew(step):
             self.warnings.append(
                 f"{step.key} may be refused: its options, inputs or output have changed since it ran; `run --overwrite "
                 f"{step.stage}` starts it anew."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ RECORD_FILE = "stages.json"
 _PATHS = ("model_name_or_path", "pivot_name_or_path", "data_path", "pivot_representation", "source_representation")
 _PATHS += ("aligned", "eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
 _NO_EFFECT = ("output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to", "run_name")
+_NO_EFFECT += ("tokens_per_batch", "activation_checkpointing", "gradient_checkpointing", "save_total_limit")
 _NO_EFFECT_PREFIXES = ("logging_", "log_", "dataloader_num_workers", "dataloader_p")  # pin_memory, prefetch_factor, ...
 
 
 class Record:
     """The entries of `stages.json`, by step; the whole file is written after every change.
 
-    An entry: arguments, command, fingerprint, inputs (path -> digest), and of a finished step output (digest), seconds,
-    peak_bytes.
+    An entry: arguments, command, fingerprint, inputs (path -> digest), of a finished step output (digest), seconds,
+    peak_bytes, and `stale` if the step started on what `is_stale`.
     """
 
     def __init__(self, path: Path):
@@ -55,19 +57,29 @@ class Record:
 
         That start had other options or inputs, or what it finished has changed since.
         """
-        finished = "output" in self.entries.get(step.key, {})
-        return step.output.exists() and not self.is_done(step) and (finished or self.is_changed(step))
+        entry = self.entries.get(step.key, {})
+        suspect = "output" in entry or "stale" in entry or self.is_changed(step)
+        return suspect and step.output.exists() and not self.is_done(step)
 
-    def begin(self, step: Step, overwrite: bool = False) -> bool:
-        """Enter a step that starts, with its inputs as they are now. Returns whether its old output must be removed.
+    def starts_anew(self, step: Step, overwrite: bool = False) -> bool:
+        """Whether the output that an earlier start of the step left must be removed.
 
-        That is the output of an earlier start with other options or inputs, if the step is `made_anew`; what is stale
-        with `overwrite`; of any merge (mergekit needs an empty directory). What this run did not write stays: the
-        command refuses it.
+        That is, with `overwrite`, what is stale; of a step that is `made_anew`, what was made from other options or
+        inputs (for a training: inputs); of a merge anything (mergekit needs an empty directory). What this run did not
+        write stays: the command refuses it.
         """
-        known, changed, stale = step.key in self.entries, self.is_changed(step), self.is_stale(step)
-        self._put(step, inputs_of(step), {})
-        return (changed and step.made_anew) or (stale and overwrite) or (known and step.stage == "merge")
+        entry = self.entries.get(step.key)
+        if entry is None or step.stage == "merge":
+            return entry is not None
+        changed = entry["inputs"] != inputs_of(step) if step.stage == "train" else self.is_changed(step)
+        return (step.made_anew and changed) or (overwrite and self.is_stale(step))
+
+    def begin(self, step: Step, overwrite: bool = False) -> None:
+        """Enter a step that starts, with its inputs as they are now; remove its old output if it starts anew."""
+        anew, stale = self.starts_anew(step, overwrite), self.is_stale(step)
+        if anew:
+            shutil.rmtree(step.output, ignore_errors=True)
+        self._put(step, inputs_of(step), {"stale": True} if stale and not anew else {})
 
     def end(self, step: Step, seconds: float, peak_bytes: int) -> None:
         """Enter a finished step: its duration and the peak memory of its largest process (0: unknown).
@@ -94,7 +106,7 @@ class Record:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(path.read_bytes())
-        if all("fingerprint" in entry for entry in entries.values()):
+        if all({"fingerprint", "inputs"} <= entry.keys() for entry in entries.values()):
             return entries
     except FileNotFoundError:
         return {}

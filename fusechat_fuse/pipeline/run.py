@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import queue
-import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -44,8 +43,8 @@ def run(
         recipe: path of the YAML file, see `pipeline.recipe`.
         only: one stage of STAGES; start: the first stage. The results of earlier stages must exist.
         overwrite: stages whose steps start anew if their options, inputs or finished output have changed; the old
-            output is removed. Of other stages, the command decides whether it can continue (compare, combine, the
-            training on all sources, merges and evaluate start anew where options or inputs have changed).
+            output is removed. Of other stages, the command decides whether it can continue (compare, combine and
+            evaluate start anew where options or inputs have changed, the training on all sources where inputs have).
         dry_run: log what would be done, and do nothing.
         check: raises InputError for bad arguments of `fusechat-fuse`; called for every step before any starts.
 
@@ -116,7 +115,7 @@ def _log_dry_run(chosen: list[Step], unfinished: list[Step], record: Record, ove
             action = "run"
             if record.is_stale(step):
                 action = f"run, or be refused if its options or inputs differ; --overwrite {step.stage} starts it anew"
-                if step.made_anew or step.stage in overwrite:
+                if record.starts_anew(step, step.stage in overwrite):
                     action = "run anew, since its options, inputs or output have changed"
         elif any(os.path.abspath(path) in outputs for path in inputs_of(step)):
             action = "run, unless its inputs turn out the same"
@@ -157,8 +156,7 @@ class _Run:
         if self.record.is_done(step):
             return self._log(step, "finished before")
         stale = self.record.is_stale(step)
-        if self.record.begin(step, step.stage in self.overwrite):
-            shutil.rmtree(step.output, ignore_errors=True)
+        self.record.begin(step, step.stage in self.overwrite)
         for path, text in step.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text.encode())

@@ -29,7 +29,7 @@ class Step:
 
     Attributes:
         arguments: of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models. command: what is run.
-        made_anew: an output made from other inputs is removed before the step runs again.
+        made_anew: what was made from other inputs is removed before the step runs again, see `Record.starts_anew`.
         parallel: may run beside the other steps of its stage. files: path -> text, written before the step runs.
     """
 
