@@ -12,8 +12,15 @@ from typing import Any
 PRESET = "settings where a flag names a preset: fusechat (ours) or paper (FuseChat's)"
 OUTPUT = "directory of the result: new, or an interrupted run's, which is continued"
 TRUST = "run code that comes with the model"
-DTYPE = "precision of the weights: auto (as in the checkpoint), float32, bfloat16 or float16"
-DEVICE_MAP = "placement of the model; auto: spread over several GPUs"
+LOADING = {
+    "dtype": "precision of the weights: auto (as in the checkpoint), float32, bfloat16 or float16",
+    "device_map": "placement of the model; auto: spread over several GPUs",
+    "attn_implementation": "attention kernel: eager, sdpa, flash_attention_2, ...",
+    "gguf_file": "GGUF file in the model's directory or repository; without a model: its path",
+    "load_in_4bit": "quantise the weights to 4 bits while loading (bitsandbytes, NF4)",
+    "load_in_8bit": "quantise the weights to 8 bits while loading (bitsandbytes)",
+    "trust_remote_code": TRUST,
+}
 SHARD = "conversations per shard (the most that are computed again if the run is killed)"
 ENCODING = "format on disk: plain, or compact (under 40 bytes per predicted token)"
 
@@ -117,15 +124,7 @@ COMMANDS = {
                 "shard_size": SHARD,
                 "tokens_per_batch": "padded tokens of one forward pass; halved when memory runs out",
             },
-            "loading the model": {
-                "dtype": DTYPE,
-                "device_map": DEVICE_MAP,
-                "attn_implementation": "attention kernel: eager, sdpa, flash_attention_2, ...",
-                "gguf_file": "GGUF file in the model's directory or repository; without a model: its path",
-                "load_in_4bit": "quantise the weights to 4 bits while loading (bitsandbytes, NF4)",
-                "load_in_8bit": "quantise the weights to 8 bits while loading (bitsandbytes)",
-                "trust_remote_code": TRUST,
-            },
+            "loading the model": LOADING,
             "inference servers": {
                 "server": "URL[,URL] of inference servers that run the model instead of this process",
                 "server_kind": "kind of the servers: vllm or sglang",
@@ -250,18 +249,23 @@ COMMANDS = {
         "answer --benchmark mt_bench --model MERGED --questions question.jsonl --output model_answer/MERGED.jsonl",
         {
             "input and output": {
-                "benchmark": "benchmark whose formats are used: mt_bench, alpaca_eval or chat",
-                "model": "model that answers: a directory or a Hub name",
-                "questions": "file of the benchmark's questions; for chat any chat data",
+                "benchmark": "what is answered: mt_bench, alpaca_eval, chat (the last user message of each "
+                "conversation) or data (every turn of chat data, to train on the answers)",
+                "model": "model that answers: a directory, Hub name or GGUF file",
+                "questions": "file of the benchmark's questions; for chat and data any chat data",
                 "output": "file for the answers; for mt_bench model_answer/MODEL_ID.jsonl",
+                "pivot_name_or_path": "for data: pivot whose chat template must take the answers; where one is "
+                "refused, empty or cut, the data's answers stay",
             },
             "generation": {
                 "temperature": "temperature for all questions; 0 is greedy (default: mt_bench by category, else 0)",
+                "samples": "for data: answers to each conversation, as conversations ID#1, ID#2, ...",
                 "max_new_tokens": "longest answer in tokens (default: 1024, alpaca_eval 2048)",
                 "batch_size": "questions generated at once",
                 "seed": "random seed for temperatures above 0",
             },
-            "loading the model": {"dtype": DTYPE, "device_map": DEVICE_MAP, "trust_remote_code": TRUST},
+            "loading the model": LOADING,
         },
+        parameters={"pivot_name_or_path": "pivot"},
     ),
 }

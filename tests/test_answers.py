@@ -10,6 +10,10 @@ from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.evaluation import answers as module
 from fusechat_fuse.evaluation.answers import answer
+from fusechat_fuse.evaluation.generation import Answer, Generator
+from fusechat_fuse.evaluation.questions import read_questions
+from fusechat_fuse.models.loading import load_model
+from fusechat_fuse.text.conversations import read_conversations
 from tests.helpers.real_tokenizers import tiny_bpe
 from tests.helpers.tiny_models import tiny_model
 
@@ -57,11 +61,11 @@ def test_mt_bench_answers_are_what_fastchat_reads(model, tmp_path):
 
 
 def test_temperatures_are_the_categories(tmp_path):
-    asked = list(module._questions("mt_bench", mt_bench(tmp_path / "q.jsonl"), None))
+    asked = list(read_questions("mt_bench", mt_bench(tmp_path / "q.jsonl"), None))
     found = {question.row["category"]: question.temperature for question in asked}
     greedy = dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
     assert found == {**greedy, "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-    assert {q.temperature for q in module._questions("mt_bench", tmp_path / "q.jsonl", 0.0)} == {0.0}
+    assert {q.temperature for q in read_questions("mt_bench", tmp_path / "q.jsonl", 0.0)} == {0.0}
 
 
 def test_alpaca_eval_outputs_are_what_its_reader_takes(model, tmp_path):
@@ -85,7 +89,7 @@ def test_greedy_answers_are_the_models_own_alone_and_in_a_batch(model, tmp_path)
     answer(model, str(tmp_path / "chats.json"), tmp_path / "batched.jsonl", **options)
     answer(model, str(tmp_path / "chats.json"), tmp_path / "alone.jsonl", batch_size=1, **options)
     assert lines(tmp_path / "batched.jsonl") == lines(tmp_path / "alone.jsonl")
-    tokenizer, loaded = tiny_bpe(), module.load_model(model, dtype="float32")
+    tokenizer, loaded = tiny_bpe(), load_model(model, dtype="float32")
     for line in lines(tmp_path / "alone.jsonl"):
         ids = tokenizer.apply_chat_template(line["messages"][:1], add_generation_prompt=True, return_dict=False)
         ends, made = {tokenizer.eos_token_id}, []
@@ -157,12 +161,12 @@ def test_a_long_prompt_takes_no_room_from_its_batch(model, tmp_path):
         answer(model, tmp_path / "q.jsonl", tmp_path / str(size) / "m.jsonl", batch_size=size, **options)
     alone, together = ([line["choices"] for line in lines(tmp_path / f"{size}" / "m.jsonl")] for size in (1, 3))
     assert together == alone
-    generator = module._Generator(module.load_model(model, dtype="auto"), tiny_bpe(), 100)
+    generator = Generator(load_model(model, dtype="auto"), tiny_bpe(), 100)
     room = 256 - len(generator.prompt([{"role": "user", "content": turns[1]}]))
     assert 0 < room < 100  # the case that is meant
-    cut = module._Generator(generator.model, tiny_bpe(), room)
+    cut = Generator(generator.model, tiny_bpe(), room)
     (short,) = cut.generate([[{"role": "user", "content": turns[0]}]], 0.0)
-    assert len(alone[0][0]["turns"][0]) > len(short)  # what the room of the long prompt would have left of it
+    assert len(alone[0][0]["turns"][0]) > len(short.text)  # what the room of the long prompt would have left of it
 
 
 def change_template(folder):
@@ -263,7 +267,7 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
         ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
         ("alpaca_eval", [{"instruction": "a \ud83d b"}], "row 0 of .*: character .* is a lone surrogate"),
         ("mt_bench", [{"question_id": 1, "turns": ["\ud83d"]}], "row 0 of .*: character .* is a lone surrogate"),
-        ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, got 'arena'"),
+        ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, data, got 'arena'"),
     ],
 )
 def test_bad_questions_are_named(model, tmp_path, benchmark, rows, message):
@@ -278,3 +282,87 @@ def test_a_file_of_someone_else_is_not_written_over(model, tmp_path):
     with pytest.raises(InputError, match=r"output .*m\.jsonl: expected none or this run's, got a file"):
         answer(model, mt_bench(tmp_path / "q.jsonl"), tmp_path / "m.jsonl", benchmark="mt_bench")
     assert (tmp_path / "m.jsonl").read_text() == "mine"
+
+
+def data(path, conversations: dict[str, list[str]], **more):
+    """Chat data: id -> user and assistant by turns."""
+    rows = [
+        {
+            "id": name,
+            "slice": "words",
+            "messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)],
+        }
+        for name, texts in conversations.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+class Scripted(Generator):
+    """Answers what the test says; records what it was asked."""
+
+    def __init__(self, model, tokenizer, max_new_tokens):
+        self.asked = []
+        Scripted.last = self
+
+    def generate(self, conversations, temperature):
+        self.asked += [[message["content"] for message in messages] for messages in conversations]
+        return [self.reply(messages[-1]["content"]) for messages in conversations]
+
+    def reply(self, prompt):
+        return {"empty": Answer(" ", True), "cut": Answer("half", False), "marks": Answer("<|im_end|>", True)}.get(
+            prompt, Answer(f"new {prompt}", True)
+        )
+
+
+def test_every_turn_of_data_is_answered_after_the_models_own_answers(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "Generator", Scripted)
+    rows = data(
+        tmp_path / "d.jsonl",
+        {"turns": ["a", "old a", "b", "old b"], "e": ["empty", "x"], "c": ["a", "y", "cut", "z"], "m": ["marks", "w"]},
+    )
+    rows[0]["messages"][1]["weight"] = 0  # not trained on: it stays as it is
+    rows[1]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", benchmark="data", pivot=model)
+    assert counts["kept_from_data"] == {"cut": 1, "empty": 1, "refused": 1}
+    assert "3 of 4 conversations keep the data's answers; of the model's, these were unusable: 1 cut, 1 empty, 1" in (
+        caplog.text
+    )
+    assert sorted(Scripted.last.asked) == sorted(
+        [["a", "old a", "b"], ["be brief", "empty"], ["a"], ["a", "new a", "cut"], ["marks"]]
+    )
+    found = {line["id"]: line for line in lines(tmp_path / "a.jsonl")}
+    assert list(found) == [row["id"] for row in rows]
+    assert [(m["content"], m.get("weight")) for m in found["turns"]["messages"]] == [
+        *(("a", None), ("old a", 0), ("b", None), ("new b", None))
+    ]
+    assert found["turns"]["answered_by"] == "my-model"
+    assert found["turns"]["data_answers"] == ["old a", "old b"]
+    for name, row in zip(("e", "c", "m"), rows[1:]):
+        assert found[name]["messages"] == row["messages"]
+        assert found[name]["answered_by"] == "data"
+    again, _ = read_conversations(tmp_path / "a.jsonl")
+    assert {one.id: one.slice for one in again} == dict.fromkeys(found, "words")
+
+
+def test_several_answers_to_a_conversation_are_conversations_of_their_own(model, tmp_path):
+    data(tmp_path / "d.jsonl", {"one": ["say one", "x"], "two": ["say two", "y"]})
+    options = {"benchmark": "data", "samples": 3, "temperature": 1.0, "max_new_tokens": 12}
+    answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", **options)
+    assert [line["id"] for line in lines(tmp_path / "a.jsonl")] == [
+        f"{n}#{k}" for n in ("one", "two") for k in (1, 2, 3)
+    ]
+    kept = [json.loads(line) for line in (tmp_path / ".a.jsonl.answers").read_text().splitlines()[1:]]
+    assert len({entry["turns"][0] for entry in kept}) > 3
+    with pytest.raises(
+        InputError, match="samples for answer: expected 1 but with benchmark data and a temperature abo"
+    ):
+        answer(model, tmp_path / "d.jsonl", tmp_path / "b.jsonl", **{**options, "temperature": None})
+
+
+def test_no_prompts_of_data_are_no_answers_and_no_model_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_to_device", None)
+    (tmp_path / "d.jsonl").write_text("")
+    assert answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", benchmark="data")["questions"] == 0
+    assert (tmp_path / "a.jsonl").read_text() == ""

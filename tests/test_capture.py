@@ -380,7 +380,7 @@ def test_another_run_is_refused_before_the_model_is_loaded(tmp_path, folder, mon
     arguments = {"model": folder / "m", "conversations": folder / "data.json"}
     represent(**arguments, output_dir=tmp_path / "r")
     before = files(tmp_path / "r")
-    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_to_device", lambda *a, **k: pytest.fail("loaded"))
     represent(**arguments, output_dir=tmp_path / "r", tokens_per_batch=10)  # the budget is no difference
     if "model" in change:
         change = {"model": other_weights(tmp_path, folder)}
@@ -554,7 +554,7 @@ def test_answers_that_are_context_only_are_counted_and_said(tmp_path, folder, ca
 
 def test_template_that_refuses_many_conversations_is_said_before_the_model_is_loaded(tmp_path, folder, monkeypatch):
     (tmp_path / "t.jinja").write_text(NO_SYSTEM)
-    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_to_device", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InputError) as caught:
         represent(folder / "m", folder / "data.json", tmp_path / "r", template=str(tmp_path / "t.jinja"))
     assert str(caught.value) == (
@@ -576,7 +576,7 @@ def test_template_that_changes_many_contents_is_refused_first_and_few_are_said(t
                 stored = represent(folder / "m", rows, tmp_path / "few", template=str(tmp_path / "t.jinja"))
             assert stored.manifest["counts"]["skipped"] == {"template": 2}
             assert f"2 conversations skipped, as {reason}" in caplog.text
-    monkeypatch.setattr("fusechat_fuse.capture.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("fusechat_fuse.capture.run.load_to_device", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InputError, match=rf"got 3 of 20 .*\({reason}"):
         represent(folder / "m", rows, tmp_path / "r", template=str(tmp_path / "t.jinja"))
     assert not (tmp_path / "r").exists()

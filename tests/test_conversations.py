@@ -459,6 +459,8 @@ def test_each_of_several_files_is_a_slice_where_its_rows_name_none(tmp_path):
         as_jsonl(tmp_path / name, named(name))
     as_jsonl(tmp_path / "own.jsonl", [{**row, "category": "poems"} for row in named("own")])
     assert slices("code.jsonl", "math.v2.jsonl", "own.jsonl") == ["code", "math", "poems"]
+    as_jsonl(tmp_path / "none.jsonl", [{**row, "slice": ""} for row in named("none")])  # said to have none
+    assert slices("code.jsonl", "none.jsonl") == ["code", None]
     assert slices("code.jsonl") is None
     parts = ("train-00001-of-00002.jsonl", "train-00002-of-00002.jsonl")
     assert slices(*parts) is None  # parts of one

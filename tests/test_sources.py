@@ -370,7 +370,7 @@ def test_adapters_over_4_bit_weights_are_merged_into_whole_ones(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gguf_file": "none.gguf"}, "gguf_file for represent: expected a .gguf file in .*, got none.gguf"),
+        ({"gguf_file": "none.gguf"}, "gguf_file none.gguf: expected a .gguf file in .*, got none"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit or load_in_8bit .* expected one.* got both"),
     ],
 )

@@ -25,7 +25,7 @@ from fusechat_fuse.capture.manifest import Capture
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import is_named, load_config, load_fast_tokenizer, positions_of, with_gguf
 from fusechat_fuse.models.identity import Identity, identify
-from fusechat_fuse.models.loading import check_causal, load_model, quantization_of
+from fusechat_fuse.models.loading import check_causal, load_in_of, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
@@ -111,18 +111,18 @@ def represent(
     model = with_gguf(model, gguf_file)
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-    loading |= {"trust_remote_code": trust_remote_code, "load_in": _load_in(model, load_in_4bit, load_in_8bit)}
+    load_in = load_in_of("represent", model, load_in_4bit, load_in_8bit)
+    loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
     _check_options(options, tokens_per_batch, device_map, process)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
-    if strict:
-        _refuse_unusable(encoder, found, report)
+    _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
     if server is None:
-        made_from = _made_from(model, loading["load_in"])
+        made_from = _made_from(model, load_in)
         make_runner = partial(_batch_runner, model, process.device, loading, top_k, tokens_per_batch)
-        options |= {"load_in": loading["load_in"]} if loading["load_in"] else {}
+        options |= {"load_in": load_in} if load_in else {}
     else:
         _check_no_loading(loading, gguf_file)
         from fusechat_fuse.capture.server import connect
@@ -183,23 +183,10 @@ def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_p
     from fusechat_fuse.capture.distributions import PredictionHead
 
     name = model if is_named(model) else type(model).__name__
-    model = _load(model, device, loading)
+    model = load_to_device(model, device, **loading)
     check_causal(model, name)
     rows = int(model.get_input_embeddings().weight.shape[0])
     return BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch, rows)
-
-
-def _load(model, device: str | None, loading: dict):
-    """The model in evaluation mode on this process's device; a model that was given loaded stays where it is."""
-    import torch
-
-    if not is_named(model):
-        return model.eval()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if quantization_of(model, loading["load_in"]) not in (None, "gguf") and not loading["device_map"]:
-        loading = {**loading, "device_map": {"": device}}  # quantised weights cannot be moved later
-    loaded = load_model(model, **loading)
-    return loaded if loading["device_map"] else loaded.to(device)
 
 
 def _data_digest(found: list[Conversation]) -> str:
@@ -248,15 +235,9 @@ def _log_settings(capture: Capture, template: str, pivot, max_length: int) -> No
         logger.info("Chat template: that of %s itself, taken as the pivot. For a source, give its pivot.", template_of)
 
 
-def _load_in(model, four: bool, eight: bool) -> str | None:
-    if (four or eight) and ((four and eight) or not is_named(model)):
-        got = "both" if four and eight else "a loaded model"
-        raise InputError(f"load_in_4bit or load_in_8bit for represent: expected one, of a named model, got {got}.")
-    return "4bit" if four else "8bit" if eight else None
-
-
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:
-    for conversation in found:
+    """Raise InputError, if reading is strict, for a conversation that cannot be encoded."""
+    for conversation in found if report.strict else ():
         try:
             encoder.encode(conversation.messages)
         except Unusable as problem:

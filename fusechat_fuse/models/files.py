@@ -51,7 +51,7 @@ def with_gguf(model, gguf_file: str | None):
     found = Path(gguf_file) if model is None else model_file(model, gguf_file)
     if not is_gguf(gguf_file) or found is None or not found.is_file():
         where = "" if model is None else f" in {model}"
-        raise InputError(f"gguf_file for represent: expected a .gguf file{where}, got {gguf_file}. Check the name.")
+        raise InputError(f"gguf_file {gguf_file}: expected a .gguf file{where}, got none. Check the name.")
     return str(found)
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from fusechat_fuse.errors import InputError, describe_error
-from fusechat_fuse.models.files import adapter_base, for_transformers, is_gguf, model_file, require_package
+from fusechat_fuse.models.files import adapter_base, for_transformers, is_gguf, is_named, model_file, require_package
 from fusechat_fuse.store.files import read_json
 
 _OF_QUANTISED = re.compile(r"weight_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$")
@@ -146,6 +146,31 @@ def _bitsandbytes(name, load_in: str, dtype):
     compute = torch.float32 if compute == "auto" else compute
     more = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute} if load_in == "4bit" else {}
     return BitsAndBytesConfig(**{LOAD_IN[load_in]: True}, **more)
+
+
+def load_in_of(command: str, model, four: bool, eight: bool) -> str | None:
+    """`load_in` of the switches load_in_4bit and load_in_8bit. Raises: InputError for both, or for a loaded model."""
+    if (four or eight) and ((four and eight) or not is_named(model)):
+        got = "both" if four and eight else "a loaded model"
+        raise InputError(f"load_in_4bit or load_in_8bit for {command}: expected one, of a named model, got {got}.")
+    return "4bit" if four else "8bit" if eight else None
+
+
+def load_to_device(model, device: str | None = None, **loading) -> Any:
+    """The model in evaluation mode on a device; a model that was given loaded stays where it is.
+
+    Args:
+        device: None: the GPU if there is one. loading: as `load_model` takes it; with a device_map, that decides.
+    """
+    import torch
+
+    if not is_named(model):
+        return model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantization_of(model, loading["load_in"]) not in (None, "gguf") and not loading["device_map"]:
+        loading = {**loading, "device_map": {"": device}}  # quantised weights cannot be moved later
+    loaded = load_model(model, **loading)
+    return loaded if loading["device_map"] else loaded.to(device)
 
 
 def quantization_of(model, load_in: str | None = None) -> str | None:

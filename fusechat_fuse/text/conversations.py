@@ -170,7 +170,7 @@ def _usable(rows, report: ReadReport, messages_column: str | None, prompts: bool
             repairs.append(("duplicate_id", f"{given!r} appears again"))
         for rule, detail in repairs:
             report.note("repair", number, unique, rule, detail)
-        slice_name = slice_of(row) or file_slice
+        slice_name = slice_of(row) or (None if row.get("slice") == "" else file_slice)
         start, size = spool.append(fields)
         yield Conversation(unique, digest, slice_name and sys.intern(str(slice_name)), number, spool, start, size)
 
@@ -244,7 +244,8 @@ def load_conversations(
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
         of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight` 0 on an
         answer that is not to be predicted, else none); if any row has one, `slice` (string or None: the row's own
-        `slice`, `dataset`, `source` or `category`, else, of several paths, the file's name without trailing numbers).
+        `slice`, `dataset`, `source` or `category`, else, of several paths, the file's name without trailing numbers;
+        the `slice` "" names none).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets

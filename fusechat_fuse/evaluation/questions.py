@@ -1,0 +1,187 @@
+"""Questions and answers in the files of each benchmark.
+
+mt_bench     questions (JSONL): question_id, category, turns, reference?
+             answers (JSONL): question_id, answer_id, model_id, choices [{index, turns}], tstamp; model_id is the
+             file's name without .jsonl. The temperature depends on the category.
+alpaca_eval  questions (JSON list): instruction, dataset?
+             answers (JSON list): instruction, output, generator, dataset
+chat         questions: chat data as `represent` reads them, or prompts alone; each last user message is answered
+             answers (JSONL): id, messages
+data         questions: chat data; every turn is answered, each after the answers to the turns before it
+             answers (JSONL): id, slice, messages, answered_by, data_answers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.files import short_digest
+from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.conversations import read_conversations
+from fusechat_fuse.text.data_files import data_sources
+from fusechat_fuse.text.messages import Unusable, check_unicode
+
+TEMPERATURES = dict.fromkeys(("writing", "roleplay"), 0.7) | dict.fromkeys(("stem", "humanities"), 0.1)
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+TEMPERATURE_OF_OTHERS = 0.7
+MAX_NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "chat": 1024, "data": 1024}  # the judges' own limits
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation to be answered turn by turn.
+
+    Attributes:
+        key: unique in its file. history: messages before the first turn. turns: the user's messages to answer.
+        row: the row of the file. given: turn -> the data's own answer, where that one is kept (`weight` 0).
+    """
+
+    key: str
+    history: list[dict[str, str]]
+    turns: list[str]
+    temperature: float
+    row: dict[str, Any]
+    given: dict[int, str] = field(default_factory=dict)
+
+
+def read_questions(benchmark: str, path, temperature: float | None, samples: int = 1) -> Iterator[Question]:
+    """The questions of a file, with their temperatures; of `data` each one `samples` times."""
+    if benchmark == "data":
+        yield from _questions_of_data(path, temperature or 0.0, samples)
+        return
+    if benchmark == "chat":
+        for row in read_conversations(path, prompts=True)[0]:
+            *history, last = [{"role": m["role"], "content": m["content"]} for m in row.messages]
+            yield Question(row.id, history, [last["content"]], temperature or 0.0, {"id": row.id})
+        return
+    seen = set()
+    for name, rows in data_sources(str(path), "train"):
+        for number, row in enumerate(rows):
+            check_unicode(f"row {number} of {name}", json.dumps(row, ensure_ascii=False, default=str))
+            question = _question(benchmark, f"row {number} of {name}", row, temperature)
+            if question.key in seen:
+                raise InputError(f"row {number} of {name}: expected each question once, got {question.key!r} again.")
+            seen.add(question.key)
+            yield question
+
+
+def _questions_of_data(path, temperature: float, samples: int) -> Iterator[Question]:
+    """Whole conversations, of which every turn is answered but those whose answer is not trained on."""
+    if Path(path).is_file() and not Path(path).stat().st_size:  # no conversation is this model's
+        return
+    for conversation in read_conversations(path)[0]:
+        messages = conversation.messages
+        history = [message for message in messages if message["role"] == "system"]
+        turns = [message["content"] for message in messages if message["role"] == "user"]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        given = {turn: answer["content"] for turn, answer in enumerate(answers) if answer.get("weight") == 0}
+        for n in range(1, samples + 1):
+            key = conversation.id if samples == 1 else f"{conversation.id}#{n}"
+            row = {"id": key, "slice": conversation.slice or "", "messages": messages}
+            yield Question(key, history, turns, temperature, row, given)
+
+
+def _question(benchmark: str, where: str, row: Any, temperature: float | None) -> Question:
+    if benchmark == "alpaca_eval":
+        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
+            raise InputError(f"{where}: expected an instruction (text), got {str(row)[:80]!r}. Correct the file.")
+        return Question(short_digest(row["instruction"]), [], [row["instruction"]], temperature or 0.0, row)
+    turns = row.get("turns") if isinstance(row, dict) else None
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(t, str) for t in turns)
+        or "question_id" not in row
+        or not isinstance(row.get("category", ""), str)
+    ):
+        raise InputError(f"{where}: expected question_id, category and turns, got {str(row)[:80]!r}. Correct the file.")
+    by_category = TEMPERATURES.get(row.get("category", ""), TEMPERATURE_OF_OTHERS)
+    return Question(str(row["question_id"]), [], turns, by_category if temperature is None else temperature, row)
+
+
+def text_of_answers(benchmark: str, output: Path, name: str, asked: list[Question], answers: dict[str, dict]) -> str:
+    """The content of an answers' file, in the order of the questions.
+
+    Args:
+        output: its path. name: the model's. answers: key -> {turns, tstamp}.
+    """
+    if benchmark == "alpaca_eval":
+        return (
+            json.dumps([_alpaca_row(output, name, q, answers[q.key]) for q in asked], ensure_ascii=False, indent=1)
+            + "\n"
+        )
+    rows = [
+        _mt_bench_row(output, q, answers[q.key]) if benchmark == "mt_bench" else _chat_row(q, answers[q.key])
+        for q in asked
+    ]
+    return as_lines(rows)
+
+
+def as_lines(rows: list[dict[str, Any]]) -> str:
+    """Rows as JSON, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _alpaca_row(output: Path, name: str, question: Question, entry: dict) -> dict[str, Any]:
+    row = {"instruction": question.row["instruction"], "output": entry["turns"][0], "generator": name}
+    return {**row, "dataset": question.row.get("dataset", output.stem)}
+
+
+def _mt_bench_row(output: Path, question: Question, entry: dict) -> dict[str, Any]:
+    key = question.row["question_id"]
+    answer_id = hashlib.sha256(f"{output.stem} {key} {entry['turns']}".encode()).hexdigest()[:22]
+    row = {"question_id": key, "answer_id": answer_id, "model_id": output.stem}
+    return {**row, "choices": [{"index": 0, "turns": entry["turns"]}], "tstamp": entry["tstamp"]}
+
+
+def _chat_row(question: Question, entry: dict) -> dict[str, Any]:
+    messages = [*question.history]
+    for turn, text in zip(question.turns, entry["turns"], strict=True):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": text}]
+    return {"id": question.key, "messages": messages}
+
+
+def answered_data(
+    asked: list[Question], answers: dict[str, dict], name: str, pivot: ConversationEncoder
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Chat data with a model's answers in place of the data's own.
+
+    A conversation keeps the data's answers (`answered_by` is "data") where one of the model's is `empty`, was `cut` at
+    its longest length, or is `refused` by the pivot's chat template.
+
+    Args:
+        answers: key -> {turns, finished}. name: the model's. pivot: the pivot's encoder.
+    Returns: rows {id, slice, messages, answered_by, data_answers}; the number of conversations kept, by reason.
+    """
+    rows, kept = [], Counter()
+    for question in asked:
+        row, messages = question.row, _chat_row(question, answers[question.key])["messages"]
+        for turn in question.given:
+            messages[len(question.history) + 2 * turn + 1]["weight"] = 0
+        problem = _problem(question, answers[question.key], messages, pivot)
+        if problem:
+            kept[problem] += 1
+        own = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        by = {"answered_by": "data"} if problem else {"messages": messages, "answered_by": name}
+        rows.append({**row, **by, "data_answers": own})
+    return rows, dict(sorted(kept.items()))
+
+
+def _problem(question: Question, entry: dict, messages: list[dict], pivot: ConversationEncoder) -> str | None:
+    made = [turn for turn in range(len(question.turns)) if turn not in question.given]
+    if not all(entry["turns"][turn].strip() for turn in made):
+        return "empty"
+    if not all(entry["finished"][turn] for turn in made):
+        return "cut"
+    try:
+        pivot.check(messages)
+    except Unusable:
+        return "refused"
+    return None
