@@ -279,13 +279,15 @@ def test_what_is_finished_needs_no_more_disk(planned, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     assert any(warning.startswith("disk: ") for warning in planned()["warnings"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": {"fingerprint": "", "inputs": {}, "output": "x"}}))
+    entry = {"fingerprint": "", "inputs": {}, "output": "x"}
+    (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": entry}))
     assert not any(warning.startswith("disk: ") for warning in planned()["warnings"])
 
 
 def test_measured_times_are_taken_and_carried_over(planned, tmp_path):
     (tmp_path / "out").mkdir()
-    record = {key: {"fingerprint": "", "inputs": {}, "seconds": s} for key, s in (("represent pivot", 8.0), ("align one", 3.0))}
+    seconds = {"represent pivot": 8.0, "align one": 3.0}
+    record = {key: {"fingerprint": "", "inputs": {}, "seconds": number} for key, number in seconds.items()}
     (tmp_path / "out" / "stages.json").write_text(json.dumps(record))
     found = planned(sources=("one", "two"))
     pivot, two = row(found, "represent pivot"), row(found, "represent two")
