@@ -86,7 +86,6 @@ def test_avg_ce_names_each_id_once():
     [
         ("source", "token", "source_ids"),
         ("min_ce", "token", "source_ce"),
-        ("avg_ce", "byte", "source_bytes"),
         ("min_ce_token", "token", "mapped_mass"),
     ],
 )
@@ -95,3 +94,10 @@ def test_a_row_without_a_column_is_refused(choice, unit, column):
     del row[column]
     with pytest.raises(InputError, match=rf"column '{column}' for conversation 'c12': expected an aligned row"):
         fusion_distribution(row, choice=choice, ce_unit=unit)
+
+
+@pytest.mark.parametrize("column", ["source_bytes", "source_tokens"])
+def test_a_cross_entropy_per_byte_needs_both_numbers(column):
+    row = aligned_row(12) | {column: None}
+    with pytest.raises(InputError, match=r"per byte for conversation 'c12': expected source_tokens and source_bytes"):
+        fusion_distribution(row, choice="avg_ce", ce_unit="byte")

@@ -7,6 +7,7 @@ released; what is exact is tried on a real model, whose full log-softmax is know
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,7 @@ def test_golden_alignment_becomes_an_aligned_directory(rows, openchat, tmp_path)
     for row in found:
         one = given[row["id"]]
         assert row["source_ce"] == one["fused_metric_ce"]
+        assert "source_tokens" not in row
         for p, t in enumerate(row["predicted"]):
             ids, logits = one["fused_per_step_indices"][t - 1], one["fused_per_step_logits"][t - 1]
             kept = row["source_ids"][p] >= 0
@@ -305,10 +307,15 @@ def test_aligned_data_train(rows, openchat, tmp_path):
         saved(rows, tmp_path / "released"), openchat, tmp_path / "a", template="openchat_3.5"
     )
     model = tiny_model("Llama", vocab_size=32_002)
-    trainer = fusechat_fuse.FusionTrainer(
-        model, tiny_runs.config(tmp_path / "out", max_steps=1, max_length=PAD_TO), train_dataset=found
-    )
-    assert np.isfinite(trainer.train().training_loss)
+
+    def trainer(**changes):
+        options = {"max_steps": 1, "max_length": PAD_TO, **changes}
+        return fusechat_fuse.FusionTrainer(model, tiny_runs.config(tmp_path / "out", **options), train_dataset=found)
+
+    assert np.isfinite(trainer(ce_unit="token").train().training_loss)
+    for function in ("avg_ce_slice", "min_ce"):  # the number of the source's tokens was not released
+        with pytest.raises(InputError, match=r"per byte for conversation 'p00_short': .* Set ce_unit to token\."):
+            trainer(fusion_function=function)
 
 
 def test_imported_data_are_inspected_and_combined(rows, openchat, tmp_path, capsys):
@@ -320,7 +327,10 @@ def test_imported_data_are_inspected_and_combined(rows, openchat, tmp_path, caps
     assert ", 0 exact tokens, " in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "a"), "--html", str(tmp_path / "page.html")]) == 2
     assert "got imported data" in capsys.readouterr().err
-    fusechat_fuse.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c", function="min_ce")
+    with pytest.raises(InputError, match=r"expected source_tokens and source_bytes, got a row without .*to token\."):
+        fusechat_fuse.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    fusechat_fuse.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c", function="min_ce", ce_unit="token")
     combined = fusechat_fuse.load_representation(tmp_path / "c")
     assert {int(row["source_index"][0]) for row in combined} == {0}  # of the smaller cross-entropy
 
@@ -407,6 +417,7 @@ def test_both_sources_of_one_data_set_combine(plain_texts, tmp_path):
         fusechat_fuse.import_released(source, tokenizer, out, template="text", source_number=number)
     options = {"function": "min_ce", "ce_unit": "token"}
     made = fusechat_fuse.combine([tmp_path / "a0", tmp_path / "a1"], tmp_path / "c", **options)
+    assert datasets.load_from_disk(tmp_path / "c")["source_tokens"][:] == [None] * len(texts)
     assert made["taken"] == {"released (source 0)": len(texts), "released (source 1)": 0}
 
 

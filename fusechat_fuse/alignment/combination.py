@@ -127,7 +127,9 @@ def _open_all(aligned_dirs, options: dict) -> list[Representation]:
                 f"combination for {part.path}: expected one made with the same options, got {difference}. Use the same."
             )
     _check_distinct([source for part in parts for source in _sources(part)])
-    return [part.check() for part in parts]
+    for part in parts:
+        source_cross_entropy(part.check()[0], options["ce_unit"])
+    return parts
 
 
 def _sources(part: Representation) -> list[dict]:
@@ -300,7 +302,7 @@ def average(rows: list[dict], ces: list[float]) -> dict:
         "mapped_mass": np.asarray(mean(row["mapped_mass"].astype(np.float64) for row in rows)).astype(np.float16),
         "source_ce": float(mean(row["source_ce"] for row in rows)),
         "source_bytes": best["source_bytes"],
-        "source_tokens": best["source_tokens"],
+        "source_tokens": best.get("source_tokens"),
         "source_index": np.full(1, -1, np.int32),
         "source_log_weight": float(total),
         "source_best_ce": float(min(best_ce)),

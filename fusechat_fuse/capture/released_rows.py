@@ -260,7 +260,7 @@ class ReleasedRows:
             "mapped_mass": answered.astype(np.float16),
             "label_tail": np.zeros(len(ids), np.float16),
             "source_ce": _mean_ce(released, self.source, None),
-            "source_tokens": len(ids),
+            "source_tokens": None,  # only the mean over them is released
             "source_bytes": int((row["end"] - row["start"]).sum()),
         }
 

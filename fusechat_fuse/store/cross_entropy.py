@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusechat_fuse.errors import InputError
+
 CE_UNITS = ("token", "byte")
 
 
@@ -26,9 +28,19 @@ def pivot_cross_entropy(row: dict, ce_unit: str) -> float:
 
 
 def source_cross_entropy(row: dict, ce_unit: str) -> float:
-    """The same of the source, from `source_ce` and, per byte, `source_tokens` and `source_bytes`."""
+    """The same of the source, from `source_ce` and, per byte, `source_tokens` and `source_bytes`.
+
+    Raises: InputError per byte where the number of tokens is not known.
+    """
     ce = float(row["source_ce"])
-    return ce if ce_unit == "token" else _per_byte(ce, int(row["source_tokens"]), int(row["source_bytes"]))
+    if ce_unit == "token":
+        return ce
+    if row.get("source_tokens") is None or row.get("source_bytes") is None:
+        raise InputError(
+            f"cross-entropy per byte for conversation {row.get('id')!r}: expected source_tokens and source_bytes, got "
+            "a row without them (imported data do not hold the number of the source's tokens). Set ce_unit to token."
+        )
+    return _per_byte(ce, int(row["source_tokens"]), int(row["source_bytes"]))
 
 
 def _per_byte(ce_per_token: float, tokens: int, num_bytes: int) -> float:

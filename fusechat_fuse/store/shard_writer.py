@@ -221,11 +221,14 @@ def _for_datasets(shards: list[dict], schema) -> dict[str, dict]:
 
 
 def _arrow_stream(encoded: list[dict]) -> bytes:
-    """One record batch as an Arrow IPC stream; `content_hash` and `slice` are always columns, possibly all null."""
+    """One record batch as an Arrow IPC stream; `content_hash`, `slice` and, of a source, `source_tokens` are always
+    columns, possibly all null."""
     import pyarrow as pa
 
     types = {bytes: pa.binary(), str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     kinds = {"id": pa.string(), "content_hash": pa.string(), "slice": pa.string()}
+    if "source_ids" in encoded[0]:
+        kinds["source_tokens"] = pa.int64()
     for row in encoded:
         kinds |= {key: types[type(value)] for key, value in row.items()}
     schema = pa.schema([(key, kinds[key]) for key in ["id", *sorted(set(kinds) - {"id"})]])

@@ -107,8 +107,6 @@ def fusion_distribution(
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
         return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, noise))
-    if ce_unit == "byte":
-        require_columns(row, "source_tokens", "source_bytes")
     pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
     if choice == "min_ce":  # False where either is not a number
         return _source_or(source, source_ce < pivot_ce, _fallback(row, fallback, fuse_temperature, noise))

@@ -65,7 +65,7 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     Raises: InputError for a column or pattern that names nothing, or a row without a column that the CE needs.
     """
     keys, own, ces = [], [], []
-    needed = ("ce", "source_ce", *(("start", "end", "source_tokens", "source_bytes") if ce_unit == "byte" else ()))
+    needed = ("ce", "source_ce", *(("start", "end") if ce_unit == "byte" else ()))
     check_not_empty(data)
     rows = chain.from_iterable(data.values()) if isinstance(data, dict) else data
     for row in rows if hasattr(data, "__len__") else islice(rows, MAX_SAMPLED_ROWS):
