@@ -7,8 +7,7 @@ the chunks changes a bit.
 
 A pass is compiled when it first meets a number of targets with their dtypes (a second or two) and kept on disk by numba
 for later processes. The targets are a tuple of arrays, `rows`; what is done for each is a function that calls itself
-with one array less, which the compiler unrolls. In Python such a function has a docstring and no body: numba calls the
-`overload` below it (`compile_...`) for one that fits the types. Arrays of float32 hold float32, of uint16 bfloat16, of
+with one array less, which the compiler unrolls (see `by_types`). Arrays of float32 hold float32, of uint16 bfloat16, of
 int16 float16.
 
 Worked example: for two bfloat16 targets and no selection, `erase_and_merge_loop` is compiled as
@@ -100,15 +99,23 @@ def _warn_about_cache(directory: str, error: str) -> None:
     )
 
 
+def by_types(choose: Callable, **options) -> Any:
+    """A function for the loops: the compiler puts in its place what `choose` returns for the types of its arguments."""
+
+    def call(*arguments): ...
+
+    call.__name__ = choose.__name__
+    overload(call, **options)(choose)
+    return call
+
+
 # --- one element ---------------------------------------------------------------------------------------------------
 
 
-def read(x) -> Any:
+@by_types
+def read(x):
     """A stored number as float32."""
 
-
-@overload(read)
-def compile_read(x):
     def read_float32(x):
         return x
 
@@ -125,12 +132,10 @@ def compile_read(x):
     return {types.float32: read_float32, types.uint16: read_bfloat16, types.int16: read_float16}[x]
 
 
-def round_to(x, out) -> Any:
+@by_types
+def round_to(x, out):
     """A float32 as a number of the array `out`, rounded to nearest even."""
 
-
-@overload(round_to)
-def compile_round_to(x, out):
     def round_to_float32(x, out):
         return x
 
@@ -151,12 +156,10 @@ def compile_round_to(x, out):
     return {types.float32: round_to_float32, types.uint16: round_to_bfloat16, types.int16: round_to_float16}[out.dtype]
 
 
-def task_vector(row, base, keep, i) -> Any:
+@by_types
+def task_vector(row, base, keep, i):
     """d of one target, 0 where `keep` (None: everything) leaves the element out; NaN and infinity stay NaN there."""
 
-
-@overload(task_vector)
-def compile_task_vector(row, base, keep, i):
     def task_vector_everywhere(row, base, keep, i):
         return read(row[i]) - base
 
@@ -169,109 +172,85 @@ def compile_task_vector(row, base, keep, i):
 # --- the targets of one element, each function by itself with one target less ---------------------------------------
 
 
-def sum_task_vectors(rows, base, keep, i) -> Any:
+@by_types
+def sum_task_vectors(rows, base, keep, i):
     """sum_j d_j."""
-
-
-@overload(sum_task_vectors)
-def compile_sum_task_vectors(rows, base, keep, i):
-    def sum_of_none(rows, base, keep, i):
-        return np.float32(0)
+    if not len(rows):
+        return lambda rows, base, keep, i: np.float32(0)
 
     def sum_with_last(rows, base, keep, i):
         return sum_task_vectors(rows[:-1], base, keep, i) + task_vector(rows[-1], base, keep, i)
 
-    return sum_with_last if len(rows) else sum_of_none
+    return sum_with_last
 
 
-def agreeing_update_and_divisor(rows, base, keep, i, sign, coefficients) -> Any:
+@by_types
+def agreeing_update_and_divisor(rows, base, keep, i, sign, coefficients):
     """(sum_j eta_j (s d_j)^+, sum_j eta_j [s d_j > 0])."""
-
-
-@overload(agreeing_update_and_divisor)
-def compile_agreeing_update_and_divisor(rows, base, keep, i, sign, coefficients):
-    last = len(rows) - 1
-
-    def agreeing_of_none(rows, base, keep, i, sign, coefficients):
-        return np.float32(0), np.float32(0)
+    if not len(rows):
+        return lambda rows, base, keep, i, sign, coefficients: (np.float32(0), np.float32(0))
 
     def agreeing_with_last(rows, base, keep, i, sign, coefficients):
         update, divisor = agreeing_update_and_divisor(rows[:-1], base, keep, i, sign, coefficients)
-        d, eta = task_vector(rows[-1], base, keep, i) * sign, coefficients[last]
+        d, eta = task_vector(rows[-1], base, keep, i) * sign, coefficients[len(rows) - 1]
         zero = np.float32(0)  # and no branch, which would be taken element by element
         return update + (eta * d if d > zero else zero), divisor + (eta if d > zero else zero)
 
-    return agreeing_with_last if len(rows) else agreeing_of_none
+    return agreeing_with_last
 
 
-def weighted_sum(rows, base, i, ratios) -> Any:
+@by_types
+def weighted_sum(rows, base, i, ratios):
     """sum_j W_j d_j."""
-
-
-@overload(weighted_sum)
-def compile_weighted_sum(rows, base, i, ratios):
-    last = len(rows) - 1
-
-    def weighted_sum_of_none(rows, base, i, ratios):
-        return np.float32(0)
+    if not len(rows):
+        return lambda rows, base, i, ratios: np.float32(0)
 
     def weighted_sum_with_last(rows, base, i, ratios):
-        return weighted_sum(rows[:-1], base, i, ratios) + ratios[last] * task_vector(rows[-1], base, None, i)
+        return weighted_sum(rows[:-1], base, i, ratios) + ratios[len(rows) - 1] * task_vector(rows[-1], base, None, i)
 
-    return weighted_sum_with_last if len(rows) else weighted_sum_of_none
+    return weighted_sum_with_last
 
 
-def cubes_and_squares(rows, base, i, priors) -> Any:
+@by_types
+def cubes_and_squares(rows, base, i, priors):
     """(sum_j w_j d_j^3, sum_j w_j d_j^2), float64."""
-
-
-@overload(cubes_and_squares)
-def compile_cubes_and_squares(rows, base, i, priors):
-    last = len(rows) - 1
-
-    def cubes_of_none(rows, base, i, priors):
-        return 0.0, 0.0
+    if not len(rows):
+        return lambda rows, base, i, priors: (0.0, 0.0)
 
     def cubes_with_last(rows, base, i, priors):
         cubes, squares = cubes_and_squares(rows[:-1], base, i, priors)
         d = np.float64(read(rows[-1][i])) - np.float64(base)
-        square = priors[last] * d * d
+        square = priors[len(rows) - 1] * d * d
         return cubes + square * d, squares + square
 
-    return cubes_with_last if len(rows) else cubes_of_none
+    return cubes_with_last
 
 
-def sum_and_square(rows, first, i) -> Any:
+@by_types
+def sum_and_square(rows, first, i):
     """(sum_j e_j, sum_j e_j^2) of e_j = target_j - `first`, float64."""
-
-
-@overload(sum_and_square)
-def compile_sum_and_square(rows, first, i):
-    def sum_and_square_of_none(rows, first, i):
-        return 0.0, 0.0
+    if not len(rows):
+        return lambda rows, first, i: (0.0, 0.0)
 
     def sum_and_square_with_last(rows, first, i):
         total, square = sum_and_square(rows[:-1], first, i)
         e = np.float64(read(rows[-1][i])) - np.float64(first)
         return total + e, square + e * e
 
-    return sum_and_square_with_last if len(rows) else sum_and_square_of_none
+    return sum_and_square_with_last
 
 
-def add_squares(sums, rows, base, keep, i) -> Any:
+@partial(by_types, jit_options={"fastmath": {"reassoc"}})
+def add_squares(sums, rows, base, keep, i):
     """The tuple `sums` with d_j^2 added, float64."""
-
-
-@overload(add_squares, jit_options={"fastmath": {"reassoc"}})
-def compile_add_squares(sums, rows, base, keep, i):
-    def squares_of_none(sums, rows, base, keep, i):
-        return ()
+    if not len(rows):
+        return lambda sums, rows, base, keep, i: ()
 
     def squares_with_first(sums, rows, base, keep, i):
         d = np.float64(task_vector(rows[0], base, keep, i))
         return (sums[0] + d * d, *add_squares(sums[1:], rows[1:], base, keep, i))
 
-    return squares_with_first if len(rows) else squares_of_none
+    return squares_with_first
 
 
 # --- loops over the elements of a chunk ----------------------------------------------------------------------------
