@@ -6,40 +6,36 @@ reads what another wrote: neither the number of elements per chunk nor the numbe
 result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def split(elements: int, size: int) -> list[slice]:
-    """The chunks of a tensor: `size` elements each (whole blocks), the last one what is left."""
-    return [slice(start, min(start + size, elements)) for start in range(0, elements, size)]
-
-
-def map_threads(step: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
-    """Results of `step(item)` for all items, in their order, from PyTorch's number of threads on a CPU.
+def map_chunks(step: Callable[[slice], Result], elements: int, size: int, device: torch.device) -> list[Result]:
+    """Results of `step` for each chunk of `size` elements (an empty one if there are none), in their order, from
+    PyTorch's number of threads on a CPU.
 
     PyTorch's own division of single operations between threads is off meanwhile: it waits for the slowest thread after
     every operation.
     """
+    chunks = [slice(start, min(start + size, elements)) for start in range(0, max(elements, 1), size)]
     if device.type != "cpu":
-        return [step(item) for item in items]
+        return [step(chunk) for chunk in chunks]
     total, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    def run(item: Item) -> Result:
+    def run(chunk: slice) -> Result:
         with torch.inference_mode(inference):  # a thread does not inherit it
-            return step(item)
+            return step(chunk)
 
     try:
-        if len(items) < 2 or total < 2:
+        if len(chunks) < 2 or total < 2:
             torch.set_num_threads(1)
-            return [step(item) for item in items]
+            return [step(chunk) for chunk in chunks]
         with ThreadPoolExecutor(total, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(run, items))
+            return list(pool.map(run, chunks))
     finally:
         torch.set_num_threads(total)  # what later threads inherit

@@ -37,7 +37,7 @@ from numba import config, njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from fusechat_merge.chunks import map_threads, split
+from fusechat_merge.chunks import map_chunks
 from fusechat_merge.passes import Passes
 
 logger = logging.getLogger(__name__)
@@ -327,45 +327,41 @@ class Compiled(Passes):
 
         def step(chunk: slice) -> None:
             blocks = slice(chunk.start // BLOCK, math.ceil(chunk.stop / BLOCK))
-            square_sums_loop(self._base[chunk], self._rows_of(chunk), _part(keep, chunk), zeros, sums[:, blocks])
+            square_sums_loop(*self._inputs(chunk), _part(keep, chunk), zeros, sums[:, blocks])
 
         self._run(step)
         return torch.from_numpy(sums.sum(1))
 
     def classify(self, low: float, high: float, classes: Tensor) -> tuple[int, int]:
         def step(chunk: slice) -> tuple[int, int]:
-            first, *others = self._rows_of(chunk)
+            _, (first, *others) = self._inputs(chunk)
             return classify_loop(first, tuple(others), low, high, classes.numpy()[chunk])
 
-        differing, above = zip(*(self._run(step) or [(0, 0)]))
+        differing, above = zip(*self._run(step))
         return sum(differing), sum(above)
 
     def erase_and_merge(self, coefficients: Tensor, keep: Tensor | None, out: Tensor) -> None:
         scaled = (coefficients * 2.0**40).numpy().astype(np.float32)  # keeps products normal; cancels in the quotient
         merged = _array(out)
-
-        def step(chunk: slice) -> None:
-            erase_and_merge_loop(self._base[chunk], self._rows_of(chunk), _part(keep, chunk), scaled, merged[chunk])
-
-        self._run(step)
+        self._run(lambda c: erase_and_merge_loop(*self._inputs(c), _part(keep, c), scaled, merged[c]))
 
     def varm_matrix(self, ratios: Tensor, out: Tensor) -> None:
         rounded, merged = ratios.numpy().astype(np.float32), _array(out)
-        self._run(lambda chunk: varm_matrix_loop(self._base[chunk], self._rows_of(chunk), rounded, merged[chunk]))
+        self._run(lambda c: varm_matrix_loop(*self._inputs(c), rounded, merged[c]))
 
     def varm_element(self, priors: Sequence[float], out: Tensor) -> None:
         weights, merged = np.array(priors, np.float64), _array(out)
-        self._run(lambda chunk: varm_element_loop(self._base[chunk], self._rows_of(chunk), weights, merged[chunk]))
+        self._run(lambda c: varm_element_loop(*self._inputs(c), weights, merged[c]))
 
     def empty(self, dtype: torch.dtype) -> Tensor:
         """From numpy, which asks for huge pages: the system hands those out five times as fast."""
         return torch.from_numpy(np.empty(self.numel * dtype.itemsize, np.uint8)).view(dtype)
 
-    def _rows_of(self, chunk: slice) -> tuple[np.ndarray, ...]:
-        return tuple(row[chunk] for row in self._rows)
+    def _inputs(self, chunk: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        return self._base[chunk], tuple(row[chunk] for row in self._rows)
 
     def _run(self, step: Callable[[slice], Result]) -> list[Result]:
-        return map_threads(step, split(self.numel, CHUNK), self.device)
+        return map_chunks(step, self.numel, CHUNK, self.device)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

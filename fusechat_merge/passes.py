@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import map_threads, split
+from fusechat_merge.chunks import map_chunks
 
 BLOCK = 1024  # elements whose squares are added first
 CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 14, 1 << 22  # elements of a chunk, a few hundred bytes each while in work
@@ -62,8 +62,8 @@ class Passes:
             _, rows = self._task_vectors(chunk, keep)
             return rows.square_().view(len(rows), -1, BLOCK).sum(-1).cpu()  # [M, C / BLOCK]
 
-        sums = self._run(step) or [torch.zeros(len(self.targets), 0)]
-        return torch.from_numpy(np.sum(torch.cat(sums, 1).double().numpy(), 1))  # PyTorch's depends on the threads
+        sums = torch.cat(self._run(step), 1).double()
+        return torch.from_numpy(np.sum(sums.numpy(), 1))  # PyTorch's depends on the threads
 
     def classify(self, low: float, high: float, classes: Tensor) -> tuple[int, int] | None:
         """Sort the elements by M times their variances v over the targets.
@@ -84,7 +84,7 @@ class Passes:
             classes[chunk] = 2 * (variance > low).byte() - above.byte()
             return int(torch.count_nonzero(square)), int(above.sum()), bool(torch.isfinite(square).all())
 
-        differing, above, finite = zip(*(self._run(step) or [(0, 0, True)]))
+        differing, above, finite = zip(*self._run(step))
         return (sum(differing), sum(above)) if all(finite) else None
 
     def erase_and_merge(self, coefficients: Tensor, keep: Tensor | None, out: Tensor) -> None:
@@ -95,18 +95,15 @@ class Passes:
             keep: see `square_sums`; d_j counts as 0 where an element is left out.
             out: [n]; written.
         """
+        eta = self._column(coefficients)
 
-        eta, merged = self._column(coefficients), out.view(-1)
-
-        def step(chunk: slice) -> None:
-            base, rows = self._task_vectors(chunk, keep)
+        def update(rows: Tensor) -> Tensor:
             sign = torch.where(rows.sum(0) >= 0, 1.0, -1.0).double()
             agreeing = rows.mul_(sign).relu_()
-            update = (agreeing * eta).sum(0).mul_(sign)
-            divisor = agreeing.sign_().mul_(eta).sum(0).clamp_(min=torch.finfo(torch.float64).tiny)
-            merged[chunk] = (base + update.div_(divisor)[: len(base)]).to(out.dtype)
+            weighted = (agreeing * eta).sum(0).mul_(sign)
+            return weighted.div_(agreeing.sign_().mul_(eta).sum(0).clamp_(min=torch.finfo(torch.float64).tiny))
 
-        self._run(step)
+        self._write(out, update, keep)
 
     def varm_matrix(self, ratios: Tensor, out: Tensor) -> None:
         """VaRM with one ratio W_j for the tensor: merged = pivot + sum_j W_j d_j.
@@ -116,13 +113,8 @@ class Passes:
             out: [n]; written.
         """
 
-        column, merged = self._column(ratios), out.view(-1)
-
-        def step(chunk: slice) -> None:
-            base, rows = self._task_vectors(chunk)
-            merged[chunk] = (base + rows.mul_(column).sum(0)[: len(base)]).to(out.dtype)
-
-        self._run(step)
+        column = self._column(ratios)
+        self._write(out, lambda rows: rows.mul_(column).sum(0))
 
     def varm_element(self, priors: Sequence[float], out: Tensor) -> None:
         """VaRM with ratios for every element: merged = pivot + sum_j w_j d_j^3 / sum_j w_j d_j^2, the pivot for 0 / 0.
@@ -132,21 +124,29 @@ class Passes:
             out: [n]; written.
         """
 
-        column, merged = self._column(torch.tensor(priors, dtype=torch.float64)), out.view(-1)
+        column = self._column(torch.tensor(priors, dtype=torch.float64))
 
-        def step(chunk: slice) -> None:
-            base, rows = self._task_vectors(chunk)
+        def update(rows: Tensor) -> Tensor:
             squares = rows.square().mul_(column)
             shares = squares.div_(squares.sum(0).clamp_(min=torch.finfo(torch.float64).tiny))
-            merged[chunk] = (base + rows.mul_(shares).sum(0)[: len(base)]).to(out.dtype)
+            return rows.mul_(shares).sum(0)
 
-        self._run(step)
+        self._write(out, update)
 
     def empty(self, dtype: torch.dtype) -> Tensor:
         """A result [n] to be written."""
         return torch.empty(self.numel, dtype=dtype, device=self.device)
 
-    def _task_vectors(self, chunk: slice, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _write(self, out: Tensor, update: Callable[[Tensor], Tensor], keep: Tensor | None = None) -> None:
+        """Write pivot + update [C] of the task vectors [M, C], chunk by chunk."""
+
+        def step(chunk: slice) -> None:
+            base, rows = self._task_vectors(chunk, keep)
+            out[chunk] = (base + update(rows)[: len(base)]).to(out.dtype)
+
+        self._run(step)
+
+    def _task_vectors(self, chunk: slice, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """(pivot [c], d [M, C]) of a chunk, d zero where `keep` leaves an element out (NaN stays NaN)."""
         base = self.pivot[chunk].double()
         width = math.ceil(len(base) / BLOCK) * BLOCK
@@ -168,7 +168,7 @@ class Passes:
 
     def _run(self, step: Callable[[slice], Result]) -> list[Result]:
         size = CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK
-        return map_threads(step, split(self.numel, size), self.device)
+        return map_chunks(step, self.numel, size, self.device)
 
 
 def variance_and_square(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import map_threads
+from fusechat_merge.chunks import map_chunks
 from fusechat_merge.kernel import Merge
 from fusechat_merge.versions import versions
 
@@ -44,8 +44,8 @@ def count_signs(
     dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in (pivot, *targets)} else torch.float32
     length = STRETCH if every > 1 else LONG_STRETCH
 
-    def count(start: int) -> tuple[Tensor, Tensor, Tensor]:
-        stretch = slice(start, start + length)
+    def count(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        stretch = slice(chunk.start, chunk.start + length)
         rows = torch.stack([target[stretch].to(dtype) for target in targets]).sub_(pivot[stretch].to(dtype))
         if keep is not None:
             rows *= keep[stretch]
@@ -54,8 +54,7 @@ def count_signs(
         present = signs.abs()
         return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2
 
-    zeros = torch.zeros(len(targets), len(targets))
-    counts = map_threads(count, range(0, pivot.numel(), length * every), pivot.device) or [(zeros, zeros, zeros.sum(0))]
+    counts = map_chunks(count, pivot.numel(), length * every, pivot.device)
     moved, agreement, erased = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
     return moved, agreement, erased
 

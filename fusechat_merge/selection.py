@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusechat_merge.chunks import map_threads, split
+from fusechat_merge.chunks import map_chunks
 from fusechat_merge.passes import Passes, variance_and_square
 
 SAMPLE = 1 << 16  # elements whose variances give the band: at most so many, and at most one in 64
@@ -98,14 +98,12 @@ def keep_largest_of_band(passes: Passes, keep: Tensor, wanted: int, low: float, 
     def inside(chunk: slice) -> np.ndarray:
         return chunk.start + np.flatnonzero(keep[chunk].cpu().numpy() == 2)
 
-    def ranks_of(part: Tensor) -> Tensor:
-        return _ranks(passes, part.to(passes.device))
-
-    found = map_threads(inside, split(passes.numel, SEARCHED_AT_ONCE), passes.device)
-    places = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
+    found = map_chunks(inside, passes.numel, SEARCHED_AT_ONCE, passes.device)
+    places = torch.from_numpy(np.concatenate(found)).to(passes.device)
     if not 1 <= wanted <= len(places):
         return False
-    ranks = torch.cat(map_threads(ranks_of, places.split(RANKED_AT_ONCE), passes.device))
+    parts = map_chunks(lambda c: _ranks(passes, places[c]), len(places), RANKED_AT_ONCE, passes.device)
+    ranks = torch.cat(parts)
     last = torch.kthvalue(ranks, len(ranks) - wanted + 1).values
     variance = float(last) / len(passes.targets)
     if not low * (1 + _rounding(passes)) <= variance <= high * (1 - _rounding(passes)):
@@ -113,5 +111,5 @@ def keep_largest_of_band(passes: Passes, keep: Tensor, wanted: int, low: float, 
     chosen = ranks > last
     ties = torch.nonzero(ranks == last).flatten()
     chosen[ties[: wanted - int(torch.count_nonzero(chosen))]] = True
-    keep[places.to(passes.device)] = chosen.byte().to(passes.device)
+    keep[places] = chosen.byte().to(passes.device)
     return True
