@@ -84,8 +84,6 @@ def sce_coefficients(
     Returns:
         float64 [M], on the CPU, adding up to 1; all zero where every selected d_j is zero.
     """
-    _check(pivot, targets, weights)
-    _check_tau(select_topk)
     return _calculate(pivot, targets, select_topk, weights)[-1]
 
 
@@ -140,8 +138,6 @@ def sce(
     dtype: torch.dtype | None = None,
 ) -> Merge:
     """`sce_merge` with the coefficients beside the result, in `dtype` (None: the pivot's)."""
-    _check(pivot, targets, weights)
-    _check_tau(select_topk)
     _check_choice("select_scope", select_scope, SELECT_SCOPES)
     passes, keep, selected, sums, eta = _calculate(pivot, targets, select_topk, weights, dtype)
     keep = keep if select_scope == "all" else None
@@ -158,7 +154,6 @@ def varm(
     dtype: torch.dtype | None = None,
 ) -> Merge:
     """`varm_merge` with the ratios beside the result, in `dtype` (None: the pivot's)."""
-    _check(pivot, targets, weights)
     _check_choice("granularity", granularity, GRANULARITIES)
     passes, _, selected, sums, ratios = _calculate(pivot, targets, 1.0, weights, dtype)
 
@@ -195,6 +190,7 @@ def _calculate(
 ) -> tuple[Passes, Tensor | None, float, Tensor, Tensor]:
     """Steps 1 and 2: (the fastest passes whose range these numbers are in, kept elements or None for all, their share,
     sum(d_j^2) over them, eta)."""
+    _check(pivot, targets, tau, weights)
     for passes in available_passes(pivot, targets, dtype or pivot.dtype):
         selection = select(passes, tau) if tau < 1 else (None, passes.numel)
         if selection is not None:
@@ -238,7 +234,11 @@ def _shares(sums: Tensor, weights: Sequence[float] | None) -> Tensor:
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | None) -> None:
+def _check(pivot: Tensor, targets: Sequence[Tensor], tau: float, weights: Sequence[float] | None) -> None:
+    if not 0 <= tau <= 1:
+        raise ValueError(
+            f"select_topk for sce: expected a number in [0, 1], got {tau}. Use 1.0 to select all elements."
+        )
     if not targets:
         raise ValueError("targets for a merge: expected at least one tensor, got none. Pass the targets.")
     for index, tensor in enumerate((pivot, *targets)):
@@ -270,13 +270,6 @@ def _check(pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float] | 
         raise ValueError(
             f"weights for the targets: expected ratios up to {LARGEST_RATIO:g}, got {list(weights)}. "
             "Use 0 for a target that is not to move the result."
-        )
-
-
-def _check_tau(select_topk: float) -> None:
-    if not 0 <= select_topk <= 1:
-        raise ValueError(
-            f"select_topk for sce: expected a number in [0, 1], got {select_topk}. Use 1.0 to select all elements."
         )
 
 

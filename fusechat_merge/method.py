@@ -5,10 +5,11 @@ parameters and calls them tensor by tensor; the numbers are `kernel`'s. Inputs o
 stored, so no converted copy of a whole tensor is made.
 """
 
+import functools
 import logging
-import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -35,77 +36,71 @@ from fusechat_merge.versions import versions
 logger = logging.getLogger(__name__)
 SLICE = re.compile(r"\.slices\[\d+\]$")  # mergekit's name of a slice that it plans
 NO_EFFECT = ("int8_mask", "normalize")  # parameters of sce
-_warned: set[str] = set()  # messages already logged for this output
 
 
-def _parameter_error(name: str, method: str, expected: str, value: Any, remedy: str) -> PydanticCustomError:
-    text = f"{name} for {method}: expected {expected}, got {value!r}. {remedy}"
-    return PydanticCustomError("merge_parameter", "{text}", {"text": text})
-
-
+@functools.cache
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning("%s", message)
+    """Log a warning once for this output."""
+    logger.warning("%s", message)
 
 
-def _without_effect(name: str):
-    """A parameter of old recipes: any value is accepted; a true one is logged as having no effect."""
+def _parameter(
+    name: str,
+    method: str,
+    expected: str,
+    accept: Callable[[Any], Any],
+    default: Any,
+    description: str,
+    remedy: str = "Use one of these.",
+    scope: ParameterScope = ParameterScope.SHARED,
+) -> ParameterSpec:
+    """A parameter with the value that `accept` returns, or an error if it raises TypeError or ValueError."""
 
     def validate(value: Any) -> Any:
+        try:
+            return accept(value)
+        except (TypeError, ValueError):
+            text = f"{name} for {method}: expected {expected}, got {value!r}. {remedy}"
+            raise PydanticCustomError("merge_parameter", "{text}", {"text": text}) from None
+
+    return ParameterSpec(name, Annotated[Any, PlainValidator(validate)], scope, default, description)
+
+
+def _number(value: Any, largest: float) -> float:
+    """A YAML scalar as a number from 0 to `largest`."""
+    if isinstance(value, bool) or not 0 <= float(value) <= largest:
+        raise ValueError
+    return float(value)
+
+
+def _choice(name: str, method: str, choices: tuple[str, ...], description: str) -> ParameterSpec:
+    def accept(value: Any) -> str:
+        return choices[choices.index(value)]
+
+    return _parameter(name, method, " or ".join(choices), accept, choices[0], description)
+
+
+def _without_effect(name: str) -> ParameterSpec:
+    def accept(value: Any) -> Any:
         if value:
             _warn_once(
                 f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8"
             )
         return value
 
-    return validate
+    return _parameter(name, "sce", "any value", accept, False, "accepted for old recipes; has no effect")
 
 
-def _number(value: Any) -> float:
-    """A YAML scalar as a number; NaN where it is not one (a boolean is not)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-
-
-def _select_topk(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise _parameter_error("select_topk", "sce", "a number in [0, 1]", value, "Use 1.0 to select all elements.")
-    return _number(value)
-
-
-def _weight(value: Any) -> float | None:
-    if value is None:
-        return None
-    if not 0 <= _number(value) < math.inf:
-        raise _parameter_error("weight", "sce and varm", "a number >= 0", value, "To leave a target out, remove it.")
-    return _number(value)
-
-
-def _choice(name: str, method: str, choices: Sequence[str]):
-    def validate(value: Any) -> str:
-        if value not in choices:
-            raise _parameter_error(name, method, " or ".join(choices), value, "Use one of these.")
-        return value
-
-    return validate
-
-
-def _shared(name: str, validate, default: Any, description: str) -> ParameterSpec:
-    return ParameterSpec(name, Annotated[Any, PlainValidator(validate)], ParameterScope.SHARED, default, description)
-
-
-WEIGHT = ParameterSpec(
+WEIGHT = _parameter(
     "weight",
-    Annotated[Any, PlainValidator(_weight)],
-    ParameterScope.INPUT,  # the pivot's too, to refuse it
+    "sce and varm",
+    "a number >= 0",
+    lambda value: None if value is None else _number(value, sys.float_info.max),
     None,
     "prior that multiplies a target's coefficient before normalising (default 1); 0 for all gives the pivot. "
     "With sce a target of weight 0 still votes for the sign and counts in the variance",
+    "To leave a target out, remove it.",
+    ParameterScope.INPUT,  # the pivot's too, to refuse it
 )
 
 
@@ -154,21 +149,17 @@ class PivotMerge(MergeMethod):
             checkpoint.check_distinct(where, models)
             checkpoint.check_all(self.spec.name, models, base_id)
             if group_name.endswith(".slices[0]"):  # once per planned output
-                _warned.clear()
+                _warn_once.cache_clear()
                 ours, theirs = versions()
                 logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
-        # from Python a weight may be given for the targets only
-        if group.base is not None:
-            ids = [entry.id for entry in group.entries]
+        if group.base is not None:  # from Python a weight may be given for the targets only
             targets = [entry.id for entry in group.non_base]
+            if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(targets):
+                value = dict(zip(targets, value))
             if isinstance(value, Mapping):
                 value = {group.base.id: None, **value}
-            elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(targets):
-                value = {group.base.id: None, **dict(zip(targets, value))}
-            elif not isinstance(value, Sequence):
-                value = {key: None if key == group.base.id else value for key in ids}
         return super()._bind_per_input(group, parameter, value)
 
     def _execute_resolved(self, groups: Sequence[TensorGroup], parameters, **options) -> tuple[torch.Tensor, ...]:
@@ -214,10 +205,7 @@ class PivotMerge(MergeMethod):
         return merge.merged
 
     def _target_weights(
-        self,
-        pivot: TensorEntry,
-        targets: Sequence[TensorEntry],
-        given: Mapping[Hashable, float | None],
+        self, pivot: TensorEntry, targets: Sequence[TensorEntry], given: Mapping[Hashable, float | None]
     ) -> list[float] | None:
         values = [given[entry.id] for entry in targets]
         pivots = given[pivot.id]
@@ -242,16 +230,22 @@ sce = PivotMerge(
     "SCE",
     "https://arxiv.org/abs/2408.07990",
     (
-        _shared(
-            "select_topk", _select_topk, 1.0, "share of the elements that are selected, in [0, 1]; 0 gives the pivot"
+        _parameter(
+            "select_topk",
+            "sce",
+            "a number in [0, 1]",
+            lambda value: _number(value, 1.0),
+            1.0,
+            "share of the elements that are selected, in [0, 1]; 0 gives the pivot",
+            "Use 1.0 to select all elements.",
         ),
-        _shared(
+        _choice(
             "select_scope",
-            _choice("select_scope", "sce", kernel.SELECT_SCOPES),
-            "all",
+            "sce",
+            kernel.SELECT_SCOPES,
             "what the selection serves: all (the paper) or coefficients (the code of FuseChat-7B-v2.0)",
         ),
-        *(_shared(name, _without_effect(name), False, "accepted for old recipes; has no effect") for name in NO_EFFECT),
+        *map(_without_effect, NO_EFFECT),
     ),
     lambda pivot, targets, *, int8_mask, normalize, **options: kernel.sce(pivot, targets, **options),
 )
@@ -261,10 +255,10 @@ varm = PivotMerge(
     "VaRM",
     "https://arxiv.org/abs/2402.16107",
     (
-        _shared(
+        _choice(
             "granularity",
-            _choice("granularity", "varm", kernel.GRANULARITIES),
-            "matrix",
+            "varm",
+            kernel.GRANULARITIES,
             "one ratio for each tensor (matrix) or for each element (element)",
         ),
     ),

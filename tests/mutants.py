@@ -58,8 +58,8 @@ MUTANTS = [
     ),
     Mutant(
         "sce: select_topk is not checked",
-        "if not 0 <= select_topk <= 1:",
-        "if not 0 <= select_topk:",
+        "if not 0 <= tau <= 1:",
+        "if not 0 <= tau:",
         "tests/test_merge_kernel.py",
     ),
     Mutant(
