@@ -4,7 +4,6 @@ Of the weights only the headers are read. A safetensors file begins with the len
 endian) and the header, JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
 """
 
-import functools
 import json
 import logging
 import os
@@ -16,6 +15,8 @@ from typing import Any
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+
+from fusechat_merge.once import warn_once
 
 logger = logging.getLogger(__name__)
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -77,29 +78,24 @@ def weight_files(directory: str | Path) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def quantised(stored: dict[str, str], config: dict) -> str | None:
-    """The evidence that weights are quantised, such as "F8_E4M3 in lm_head.weight"; None: they are not.
+def check_precision(model: str, stored: dict[str, str], config: dict) -> None:
+    """Raises ValueError for quantised weights.
 
     Args:
+        model: its name in the error.
         stored: see `stored_dtypes`; empty where the dtypes are unknown.
         config: the contents of config.json.
     """
-    for name, dtype in stored.items():
-        narrow = dtype in NARROW or (dtype in BYTES and name.endswith("weight"))
-        if narrow:
-            return f"{dtype} in {name}"
     settings = config.get("quantization_config")
-    if settings and not (stored and set(stored.values()) <= set(FLOATS)):
-        return f"quantization_config ({settings.get('quant_method', 'of an unnamed method')}) in its config.json"
-    return None
-
-
-def quantised_error(shown: str) -> str:
-    """The error text for what `quantised` returned."""
-    return (
-        f"expected float32, float16 or bfloat16 weights, got {shown}, whose scales a merge does not apply. "
-        "Convert that model first."
-    )
+    narrow = (f"{d} in {n}" for n, d in stored.items() if d in NARROW or (d in BYTES and n.endswith("weight")))
+    shown = next(narrow, None)
+    if shown is None and settings and not (stored and set(stored.values()) <= set(FLOATS)):
+        shown = f"quantization_config ({settings.get('quant_method', 'of an unnamed method')}) in its config.json"
+    if shown is not None:
+        raise ValueError(
+            f"model {model}: expected float32, float16 or bfloat16 weights, got {shown}, whose scales a merge does not "
+            "apply. Convert that model first."
+        )
 
 
 def check_distinct(where: str, models: Sequence[ModelReference]) -> None:
@@ -134,9 +130,8 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
         files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
         stored = stored_dtypes(files) if index.is_safetensors else {}
         configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
-        shown = quantised(stored, configs[model].to_dict())
-        if shown is not None and model.lora is None:
-            raise ValueError(f"model {model} for {method}: {quantised_error(shown)}")
+        if model.lora is None:
+            check_precision(f"{model} for {method}", stored, configs[model].to_dict())
         outputs[model] = {name for name in index.tensor_paths if name.endswith(OUTPUT_LAYERS)}
     expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
     for model in models:
@@ -147,22 +142,16 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
                 "tie_word_embeddings: false, got none. Save that model again, or set tie_word_embeddings."
             )
         if expected and outputs[model] and not _tied(configs[model]) and _tied(configs[pivot]) and not outputs[pivot]:
-            _warn_about_tied_pivot(str(pivot), str(model), min(expected))
+            warn_once(
+                logger,
+                f"the merged model has {min(expected)}, as {model}, but the pivot's config.json, which it takes over, "
+                "says tie_word_embeddings: true, so a program may use the embeddings instead. Set tie_word_embeddings: "
+                f"false in {pivot} first.",
+            )
 
 
 def _tied(config: Any) -> bool:
     return getattr(config, "tie_word_embeddings", True)
-
-
-@functools.cache
-def _warn_about_tied_pivot(pivot: str, model: str, name: str) -> None:
-    logger.warning(
-        "the merged model has %s, as %s, but the pivot's config.json, which it takes over, says tie_word_embeddings: "
-        "true, so a program may use the embeddings instead. Set tie_word_embeddings: false in %s first.",
-        name,
-        model,
-        pivot,
-    )
 
 
 def _output_layers(config: Any) -> set[str]:

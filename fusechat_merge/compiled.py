@@ -28,7 +28,7 @@ Shape letters: M targets, n elements of a tensor.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +38,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from fusechat_merge.chunks import map_chunks
+from fusechat_merge.once import warn_once
 from fusechat_merge.passes import Passes
 
 logger = logging.getLogger(__name__)
@@ -84,19 +85,12 @@ class Loop:
             result = self._uncached(*arguments)
             if self._call is not self._uncached:
                 self._call = self._uncached
-                _warn_about_cache(call.stats.cache_path, repr(error))
+                warn_once(
+                    logger,
+                    f"numba's cache in {call.stats.cache_path} cannot be used ({error!r}): the loops are compiled "
+                    "again in every process. Delete it, free space, or name another directory in NUMBA_CACHE_DIR.",
+                )
             return result
-
-
-@cache
-def _warn_about_cache(directory: str, error: str) -> None:
-    """Warn once for a directory and an error, whatever the number of loops."""
-    logger.warning(
-        "numba's cache in %s cannot be used (%s): the loops are compiled again in every process. Delete it, free "
-        "space, or name another directory in NUMBA_CACHE_DIR.",
-        directory,
-        error,
-    )
 
 
 def by_types(choose: Callable, **options) -> Any:

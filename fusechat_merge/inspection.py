@@ -7,8 +7,9 @@ Each merged tensor is dropped as soon as its row is written.
 from pathlib import Path
 
 from fusechat_merge import recipe
+from fusechat_merge._autoload import OWN
 from fusechat_merge.report import Report
-from fusechat_merge.reporting import METHODS, reporter
+from fusechat_merge.reporting import reporter
 
 
 def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> Report:
@@ -39,8 +40,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
             f"report directory {directory}: expected a new or empty one, got one with files. Choose another."
         )
     options = options or MergeOptions()
-    config, _ = recipe.load(config_path)
-    if config.merge_method not in METHODS:
+    config = recipe.load(config_path)
+    if config.merge_method not in OWN:
         raise ValueError(
             f"merge_method in {config_path}: expected sce or varm, got {config.merge_method}. "
             "Inspect a recipe of these methods."
@@ -70,9 +71,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
 
 def _targets(config) -> list[str]:
     """The targets in the order of the recipe."""
-    named = [model.model for model in config.models or ()]
-    holders = [config, *(config.modules or {}).values()]
-    for holder in holders:
+    named = []
+    for holder in (config, *(config.modules or {}).values()):
         named += [model.model for model in holder.models or ()]
         named += [source.model for output in holder.slices or () for source in output.sources]
     return [str(model) for model in dict.fromkeys(named) if model != config.base_model]

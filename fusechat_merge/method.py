@@ -5,7 +5,6 @@ parameters and calls them tensor by tensor; the numbers are `kernel`'s. Inputs o
 stored, so no converted copy of a whole tensor is made.
 """
 
-import functools
 import logging
 import re
 import sys
@@ -30,18 +29,13 @@ from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
 from fusechat_merge import _autoload, checkpoint, kernel
+from fusechat_merge.once import warn_once
 from fusechat_merge.reporting import reporter
 from fusechat_merge.versions import versions
 
 logger = logging.getLogger(__name__)
 SLICE = re.compile(r"\.slices\[\d+\]$")  # mergekit's name of a slice that it plans
 NO_EFFECT = ("int8_mask", "normalize")  # parameters of sce
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning once for this output."""
-    logger.warning("%s", message)
 
 
 def _parameter(
@@ -83,8 +77,9 @@ def _choice(name: str, method: str, choices: tuple[str, ...], description: str) 
 def _without_effect(name: str) -> ParameterSpec:
     def accept(value: Any) -> Any:
         if value:
-            _warn_once(
-                f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8"
+            warn_once(
+                logger,
+                f"{name} has no effect on sce: its coefficients always add up to 1, and it needs no mask in int8",
             )
         return value
 
@@ -145,13 +140,13 @@ class PivotMerge(MergeMethod):
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name and SLICE.search(group_name):  # mergekit plans a slice: its checkpoints can be read
+            if group_name.endswith(".slices[0]"):  # once per planned output
+                warn_once.cache_clear()
+                ours, theirs = versions()
+                logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
             models = [model for model in input_ids if isinstance(model, ModelReference)]
             checkpoint.check_distinct(where, models)
             checkpoint.check_all(self.spec.name, models, base_id)
-            if group_name.endswith(".slices[0]"):  # once per planned output
-                _warn_once.cache_clear()
-                ours, theirs = versions()
-                logger.info("merge_method %s is served by fusechat %s on mergekit %s", self.spec.name, ours, theirs)
 
     def _bind_per_input(self, group: TensorGroup, parameter: ParameterSpec, value: Any):
         if group.base is not None:  # from Python a weight may be given for the targets only
@@ -217,10 +212,11 @@ class PivotMerge(MergeMethod):
             return None
         weights = [1.0 if value is None else value for value in values]
         if len(set(weights)) > 1:
-            _warn_once(
+            warn_once(
+                logger,
                 f"weight multiplies the coefficient that {self.spec.name} computes for a target, before they are "
                 f"normalised: {', '.join(f'{entry.id} {weight:g}' for entry, weight in zip(targets, weights))} change "
-                "the result. Leave weight out to merge as published (it is not the share, as in linear or ties)"
+                "the result. Leave weight out to merge as published (it is not the share, as in linear or ties)",
             )
         return weights
 

@@ -16,12 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
+from fusechat_merge._autoload import OWN
 from fusechat_merge.kernel import Merge
+from fusechat_merge.once import warn_once
 from fusechat_merge.report import Report, distinct_names
 
 logger = logging.getLogger(__name__)
 SWITCH = "FUSECHAT_MERGE_REPORT"
-METHODS = ("sce", "varm")
+NO_REPORT = (
+    f"{SWITCH}: this merge gets no report, as it does not use the run_merge that fusechat has patched. Call "
+    "fusechat_merge.register() before run_merge is imported."
+)
 
 
 class Reporter:
@@ -67,29 +72,16 @@ class Reporter:
     def add(
         self, method: str, pivot: str, targets: Sequence[str], tensor: str, tensors: Sequence[Tensor], merge: Merge
     ) -> None:
-        """Record a merged tensor, where one is recorded.
-
-        Args:
-            method, pivot, targets, tensor: names.
-            tensors: the pivot's and the targets' tensors.
-            merge: the result.
-        """
+        """Record a merged tensor by its names, where one is recorded; `tensors`: the pivot's and the targets'."""
         with self._lock:
             if self._reports is None:
-                return _warn_of_no_report() if os.environ.get(SWITCH) else None
+                if os.environ.get(SWITCH):
+                    warn_once(logger, NO_REPORT)
+                return
             report = next((r for r in self._reports if self._fixed or r.takes(method, pivot, targets)), None)
             if report is None:
                 self._reports.append(report := Report(method, pivot, targets))
         report.add(tensor, tensors[0], tensors[1:], targets, merge)
-
-
-@functools.cache
-def _warn_of_no_report() -> None:
-    logger.warning(
-        "%s: this merge gets no report, as it does not use the run_merge that fusechat has patched. Call "
-        "fusechat_merge.register() before run_merge is imported.",
-        SWITCH,
-    )
 
 
 reporter = Reporter()
@@ -103,7 +95,7 @@ def patch(merge: Any) -> None:
 
     @functools.wraps(run_merge)
     def run_merge_with_report(merge_config, *args, **kwargs):
-        with reporter.one_output() if merge_config.merge_method in METHODS else contextlib.nullcontext():
+        with reporter.one_output() if merge_config.merge_method in OWN else contextlib.nullcontext():
             return run_merge(merge_config, *args, **kwargs)
 
     run_merge_with_report.patched_by_fusechat = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 import fusechat_merge
 from fusechat_fuse.store import card
 from fusechat_merge import _autoload, cli, kernel, plots, recipe, report, reporting
+from fusechat_merge.once import warn_once
 from tests.helpers import reference_merge
 from tests.helpers.merge_checkpoints import read, write_family, write_llama
 from tests.helpers.merge_checkpoints import recipe as make_recipe
@@ -231,7 +232,7 @@ def test_shipped_recipes_merge_stand_ins(path, models, tmp_path):
         document["base_model"] = str(pivot)
     config_path = tmp_path / "recipe.yml"
     config_path.write_text(yaml.safe_dump(document))
-    config, _ = recipe.load(config_path)
+    config = recipe.load(config_path)
     options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, random_seed=0)
     run_merge(config, str(tmp_path / "out"), options)
     merged, base, moved = read(tmp_path / "out"), read(pivot), [read(places[name]) for name in names]
@@ -643,7 +644,7 @@ def test_targets_bear_the_names_of_the_other_reports(targets, names):
 
 def test_a_merge_past_run_merge_warns_that_it_gets_no_report(tmp_path, monkeypatch, caplog):
     merge = kernel.sce(torch.zeros(4), [torch.ones(4)] * 2)
-    reporting._warn_of_no_report.cache_clear()
+    warn_once.cache_clear()
     for switch, warnings in ((None, 0), (str(tmp_path / "r"), 1)):
         if switch:
             monkeypatch.setenv(reporting.SWITCH, switch)
