@@ -119,9 +119,8 @@ def _section(summary: dict, recipe: str, picture: bool) -> str:
             f"| {shown} | {coefficient:.4f} | {summary['update_norms'][short]:.4g} | "
             f"{'' if erased is None else format(erased, '.1%')} |"
         )
-    ignored = [
-        name for name in ("int8_mask", "normalize") if (yaml.safe_load(recipe).get("parameters") or {}).get(name)
-    ]
+    parameters = yaml.safe_load(recipe).get("parameters") or {}
+    ignored = [name for name in ("int8_mask", "normalize") if parameters.get(name)]
     if ignored:
         lines += ["", f"{' and '.join(f'`{name}`' for name in ignored)} in the recipe had no effect."]
     if picture:

@@ -8,7 +8,6 @@ models of the Hub when mergekit plans.
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from mergekit.merge_methods.base import ParameterScope
 from pydantic import ValidationError
 
 from fusechat_merge import checkpoint
+from fusechat_merge._autoload import OWN
 
 logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -39,8 +39,8 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(path: str | Path) -> tuple[MergeConfiguration, str]:
-    """(configuration, its YAML text), checked.
+def load(path: str | Path) -> MergeConfiguration:
+    """The configuration in a YAML file, checked.
 
     Raises:
         ValueError: not YAML, not a merge configuration, an unknown merge method or dtype, an unknown, misspelt or
@@ -71,9 +71,16 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
             f"configuration {path}: expected a mapping with merge_method and models, got {type(document).__name__}. "
             "Pass a mergekit configuration."
         )
+    methods = {method.spec.name: method.spec for method in registry.registered_methods()}
     for key in document:
         if key not in MergeConfiguration.model_fields:
-            raise ValueError(f"configuration {path}: " + _unexpected_key(key, document.get("merge_method")))
+            spec = methods.get(str(document.get("merge_method")))
+            if spec and key in [parameter.name for parameter in spec.parameters]:
+                raise ValueError(
+                    f"configuration {path}: expected {key} under parameters, got it at the top level, where it has no "
+                    "effect. Move it."
+                )
+            raise ValueError(f"configuration {path}: " + _unexpected(key, MergeConfiguration.model_fields))
     try:
         config = MergeConfiguration.model_validate(document)
     except ValidationError as error:
@@ -83,7 +90,6 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
     except RuntimeError as error:
         raise ValueError(f"configuration {path}: {error}. Correct it.") from None
     name = str(path)
-    methods = [method.spec.name for method in registry.registered_methods()]
     if config.merge_method not in methods:
         raise ValueError(f"merge_method in {name}: " + _unexpected(config.merge_method, methods))
     for key in ("dtype", "out_dtype"):
@@ -92,7 +98,7 @@ def load(path: str | Path) -> tuple[MergeConfiguration, str]:
             raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, DTYPE_ALIASES.get(dtype.lower())))
     _check_parameters(config, name)
     _check_models(config, name)
-    return config, text
+    return config
 
 
 def _check_parameters(config: MergeConfiguration, name: str) -> None:
@@ -110,7 +116,7 @@ def _check_parameters(config: MergeConfiguration, name: str) -> None:
                     f"parameters of {place} in {name}: expected {key} under the top-level parameters, got it for one "
                     "model, where it has no effect. Move it."
                 )
-            if key == "weight" and model == config.base_model and spec.name in ("sce", "varm"):
+            if key == "weight" and model == config.base_model and spec.name in OWN:
                 raise ValueError(
                     f"parameters of {place} in {name}: expected no weight for the pivot {model}, got one. "
                     "Give weights to the targets only."
@@ -143,9 +149,16 @@ def _check_models(config: MergeConfiguration, name: str) -> None:
         if os.path.isabs(path) or path.startswith((".", "~")) or os.path.isdir(path):
             layers[model], finest[model] = _layers_and_rounding(model, name)
     for holder in (config, *(config.modules or {}).values()):
-        _check_layers([config.base_model, *(entry.model for entry in holder.models or ())], layers, name)
+        models = (config.base_model, *(entry.model for entry in holder.models or ()))
+        known = [model for model in models if layers.get(model)]
+        for model in known[1:]:
+            if layers[model] != layers[known[0]]:
+                raise ValueError(
+                    f"model {model} in {name}: expected {layers[known[0]]} layers as in {known[0]}, got "
+                    f"{layers[model]}. Merge models of one architecture."
+                )
     narrowed = [model for model in finest if config.dtype and finest[model] < _rounding(config.dtype)]
-    ours = config.merge_method in ("sce", "varm")  # they read the inputs in the dtype of their files
+    ours = config.merge_method in OWN  # they read the inputs in the dtype of their files
     if narrowed and not (ours and config.out_dtype):
         logger.warning(
             "dtype %s in %s is narrower than the weights of %s: %s. Write `dtype: float32`%s.",
@@ -172,21 +185,10 @@ def _layers_and_rounding(model: ModelReference, name: str) -> tuple[int | None, 
         )
     settings = checkpoint.read_json(file)
     stored = checkpoint.stored_dtypes(checkpoint.weight_files(path))
-    shown = checkpoint.quantised(stored, settings)
-    if shown is not None and model.lora is None:
-        raise ValueError(f"model {path} in {name}: {checkpoint.quantised_error(shown)}")
+    if model.lora is None:
+        checkpoint.check_precision(f"{path} in {name}", stored, settings)
     floats = [_rounding(checkpoint.FLOATS[dtype]) for dtype in stored.values() if dtype in checkpoint.FLOATS]
     return settings.get("num_hidden_layers") or settings.get("n_layer"), min(floats, default=1.0)
-
-
-def _check_layers(models: Sequence[ModelReference | None], layers: Mapping, name: str) -> None:
-    known = [model for model in models if layers.get(model)]
-    for model in known[1:]:
-        if layers[model] != layers[known[0]]:
-            raise ValueError(
-                f"model {model} in {name}: expected {layers[known[0]]} layers as in {known[0]}, got {layers[model]}. "
-                "Merge models of one architecture."
-            )
 
 
 def _parameters(config: MergeConfiguration):
@@ -202,14 +204,6 @@ def _parameters(config: MergeConfiguration):
             yield f"{prefix}slice {index}", output.parameters, None
             for source in output.sources:
                 yield f"{prefix}slice {index}, {source.model}", source.parameters, source.model
-
-
-def _unexpected_key(key: str, method: str | None) -> str:
-    """The error text for a top-level key that mergekit would ignore, often a parameter in the wrong place."""
-    methods = {m.spec.name: m for m in registry.registered_methods()}
-    if method in methods and key in [p.name for p in methods[method].spec.parameters]:
-        return f"expected {key} under parameters, got it at the top level, where it has no effect. Move it."
-    return _unexpected(key, MergeConfiguration.model_fields)
 
 
 def _unexpected(word: str, known, meant: str | None = None) -> str:

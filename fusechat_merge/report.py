@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -79,20 +80,14 @@ class Report:
         return (method, pivot) == (self.method, self.pivot) and set(targets) <= set(self.targets)
 
     def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
-        """Add the row of a merged tensor.
-
-        Args:
-            tensor: its name.
-            pivot, tensors: what was merged.
-            targets: the names of those that have it, in the same order.
-            merge: the result.
-        """
+        """Add the row of a merged tensor. `targets`: the names of those that have it, in the order of `tensors`."""
         both_moved, agreement, erased = count_signs(pivot, tensors, merge.keep, self.every)
         layer = LAYER.search(tensor)
+        name = tensor[layer.end() :] if layer else tensor
         row = {
             "tensor": tensor,
             "layer": int(layer.group(1)) if layer else None,
-            "kind": kind(tensor),
+            "kind": name.removeprefix("model.").removesuffix(".weight"),  # such as mlp.up_proj
             "elements": pivot.numel(),
             "selected": merge.selected,
             "erased": None,
@@ -106,7 +101,7 @@ class Report:
             row["erased"] = _share(erased.sum(), moved.sum())
             for index, name in enumerate(names):
                 row[f"erased {name}"] = _share(erased[index], moved[index])
-        for a, b in _pairs(len(names)):
+        for a, b in combinations(range(len(names)), 2):
             both = both_moved[a, b]
             row[f"agreement {names[a]} | {names[b]}"] = _share((both + agreement[a, b]) / 2, both)
         self.rows.append(row)
@@ -116,7 +111,7 @@ class Report:
         columns = ["tensor", "layer", "kind", "elements", "selected", "erased"]
         for quantity in ("coefficient", "norm", "erased"):
             columns += [f"{quantity} {name}" for name in self.names]
-        return columns + [f"agreement {self.names[a]} | {self.names[b]}" for a, b in _pairs(len(self.names))]
+        return columns + [f"agreement {a} | {b}" for a, b in combinations(self.names, 2)]
 
     def summary(self) -> dict:
         """Means over the tensors, weighted by their elements, and the norms of whole models."""
@@ -178,21 +173,10 @@ class Report:
             plots.draw(self.rows, self.names, directory)
 
 
-def kind(tensor: str) -> str:
-    """The tensor's name without its layer number: model.layers.7.mlp.up_proj.weight -> mlp.up_proj."""
-    layer = LAYER.search(tensor)
-    name = tensor[layer.end() :] if layer else tensor
-    return name.removeprefix("model.").removesuffix(".weight")
-
-
 def distinct_names(models: Sequence[str]) -> list[str]:
     """The last part of each model's name; equal ones are numbered from 1: chat#1, chat#2."""
     names = [model.rstrip("/").rpartition("/")[2] for model in models]
     return [f"{name}#{names[: n + 1].count(name)}" if names.count(name) > 1 else name for n, name in enumerate(names)]
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(count) for b in range(a + 1, count)]
 
 
 def _share(part: Tensor, whole: Tensor) -> float | None:

@@ -39,7 +39,7 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
         raise ValueError(
             f"{reporting.SWITCH}: expected a directory outside the output {out_path}, got {reports}. Choose another."
         )
-    config, _ = recipe.load(config_path)
+    config = recipe.load(config_path)
     if "--no-write-model-card" not in flags:
         recipe.check_names(config, str(config_path))
     recipe.check_adapters(
@@ -82,15 +82,10 @@ def _remove_abandoned(out: Path) -> None:
     """Remove the staging directories that killed runs for the same output left."""
     for entry in out.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(out.name)}\.(\d+)-\w+", entry.name)
-        if match and not _is_running(int(match.group(1))):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        if match:
+            try:
+                os.kill(int(match.group(1)), 0)
+            except ProcessLookupError:
+                shutil.rmtree(entry, ignore_errors=True)
+            except PermissionError:  # another user's process runs
+                pass
