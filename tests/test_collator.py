@@ -98,6 +98,84 @@ def test_ids_beyond_the_vocabulary_are_refused(column, place):
         FusionCollator(preset="paper", vocab_size=50, fusion_function="source")([row])
 
 
+def changed(column, change):
+    row = aligned_row(10, predicted=8)  # of 20 tokens
+    row[column] = change(row[column])
+    return row
+
+
+IMPOSSIBLE = {  # what is changed of a column, and what is said of it
+    "the first token predicted": ("predicted", lambda x: np.arange(8), "expected indices from 1, got 0"),
+    "one beyond the last": (
+        "predicted",
+        lambda x: x + 20 - x[-1],
+        "expected ascending indices into 20 tokens, got .*20",
+    ),
+    "not ascending": ("predicted", lambda x: x[::-1].copy(), "expected ascending indices into 20 tokens"),
+    "a mask": (
+        "predicted",
+        lambda x: np.ones(20, bool),
+        r"expected integers of shape \[P\], got bool of shape \(20,\)",
+    ),
+    "negative ids": ("input_ids", lambda x: x - 60, "expected ids from 0, got -"),
+    "too few distributions": ("source_ids", lambda x: x[:-1], "expected 8 predicted tokens, got 7"),
+    "other widths": ("source_probs", lambda x: x[:, :-1], r"expected the shape of source_ids, \(8, 5\), got \(8, 4\)"),
+    "log-probabilities for probabilities": ("source_probs", np.log, "expected probabilities from 0 to 1, got -"),
+    "probabilities for log-probabilities": ("topk_logprobs", np.exp, "expected log-probabilities, at most 0, got 0"),
+    "logarithms to base 10": ("topk_logprobs", lambda x: x / 9, "expected probabilities that add up to 1 at most"),
+    "a mass above 1": (
+        "source_probs",
+        lambda x: x * 0 + 0.6,
+        "expected probabilities that add up to 1 at most, got a sum of 3",
+    ),
+    "no number": ("source_probs", lambda x: x * np.nan, "expected probabilities from 0 to 1, got nan"),
+    "percent": ("mapped_mass", lambda x: x * 100, "expected probabilities from 0 to 1, got "),
+    "negative ce": ("ce", np.negative, "expected nats, at least 0, got -"),
+    "ids as numbers with a point": ("topk_ids", lambda x: x * 1.0, "expected integers of shape .*, got float64"),
+    "ragged lists": ("topk_ids", lambda x: [[1], [1, 2]], r"expected an array \[P, K\], got lists that make none"),
+    "one list for all": (
+        "topk_ids",
+        lambda x: x[0].tolist(),
+        r"expected integers of shape \[P, K\], got int32 of shape \(4,\)",
+    ),
+    "no id": ("id", lambda x: None, "expected an aligned row, got one without it"),
+}
+
+
+@pytest.mark.parametrize(("column", "change", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_rows_whose_values_cannot_be_are_refused(column, change, message):
+    with (
+        np.errstate(divide="ignore"),
+        pytest.raises(InputError, match=f"column '{column}' for conversation .*: {message}"),
+    ):
+        FusionCollator(preset="paper")([changed(column, change)])
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", None])
+def test_rows_of_datasets_in_any_format_make_the_same_batch(tmp_path, form):
+    rows = aligned_rows(3, seed=5)
+    lists = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in rows]
+    collate = FusionCollator(preset="paper", vocab_size=50, fusion_tail="label")
+    got, expected = collate(list(datasets.Dataset.from_list(lists).with_format(form))), collate(rows)
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    stored = datasets.load_from_disk(str(aligned_directory(tmp_path, rows)))
+    if form is not None:  # numpy cuts binary fields that end in zeros
+        with pytest.raises(
+            InputError, match=r"stored row for conversation 'c5\d*': .* Read the data without with_format"
+        ):
+            collate(list(stored.with_format(form)))
+
+
+def test_a_row_without_predicted_tokens_has_no_label():
+    row = {n: v[:0] if hasattr(v, "shape") and n != "input_ids" else v for n, v in aligned_row(3).items()}
+    for one in (row, {n: v.tolist() if hasattr(v, "tolist") else v for n, v in row.items()}):
+        batch = FusionCollator(preset="paper", fusion_function="source")([one, aligned_row(4)])
+        assert (batch["labels"][0] == -100).all()
+        assert (batch["labels"][1] != -100).any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -96,6 +96,24 @@ def test_label_noise_weighs_the_label_by_the_tail():
     np.testing.assert_allclose(fused(row, 0, label_noise=0.05)[1:], fused(row, 0)[1:])
 
 
+@pytest.mark.parametrize(("noise", "weight"), [(0.0, 1.0), (0.05, 0.0)])
+@pytest.mark.parametrize("of", ["source", "pivot"])
+def test_where_nothing_is_left_out_the_label_stands_if_no_label_is_wrong(of, noise, weight):
+    """Kept entries that add up to 1, up to rounding, beside a label that is none of them."""
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        row = aligned_row(seed, vocab_size=9, tokens=2, predicted=1, k=4, source_k=4, source_better=of == "source")
+        kept = rng.dirichlet(np.ones(4))[None].astype(np.float32)
+        row |= {"input_ids": np.array([0, 8], np.int32), "topk_ids": np.arange(4, dtype=np.int32)[None]}
+        row |= {"source_ids": row["topk_ids"], "source_probs": kept, "topk_logprobs": np.log(kept)}
+        row |= {"mapped_mass": np.ones(1, np.float16), "label_tail": np.ones(1, np.float16)}
+        got = fusion_distribution(row, tail="label", label_noise=noise)
+        assert got.source_share == (of == "source")
+        given = dict(zip(got.ids[0].tolist(), got.probs[0].tolist()))
+        assert given.get(8, 0.0) == pytest.approx(weight, abs=2e-5)
+        assert [given[n] for n in range(4)] == pytest.approx(kept[0].tolist(), rel=1e-4)
+
+
 def test_label_noise_leaves_a_label_that_stands_alone_as_it_is():
     """Inside a source token whose actual tokens were not all kept, nothing else is known."""
     row = row_of_label(5, "prefix")  # " aqy" is not kept

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.collator import FusionCollator
 from fusechat_fuse.training.config import FusionConfig, device_count, splits_batches
-from fusechat_fuse.training.dataset import LengthGrouped
+from fusechat_fuse.training.dataset import set_epoch
 from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
@@ -290,12 +291,13 @@ def test_a_continued_run_sees_the_batches_of_an_uninterrupted_one(tmp_path, form
 
 
 def test_grouping_by_length_takes_every_conversation_once_an_epoch():
-    lengths = [5, 50, 6, 51, 7, 52, 8, 53]
-    sampler = LengthGrouped(4, lengths, seed=3)
+    loader = torch.utils.data.DataLoader(
+        range(8), sampler=LengthGroupedSampler(4, lengths=[5, 50, 6, 51, 7, 52, 8, 53])
+    )
     orders = []
     for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
+        set_epoch(loader, epoch, seed=3)
+        orders.append([int(n) for n in loader])
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert orders[0] == orders[2] != orders[1]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training import slice_choice
+from fusechat_fuse.training.dataset import open_dataset
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.tiny_models import tiny_model
@@ -45,6 +47,10 @@ def test_rows_without_a_column_are_refused(tmp_path, name):
 BAD_DATA = {
     "texts": (["Hello"], "row for FusionCollator: expected an aligned row, got str"),
     "nothing": ([], "data for list: expected conversations, got none"),
+    "a generator": (
+        (row for row in aligned_rows(2)),
+        "data for FusionTrainer: expected .*, got generator. Make a list or",
+    ),
     "an endless iterable": (
         datasets.IterableDataset.from_generator(lambda: iter(aligned_rows(2))),
         "max_steps for IterableDataset: expected more than 0",
@@ -61,6 +67,44 @@ def test_data_that_nothing_can_begin_with_is_refused(tmp_path, data, message):
 def test_evaluation_data_is_looked_at_too(tmp_path):
     with pytest.raises(InputError, match="column 'source_ids' for conversation 'c0'"):
         FusionTrainer(tiny_model(), config(tmp_path), eval_dataset={"a": without("source_ids", aligned_rows(2))})
+
+
+class Oversampled(torch.utils.data.Dataset):
+    """Map-style rows of any index, as oversampling has them: only the length says where they end."""
+
+    def __init__(self, rows, length):
+        self.rows, self.length = rows, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return self.rows[index % len(self.rows)]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "group_by_length", "batch_rebalance"])
+def test_map_style_data_end_at_their_length(tmp_path, strategy):
+    rows = aligned_rows(5)
+    data = Oversampled(rows, 8)
+    options = {"train_sampling_strategy": strategy, "trainer_options": {"eval_dataset": data}}
+    losses, _, trainer = run(tmp_path, data, **options)
+    assert trainer.slices["slices"][""]["conversations"] == 8
+    assert trainer.train_dataset is data
+    written_out = rows + rows[:3]
+    expected = run(tmp_path, written_out, train_sampling_strategy=strategy)
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected[2].evaluate(written_out)["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("to_train_on", [False, True])
+def test_iterables_are_refused_on_several_processes(to_train_on):
+    """accelerate joins batches of one length only, and trains on the rows that fill up the last."""
+    stream = datasets.IterableDataset.from_generator(lambda: iter(aligned_rows(2)))
+    args = SimpleNamespace(world_size=1, max_steps=1)
+    assert open_dataset(stream, args, to_train_on=to_train_on) is stream
+    args.world_size = 2
+    with pytest.raises(InputError, match=r"on 2 processes: expected rows with a length, .* got IterableDataset"):
+        open_dataset({"a": stream}, args, to_train_on=to_train_on)
 
 
 def test_rows_of_lists_and_iterables_give_the_same_run(tmp_path):
@@ -123,4 +167,5 @@ def test_evaluation_takes_a_directory_as_well(tmp_path):
     expected = trainer.evaluate(rows)["eval_loss"]
     for data in (made, str(made)):
         assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-3)  # as stored: float16
+        assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-3)
     assert trainer.evaluate()["eval_all_loss"] == pytest.approx(expected)

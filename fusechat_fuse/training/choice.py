@@ -22,7 +22,8 @@ all but denied; with `label` the label y stands for it,
     q'_y = t / (t + e) + (what the kept candidates give y)        where the actual token was not among the kept ones
 
 and the others as they are, unnormalised. e is the *label noise*: of labels in the tail, about t / (t + e) are the
-source's own where a share e of all labels is wrong. With e = 0 and labels drawn from p, the mean of q' is p itself. At
+source's own where a share e of all labels is wrong. With e = 0 the label's weight is 1 at any t (0 too, where the kept
+entries add up to 1 by rounding), and where labels are drawn from p, the mean of q' is p itself. At
 a position inside a source token, whose row is conditional on what was read of it, q' is the label alone there, for the
 same end; so it is at an end of turn that the source did not keep, as else it would teach the pivot not to stop.
 
@@ -180,7 +181,8 @@ def _label_stands_for_tail(
     probs = np.where((ids == labels[:, None]) & marked | alone, 0, probs)
     of_kept = np.maximum(marks - 1, 0)  # [P]
     tail = np.clip(1 - probs.sum(1) - of_kept, 0, 1)
-    stands = np.where(marks < 0, 1, tail / np.maximum(tail + noise, np.finfo(np.float32).tiny) + of_kept) * (marks != 0)
+    trusted = tail / (tail + noise) if noise else 1.0
+    stands = np.where(marks < 0, 1, trusted + of_kept) * (marks != 0)
     ids = np.concatenate([np.where(probs > 0, ids, -1), np.where(marked, labels[:, None], -1)], axis=1)
     return ids, np.concatenate([probs, stands[:, None]], axis=1).astype(np.float32)
 

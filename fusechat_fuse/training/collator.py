@@ -7,7 +7,7 @@ What a batch holds (B rows of T tokens; packed: B = 1 and T = all tokens of the 
 The only Python loop runs over the conversations of a batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,17 @@ import torch
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
-from fusechat_fuse.store.rows import decode_row
-from fusechat_fuse.training.choice import BY_SLICE, FusionDistribution, fusion_distribution, require_columns
+from fusechat_fuse.training.choice import BY_SLICE, FusionDistribution, fusion_distribution
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.options import FusionOptions, check_choices
+from fusechat_fuse.training.rows import as_documented
 
-TABLES = ("topk_ids", "topk_logprobs", "source_ids", "source_probs")
-INTEGERS = ("input_ids", "predicted", "message", "start", "end", "topk_ids", "source_ids", "source_index")
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
 
 
 @dataclass
 class FusionCollator:
-    """Collate aligned rows (decoded, or as stored: what `datasets.load_from_disk` gives).
+    """Collate aligned rows (decoded, as stored: what `datasets.load_from_disk` gives, or made by hand).
 
     Args:
         pad_token_id: any id of the vocabulary; padding is masked everywhere.
@@ -111,7 +109,6 @@ class FusionCollator:
 
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
-        require_columns(row, "input_ids", "predicted")
         fused = fusion_distribution(row, **self._options, slice_weight=self._slice_weight(row))
         self._check(row, fused)
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
@@ -204,24 +201,6 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
         drop = torch.arange(len(stats), device=stats.device)[:, None].expand_as(batch["labels"]) >= count  # [B, T]
     masked = {name: batch[name].masked_fill(drop, IGNORED) for name in ("labels", "shift_labels")}
     return {**batch, **masked, "conversation_stats": stats.flatten(0, 1)[:count, None]}
-
-
-def as_documented(row) -> dict:
-    """A row with its documented names and numpy arrays: stored rows are decoded, lists become arrays."""
-    if not isinstance(row, Mapping):
-        raise InputError(
-            f"row for FusionCollator: expected an aligned row, got {type(row).__name__}. Pass a directory that align "
-            "or combine wrote, or rows of one."
-        )
-    if "num_predicted" in row:
-        return decode_row(dict(row))
-    return {name: _array(name, value) if isinstance(value, list) else value for name, value in row.items()}
-
-
-def _array(name: str, values: list) -> np.ndarray:
-    """A list as `datasets` gives it; an empty list of distributions has no entries."""
-    array = np.asarray(values, np.int32 if name in INTEGERS else np.float32)
-    return array.reshape(len(values), -1) if name in TABLES else array
 
 
 def _source_index(row: dict) -> int:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
@@ -19,50 +20,63 @@ def load_aligned(path) -> Representation:
     return _must_be_aligned(load_representation(path))
 
 
-def open_dataset(dataset) -> Any:
-    """The data that `FusionTrainer` was given, ready for a DataLoader: directories are loaded, unaligned data refused.
+def open_dataset(dataset, args, *, to_train_on: bool = False) -> Any:
+    """The data that `FusionTrainer` was given, ready for a DataLoader: directories are loaded, other things refused.
 
     Args:
         dataset: a directory, a Representation, rows in any other form (returned unchanged), None, or a dict of these.
+        args: FusionConfig; how many processes share the data, and whether max_steps limits a run on them.
+        to_train_on: without max_steps, data must have a length.
     """
     if isinstance(dataset, dict):
-        return {name: open_dataset(one) for name, one in dataset.items()}
+        return {name: open_dataset(one, args) for name, one in dataset.items()}
     if isinstance(dataset, str | os.PathLike):
         return load_aligned(dataset)
-    return _must_be_aligned(dataset) if isinstance(dataset, Representation) else dataset
+    if isinstance(dataset, Representation):
+        return _must_be_aligned(dataset)
+    iterable, kind = isinstance(dataset, IterableDataset), type(dataset).__name__
+    if dataset is not None and not iterable and not hasattr(dataset, "__len__"):
+        raise InputError(
+            f"data for FusionTrainer: expected a directory, rows with a length or an IterableDataset, got {kind}. Make "
+            "a list or datasets.IterableDataset.from_generator of it."
+        )
+    if iterable and args.world_size > 1:
+        raise InputError(
+            f"data for FusionTrainer on {args.world_size} processes: expected rows with a length, which they can "
+            f"share, got {kind}. Make a list or a datasets.Dataset of it, or train on one process."
+        )
+    if iterable and to_train_on and not hasattr(dataset, "__len__") and args.max_steps <= 0:
+        raise InputError(
+            f"max_steps for {kind}: expected more than 0, since an iterable has no length, got {args.max_steps}. "
+            "Set it."
+        )
+    return dataset
 
 
-class LengthGrouped(LengthGroupedSampler):
-    """Conversations of like length together, in an order drawn from seed and epoch: a resumed run draws the same."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+def bounded(dataset) -> Any:
+    """The data, such that iterating ends at their length: `__getitem__` alone may go on for ever."""
+    return dataset if hasattr(dataset, "__iter__") else Subset(dataset, range(len(dataset)))
 
 
-def set_epoch(dataloader, epoch: int) -> None:
-    """Tell every sampler below a DataLoader the epoch; accelerate's own search ends before the one of a resumed run."""
+def for_sampler(dataset) -> Any:
+    """What a sampler asks of data: how many rows, and how long; from a store without reading them."""
+    if isinstance(dataset, Representation):
+        return [{"input_ids": range(tokens)} for tokens in dataset.num_tokens.tolist()]
+    return bounded(dataset)
+
+
+def set_epoch(dataloader, epoch: int, seed: int) -> None:
+    """Tell every sampler below a DataLoader the epoch; accelerate's own search ends before the one of a resumed run.
+
+    Grouping by length gets its order from seed and epoch, so that a resumed run draws the same.
+    """
     sampler = getattr(dataloader, "batch_sampler", None)
     while sampler is not None:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-
-
-def check_length(dataset, max_steps: int) -> None:
-    """Raise InputError for training data without a length where max_steps does not limit the run either."""
-    if dataset is not None and not hasattr(dataset, "__len__") and max_steps <= 0:
-        raise InputError(
-            f"max_steps for {type(dataset).__name__}: expected more than 0, since an iterable has no length, "
-            f"got {max_steps}. Set it."
-        )
 
 
 def check_not_empty(dataset) -> None:
@@ -85,7 +99,7 @@ def check_rows(dataset, collate) -> None:
     if isinstance(dataset, dict):
         for one in dataset.values():
             check_rows(one, collate)
-    elif hasattr(dataset, "__len__"):
+    elif dataset is not None and not isinstance(dataset, IterableDataset):
         check_not_empty(dataset)
         collate([dataset[0]])
 

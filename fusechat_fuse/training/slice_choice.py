@@ -16,8 +16,8 @@ from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, undecided_lines
 from fusechat_fuse.training.choice import require_columns
-from fusechat_fuse.training.collator import as_documented
-from fusechat_fuse.training.dataset import check_not_empty
+from fusechat_fuse.training.dataset import bounded, check_not_empty
+from fusechat_fuse.training.rows import as_documented
 
 logger = logging.getLogger(__name__)
 MAX_SAMPLED_ROWS = 20_000  # of an iterable, which may have no end
@@ -67,7 +67,7 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     keys, own, ces = [], [], []
     needed = ("ce", "source_ce", *(("start", "end") if ce_unit == "byte" else ()))
     check_not_empty(data)
-    rows = chain.from_iterable(data.values()) if isinstance(data, dict) else data
+    rows = chain.from_iterable(map(bounded, data.values())) if isinstance(data, dict) else bounded(data)
     for row in rows if hasattr(data, "__len__") else islice(rows, MAX_SAMPLED_ROWS):
         row = as_documented(row)
         require_columns(row, *needed)

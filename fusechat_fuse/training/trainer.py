@@ -21,7 +21,7 @@ from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, collator_options, first_conversations, make_collator
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import LengthGrouped, check_length, check_rows, open_dataset, set_epoch, sources_of
+from fusechat_fuse.training.dataset import check_rows, for_sampler, open_dataset, set_epoch, sources_of
 from fusechat_fuse.training.lean_head import causal_model
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.loss_paths import MODEL_INPUTS, choose_loss_path, loss_sums
@@ -86,8 +86,8 @@ class FusionTrainer(Trainer):
                 f"arguments for FusionTrainer: expected a FusionConfig, got {type(args).__name__}. Build one; "
                 "it takes every field of TrainingArguments."
             )
-        train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset)
-        check_length(train_dataset, args.max_steps)
+        train_dataset = open_dataset(train_dataset, args, to_train_on=True)
+        eval_dataset = open_dataset(eval_dataset, args)
         self.sources = list(sources or sources_of(train_dataset if train_dataset is not None else eval_dataset))
         self.meters = {name: FusionMeter(self.sources) for name in ("train", "eval")}
         if kwargs.get("compute_loss_func") is not None:
@@ -229,9 +229,13 @@ class FusionTrainer(Trainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As Trainer's; takes a directory too, and one of the names of the evaluation data where there are several."""
         if not (isinstance(self.eval_dataset, dict) and eval_dataset in list(self.eval_dataset)):
-            eval_dataset = open_dataset(eval_dataset)
+            eval_dataset = open_dataset(eval_dataset, self.args)
         with self.meters["train"].paused():
             return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As Trainer's; takes a directory too."""
+        return super().predict(open_dataset(test_dataset, self.args), *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._without_repeated(self._prepare_inputs(inputs))
@@ -301,22 +305,18 @@ class FusionTrainer(Trainer):
     # -- private methods of transformers' Trainer, overridden: look here first when a new version breaks something -----
 
     def _get_train_sampler(self, train_dataset=None):
-        """As Trainer's; grouping by length takes the store's lengths, and the same order in a resumed run."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(dataset, "num_tokens", None)
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
-            return super()._get_train_sampler(train_dataset)
-        sampler: Any = super()._get_train_sampler(train_dataset) if lengths is None else None
-        lengths = sampler.lengths if lengths is None else lengths.tolist()
-        size = self._train_batch_size * (self.args.gradient_accumulation_steps or 1)
-        return LengthGrouped(size, lengths, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return super()._get_train_sampler(for_sampler(self.train_dataset if train_dataset is None else train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(for_sampler(eval_dataset))
 
     def _run_epoch(self, *args, **kwargs):
         """As Trainer's, but without a further step where the checkpoint of the last one, inside an epoch, continues."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"], seed)
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial, num_train_samples, start_time):

@@ -9,6 +9,7 @@ def aligned_row(seed: int, *, vocab_size=50, tokens=20, predicted=8, k=4, source
     input_ids = rng.integers(3, vocab_size, tokens).astype(np.int32)
     at = np.sort(rng.choice(np.arange(1, tokens), predicted, replace=False)).astype(np.int32)
     logprobs = -np.sort(rng.exponential(2.0, (predicted, k)), axis=1) - 0.05
+    logprobs -= np.maximum(np.log(np.exp(logprobs).sum(1, keepdims=True)), 0)  # a mass of 1 at most
     source_ids = np.stack([rng.permutation(vocab_size)[:source_k] for _ in range(predicted)]).astype(np.int32)
     probs = rng.random((predicted, source_k)) + 1e-3
     total = np.full((predicted, 1), mass) if mass else rng.uniform(0.2, 0.95, (predicted, 1))
