@@ -126,8 +126,10 @@ COMMANDS = {
             },
             "loading the model": LOADING,
             "inference servers": {
-                "server": "URL[,URL] of inference servers that run the model instead of this process",
+                "server": "URL[,URL] of inference servers that run the model instead of this process (API key: the "
+                "environment variable FUSECHAT_SERVER_API_KEY)",
                 "server_kind": "kind of the servers: vllm or sglang",
+                "server_model": "name of the served model, if a server has several (such as adapters)",
                 "server_requests": "concurrent requests to each server",
             },
             "reading the data": {

@@ -32,8 +32,9 @@ def expected(pivot, tmp_path_factory):
 
 
 @pytest.fixture
-def serving(pivot):
+def serving(pivot, monkeypatch):
     """Starts servers of the pivot."""
+    monkeypatch.setattr(module, "_BACK_OFF", 0.01)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pivot), load_fast_tokenizer(pivot)
     started = []
 
@@ -52,6 +53,11 @@ def same(found, expected):
         assert own["topk_ids"].tolist() == other["topk_ids"].tolist()
         assert own["ce"] == pytest.approx(other["ce"], abs=1e-3)
         assert own["topk_logprobs"] == pytest.approx(other["topk_logprobs"], abs=1e-2)
+
+
+def runner_of(served, requests=1):
+    options = {"model": None, "top_k": 10, "requests": requests, "vocab_size": 640}
+    return module.ServerRunner(server=served.url, kind=served.kind, tokenizer=served.tokenizer, **options)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -83,20 +89,20 @@ def test_servers_share_the_work_and_one_may_die(pivot, expected, serving, tmp_pa
 
 def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
     served = serving()
-    runner = module.connect(served.url, "vllm", served.tokenizer, 10, 4, 640)
+    runner = runner_of(served, requests=4)
     served.fails, served.status = 3, 500
-    answer = runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
+    answer = runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
     assert len(answer["choices"][0]["prompt_logprobs"]) == 3
     assert served.fails == 0
 
 
 def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypatch):
     served = serving()
-    runner = module.connect(served.url, "vllm", served.tokenizer, 10, 1, 640)
+    runner = runner_of(served)
     monkeypatch.setattr(module, "NO_ANSWER_TIMEOUT", 1.0)
     served.fails = 10**9
     with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and run the same"):
-        runner._ask(runner.protocol.body("served", [1, 2, 3], 1, 10, 0.0))
+        runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
 
 
 @pytest.mark.slow
@@ -140,6 +146,22 @@ def changed(name, value):
     return lambda served: setattr(served, name, value)
 
 
+def edited(content, ids, *, token=None, logprob=None):
+    """An answer with another token or log-probability in place of each least likely candidate."""
+    if "meta_info" in content:
+        for entry in content["meta_info"]["input_top_logprobs"][1:]:
+            entry[-1] = [entry[-1][0] if logprob is None else logprob, token or entry[-1][1], None]
+    else:
+        for own, entries in zip(ids[1:], content["choices"][0]["prompt_logprobs"][1:], strict=True):
+            last = max((name for name in entries if name != str(own)), key=lambda name: entries[name]["rank"])
+            entries[str(token or last)] = {**entries.pop(last), **({} if logprob is None else {"logprob": logprob})}
+    return content
+
+
+def every(token):
+    return changed("change", lambda ids, content: edited(content, ids, token=token))
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "options", "message"),
     [
@@ -157,10 +179,41 @@ def changed(name, value):
             changed("most", 5),
             "vllm",
             {},
-            r"status 400: .*greater than max.* vLLM must be started with --max-logprobs 10",
+            r"status 400 at /v1/completions: .*greater than max.* vLLM must be started with --max-logprobs 10",
         ),
-        (changed("babbles", True), "vllm", {}, r"expected JSON from /v1/completions, got '<html>'"),
-        (changed("kind", "sglang"), "vllm", {}, "expected one of kind vllm, got: Client error '404 Not Found'"),
+        (
+            changed("babbles", True),
+            "vllm",
+            {},
+            r"kind vllm, got: no JSON at /v1/completions: '<html>'\. Check the addr",
+        ),
+        (
+            changed("kind", "sglang"),
+            "vllm",
+            {},
+            r"got: status 404 at /v1/completions.* Check the address and server_kind",
+        ),
+        (
+            changed("key", "secret"),
+            "vllm",
+            {},
+            r"that it takes, got none \(status 401\)\. Set .*FUSECHAT_SERVER_API_KEY",
+        ),
+        (
+            changed("adapters", ["tuned"]),
+            "vllm",
+            {},
+            r"one of the served models \(served, tuned\), got none\. Choose one\.",
+        ),
+        (None, "sglang", {"server_model": "tuned"}, r"server_model for http.*served models \(served\), got tuned"),
+        (
+            None,
+            "vllm",
+            {"server_model": "tuned", "server": None},
+            "server_model tuned for represent: expected server wi",
+        ),
+        (every(999999), "vllm", {}, "expected token ids below the model's 640, got 999999"),
+        (every(640), "sglang", {}, "expected token ids below the model's 640, got 640"),
         (None, "vllm", {"server_kind": "tgi"}, "server_kind for represent: expected one of vllm, sglang, got 'tgi'"),
         (
             None,
@@ -189,6 +242,82 @@ def test_what_cannot_be_relied_on_is_refused_in_a_sentence(change, kind, options
             pivot, CHATS, tmp_path / "r", template="native", **{"server": served.url, "server_kind": kind, **options}
         )
     assert not (tmp_path / "r").exists()
+
+
+MANY = [{**CHATS[n % len(CHATS)], "id": str(n)} for n in range(110)]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("logprob", [-9999.0, float(np.finfo(np.float32).min), -65504.0, 0.7, float("nan")])
+def test_stand_ins_for_numbers_are_no_measurements(logprob, kind, pivot, serving, tmp_path):
+    served = serving(kind)
+    served.change = lambda ids, content: edited(content, ids, logprob=logprob) if served.asked == 5 else content
+    options = {"template": "native", "server": served.url, "server_kind": kind, "server_requests": 1}
+    found = represent(pivot, MANY, tmp_path / "r", **options)
+    assert found.manifest["counts"]["skipped"] == {"non_finite": 1}
+    assert found.ids == [row["id"] for n, row in enumerate(MANY) if n != 2]  # two requests are the probe's
+    assert "are not finite" in json.loads((tmp_path / "r" / "skipped.jsonl").read_text())["detail"]
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_prompt_that_is_always_refused_is_counted_and_too_many_end_the_run(status, pivot, serving, tmp_path):
+    served, options = serving(), {"template": "native"}
+    bad = {"id": "bad", "conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "the " * 60}]}
+    refused = represent(pivot, [bad], tmp_path / "own", **options)[0]["input_ids"].tolist()
+    served.refuses = lambda ids: status if ids == refused else 0
+    found = represent(pivot, [*MANY, bad], tmp_path / "r", server=served.url, **options)
+    assert found.ids == [row["id"] for row in MANY]
+    entry = json.loads((tmp_path / "r" / "skipped.jsonl").read_text())
+    assert (entry["id"], entry["reason"]) == ("bad", "non_finite")
+    assert f"refused by the server: status {status} at /v1/completions: " in entry["detail"]
+    with pytest.raises(RuntimeError, match=r"1 of 51 conversations .*, the first: refused by the server: status"):
+        represent(pivot, [*MANY[:50], bad], tmp_path / "s", server=served.url, **options)
+
+
+@pytest.mark.parametrize("status", [404, 408, 429, 503])
+def test_a_busy_server_is_waited_for_from_the_first_request_on(status, pivot, serving, tmp_path):
+    served = serving()
+    served.fails, served.status = 2, status
+    if status == 404:  # before it has answered once, it is another server
+        with pytest.raises(InputError, match="status 404"):
+            runner_of(served)
+        served.fails = 0
+    runner = runner_of(served)
+    served.fails = 3
+    answer = runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
+    assert len(answer["choices"][0]["prompt_logprobs"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_model_is_asked_for_by_name_with_the_key(
+    kind, first, pivot, expected, serving, tmp_path, caplog, monkeypatch
+):
+    served = serving(kind)
+    served.adapters, served.adapters_first, served.key = ["tuned"], first, "secret-key"
+    options = {"template": "native", "server": served.url, "server_kind": kind}
+    monkeypatch.setenv("FUSECHAT_SERVER_API_KEY", "another-key")
+    caplog.set_level("DEBUG")
+    with pytest.raises(InputError, match=r"an API key that it takes, got another \(status 401\)"):
+        represent(pivot, CHATS, tmp_path / "r", server_model="tuned", **options)
+    monkeypatch.setenv("FUSECHAT_SERVER_API_KEY", "secret-key\n")
+    found = represent(pivot, CHATS, tmp_path / "r", server_model="tuned", **options)
+    same(found, expected)
+    assert found.manifest["model"]["name"] == "tuned"
+    assert served.names_asked == {"tuned"}
+    served.names_asked.clear()
+    base = represent(pivot, CHATS, tmp_path / "base", server_model="served", **options)
+    assert base.manifest["model"]["name"] == "served"
+    assert served.names_asked == {"served" if kind == "vllm" else None}
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()).decode(errors="replace")
+    assert not [key for key in ("secret-key", "another-key") if key in caplog.text + written]
+
+
+def test_a_key_that_cannot_be_sent_is_not_quoted(pivot, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSECHAT_SERVER_API_KEY", "geheim-ü")
+    with pytest.raises(InputError, match="FUSECHAT_SERVER_API_KEY: expected printable ASCII") as caught:
+        represent(pivot, CHATS, tmp_path / "r", template="native", server="http://127.0.0.1:1")
+    assert "geheim" not in str(caught.value)
 
 
 def test_sglang_calls_the_last_id_of_the_vocabulary_0():

@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TopK:
-    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P], finite bool [P]."""
+    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P], finite bool [P].
+
+    problem: why there are no finite ones, where it is not the model's numbers.
+    """
 
     ids: np.ndarray
     logprobs: np.ndarray
     ce: np.ndarray
     finite: np.ndarray
+    problem: str = ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -98,13 +98,12 @@ def compute(
     """
     from tqdm.auto import tqdm
 
-    total, non_finite, skipped = sum(map(len, shards)), 0, []
+    total, skipped = sum(map(len, shards)), []
     progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
     with progress, ThreadPoolExecutor(1) as background:
         written: Future | None = None
         for number, shard in zip(mine, encode_ahead(encoder, (shards[n] for n in mine))):
-            skipped += shard.skipped
-            check_template(skipped, total)
+            check_template(skipped + shard.skipped, total)
             _check_ids(shard.encoded, runner.vocab_size)
             progress.update(len(shards[number]) - len(shard.encoded))
             padded = runner.padded
@@ -115,8 +114,8 @@ def compute(
             if written is not None:
                 written.result()
             written = background.submit(writer.write, number, rows, info)
-            non_finite += len(shard.encoded) - len(rows)
-            check_finite(non_finite, total)
+            skipped += shard.skipped
+            check_finite(skipped, total)
         if written is not None:
             written.result()
 
@@ -198,7 +197,7 @@ def _rows(shard: EncodedShard, results: Sequence[TopK | Unusable]) -> list[dict]
         if not found.finite.all():
             where = int(one.predicted[int(np.argmin(found.finite))])
             detail = f"logits for token {where} of {len(one.input_ids)} are not finite"
-            shard.skip(conversation, "non_finite", detail)
+            shard.skip(conversation, "non_finite", found.problem or detail)
             continue
         row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
         row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}

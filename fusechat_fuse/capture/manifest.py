@@ -50,12 +50,14 @@ class Capture:
         }
 
 
-def check_finite(non_finite: int, total: int) -> None:
+def check_finite(skipped: list[dict], total: int) -> None:
     """Raise RuntimeError where too many of the conversations have logits that are not finite."""
-    if non_finite > MAX_NON_FINITE_SHARE * total:
+    found = [entry for entry in skipped if entry["reason"] == "non_finite"]
+    if len(found) > MAX_NON_FINITE_SHARE * total:
         raise RuntimeError(
-            f"{non_finite} of {total} conversations have logits that are not finite ({non_finite / total:.1%}; at most "
-            f"{MAX_NON_FINITE_SHARE:.0%} are left out). Run the model in bfloat16 or float32, or check its weights."
+            f"{len(found)} of {total} conversations have logits that are not finite ({len(found) / total:.1%}; at most "
+            f"{MAX_NON_FINITE_SHARE:.0%} are left out), the first: {found[0]['detail']}. Run the model in bfloat16 or "
+            "float32, or check its weights or its server."
         )
 
 
@@ -72,7 +74,7 @@ def finish(writer: ShardWriter, num_shards: int, capture: Capture) -> None:
             "the options."
         )
     _write_skipped(writer, skipped, report.repaired)
-    check_finite(by_reason.get("non_finite", 0), report.rows - len(report.skipped))
+    check_finite(skipped, report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
     save_tokenizer(capture.encoder.tokenizer, writer.path)
     counts = _counts(infos, report, by_reason)

@@ -66,6 +66,7 @@ def represent(
     load_in_8bit: bool = False,
     server: str | list[str] | None = None,
     server_kind: str = "vllm",
+    server_model: str | None = None,
     server_requests: int = 32,
 ) -> Representation:
     """Write a model's top-k next-token distributions on the answers of a data set.
@@ -99,7 +100,8 @@ def represent(
             already quantised are run as they are.
         server: URLs (a list, or separated by commas) of inference servers that run the model; `model` then gives
             tokenizer, template and configuration.
-        server_kind: vllm or sglang. server_requests: requests in flight at each server.
+        server_kind: vllm or sglang. server_model: the name to ask for, where several models (adapters) are served.
+        server_requests: requests in flight at each server. An API key: environment variable FUSECHAT_SERVER_API_KEY.
     Returns: the Representation in output_dir.
     Raises: InputError for bad input, before the model is loaded; RuntimeError where over 1 % of the conversations have
         logits that are not finite.
@@ -113,23 +115,19 @@ def represent(
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     load_in = load_in_of("represent", model, load_in_4bit, load_in_8bit)
     loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-    _check_options(options, tokens_per_batch, device_map, process)
+    _check_options(options, tokens_per_batch, device_map, process, None if server else server_model)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
     _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
     if server is None:
-        made_from = _made_from(model, load_in)
+        made_from = _made_from(model, loading["load_in"])
         make_runner = partial(_batch_runner, model, process.device, loading, top_k, tokens_per_batch)
-        options |= {"load_in": load_in} if load_in else {}
+        options |= {"load_in": loading["load_in"]} if loading["load_in"] else {}
     else:
-        _check_no_loading(loading, gguf_file)
-        from fusechat_fuse.capture.server import connect
-
-        vocab_size = load_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-        served = connect(server, server_kind, encoder.tokenizer, top_k, server_requests, vocab_size)
-        encoder.max_length = min(encoder.max_length, served.max_length or encoder.max_length)
+        asked = {"server": server, "kind": server_kind, "model": server_model, "requests": server_requests}
+        served = _connect(model, encoder, loading, gguf_file, {**asked, "top_k": top_k})
         made_from, make_runner = served.identity, lambda: served
         options |= {"dtype": "the server's", "server": server_kind}
     capture = Capture(found, report, encoder, made_from, _template_of(template, encoder, made_from["name"], pivot))
@@ -140,7 +138,7 @@ def represent(
     return write_representation(capture, writer, shard_size, process, make_runner)
 
 
-def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
+def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process, unused: str | None) -> None:
     for name in ("top_k", "max_length", "shard_size"):
         check_integer(f"{name} for represent", options[name])
     check_integer("tokens_per_batch for represent", tokens_per_batch)
@@ -148,15 +146,23 @@ def _check_options(options: dict, tokens_per_batch: int, device_map, process: Pr
         raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
     if device_map and process.count > 1:
         raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
+    if unused:
+        raise InputError(f"server_model {unused} for represent: expected server with it, got none. Give its URL.")
 
 
-def _check_no_loading(loading: dict, gguf_file: str | None) -> None:
-    """Raise InputError where options say how weights are loaded, which the server does."""
+def _connect(model, encoder: ConversationEncoder, loading: dict, gguf_file: str | None, asked: dict):
+    """The runner of the servers; conversations are cut at what they take."""
     if loading["load_in"] or loading["device_map"] or gguf_file:
         raise InputError(
             "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
             "Leave them out."
         )
+    from fusechat_fuse.capture.server import ServerRunner
+
+    config = load_config(model, trust_remote_code=loading["trust_remote_code"])
+    served = ServerRunner(tokenizer=encoder.tokenizer, vocab_size=config.get_text_config().vocab_size, **asked)
+    encoder.max_length = min(encoder.max_length, served.max_length or encoder.max_length)
+    return served
 
 
 def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote_code: bool) -> ConversationEncoder:

@@ -7,17 +7,30 @@ first entry is empty.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import httpx
+from fusechat_fuse.errors import InputError
+
+Get = Callable[[str], Any]  # path -> the JSON there; raises NotAnswered where there is none
+
+
+class NotAnswered(Exception):
+    """An answer that is an error of some status, or no JSON."""
+
+    def __init__(self, text: str, status: int = 200):
+        super().__init__(text)
+        self.status = status
 
 
 class ServerInfo(NamedTuple):
-    """Name and version of the served model; max_length: tokens of a prompt, None where the server does not tell."""
+    """Name and version of the served model; max_length: tokens of a prompt, None where the server does not tell;
+    adapter: whether the model is a LoRA adapter above the server's own."""
 
     name: str
     version: str
     max_length: int | None
+    adapter: bool
 
 
 class Answer(NamedTuple):
@@ -30,8 +43,31 @@ class Answer(NamedTuple):
     texts: list[str | None]
 
 
-def _json(client: httpx.Client, url: str) -> Any:
-    return client.get(url).raise_for_status().json()
+def _optional(get: Get, path: str) -> dict[str, Any]:
+    """What is at a path that some versions and routers do not have."""
+    try:
+        found = get(path)
+    except NotAnswered:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _card(get: Get, url: str, model: str | None) -> dict[str, Any]:
+    """What the server says about the model of this name, or about the only one; `max_model_len` is the base's.
+
+    Raises: InputError with the names of those that it serves.
+    """
+    cards = get("/v1/models")["data"]
+    by_name = {str(card["id"]): card for card in cards}
+    if model is None and len(by_name) == 1:
+        (model,) = by_name
+    if model not in by_name:
+        raise InputError(
+            f"server_model for {url}: expected the name of one of the served models ({', '.join(by_name)}), got "
+            f"{model or 'none'}. Choose one."
+        )
+    longest = next((card["max_model_len"] for card in [by_name[model], *cards] if card.get("max_model_len")), None)
+    return {**by_name[model], "max_model_len": longest}
 
 
 class Vllm:
@@ -39,17 +75,17 @@ class Vllm:
 
     kind, path = "vllm", "/v1/completions"
 
-    def info(self, client: httpx.Client, url: str) -> ServerInfo:
-        """What the server says about itself."""
-        (served, *_) = _json(client, f"{url}/v1/models")["data"]
-        longest = served.get("max_model_len")
-        version = str(_json(client, f"{url}/version")["version"])
-        return ServerInfo(str(served["id"]), version, longest and longest - 1)  # one token is generated
+    def info(self, get: Get, url: str, model: str | None) -> ServerInfo:
+        """What the server says about a model, by its name; None: the only one."""
+        card = _card(get, url, model)
+        longest = card["max_model_len"]
+        version = str(_optional(get, "/version").get("version", ""))
+        return ServerInfo(str(card["id"]), version, longest and longest - 1, False)  # one token is generated
 
-    def body(self, name: str, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
+    def body(self, served: ServerInfo, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
         """A request for the log-probabilities of a prompt's tokens from index `first` on."""
         options = {"prompt_logprobs": top_k, "max_tokens": 1, "temperature": temperature, "add_special_tokens": False}
-        return {"model": name, "prompt": ids, **options}
+        return {"model": served.name, "prompt": ids, **options}
 
     def answer(self, content: Any, ids: list[int], positions: list[int], top_k: int) -> Answer:
         """The log-probabilities at `positions`; KeyError, TypeError, ValueError or IndexError where there are none."""
@@ -77,14 +113,14 @@ class Sglang:
 
     kind, path = "sglang", "/generate"
 
-    def info(self, client: httpx.Client, url: str) -> ServerInfo:
-        name = _json(client, f"{url}/get_model_info")["model_path"]
-        server = _json(client, f"{url}/get_server_info")
-        longest = server.get("max_req_input_len") or server.get("context_length")
-        return ServerInfo(str(name), str(server["version"]), longest)
+    def info(self, get: Get, url: str, model: str | None) -> ServerInfo:
+        card, server = _card(get, url, model), _optional(get, "/get_server_info")
+        longest = server.get("max_req_input_len") or server.get("context_length") or card["max_model_len"]
+        return ServerInfo(str(card["id"]), str(server.get("version", "")), longest, bool(card.get("parent")))
 
-    def body(self, name: str, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
+    def body(self, served: ServerInfo, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
         return {
+            **({"lora_path": served.name} if served.adapter else {}),
             "input_ids": ids,
             "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
             "return_logprob": True,

@@ -40,7 +40,7 @@ def main() -> None:
     for _ in range(options.rounds):
         begun = time.process_time()
         for _ in range(10):
-            _top_k(PROTOCOLS["vllm"].answer(orjson.loads(raw), ids, positions, TOP_K))
+            _top_k(PROTOCOLS["vllm"].answer(orjson.loads(raw), ids, positions, TOP_K), TOP_K, 50_000)
         shares.append((time.process_time() - begun) / 10 / options.tokens * AT)
     print(
         f"{len(raw) / options.tokens:.0f} bytes a token; {statistics.median(shares):.1%} of a core at {AT:,} tokens/s"

@@ -14,7 +14,8 @@ LONGEST = 200  # tokens of a prompt that it takes
 class InferenceServer(ThreadingHTTPServer):
     """`url`, `asked` (requests so far), and what can be changed: `fails` (answers left that are errors of `status`),
     `lives` (requests after which it is dead), `bends` (temperature counts), `silent` (no log-probabilities), `babbles`
-    (no JSON), `most` (largest k), `text_of` (what it says that a token is).
+    (no JSON), `most` (largest k), `text_of` (what it says that a token is), `key` (that requests must bring),
+    `adapters` (served beside the model), `refuses` (prompt -> status), `change` (prompt, answer -> answer).
 
     Args:
         model: causal language model. tokenizer: its own. kind: vllm or sglang.
@@ -28,6 +29,8 @@ class InferenceServer(ThreadingHTTPServer):
         self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
         self.asked, self.fails, self.status, self.most = 0, 0, 503, 20
         self.bends = self.silent = self.babbles = False
+        self.key, self.adapters, self.adapters_first, self.names_asked = "", [], False, set()
+        self.refuses, self.change = lambda ids: 0, lambda ids, content: content
         self.lives = 10**9
         self.text_of = lambda token: tokenizer.decode([token])
         self.lock = threading.Lock()
@@ -52,18 +55,32 @@ class _Handler(JsonHandler):
     server: InferenceServer
 
     def do_GET(self):
-        name = self.server.name
+        base = {"id": self.server.name, "root": self.server.name, "max_model_len": LONGEST + 1, "parent": None}
+        adapters = [
+            {"id": name, "root": f"/adapters/{name}", "max_model_len": None, "parent": self.server.name}
+            for name in self.server.adapters
+        ]
+        models = {"data": [*adapters, base] if self.server.adapters_first else [base, *adapters]}
         found = {
-            "vllm": {
-                "/v1/models": {"data": [{"id": name, "max_model_len": LONGEST + 1}]},
-                "/version": {"version": "0.32.0"},
-            },
+            "vllm": {"/v1/models": models, "/version": {"version": "0.32.0"}},
             "sglang": {
-                "/get_model_info": {"model_path": name},
+                "/v1/models": models,
                 "/get_server_info": {"version": "0.5", "max_req_input_len": LONGEST},
             },
         }[self.server.kind].get(self.path)
-        self.say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
+        if not self._refused():
+            self.say(*((found, 200) if found else ({"detail": "Not Found"}, 404)))
+
+    def _refused(self) -> bool:
+        key = self.server.key
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self.say({"error": f"Incorrect API key provided: {self.headers['Authorization']}"}, 401)
+            return True
+        if self.server.fails > 0:
+            self.server.fails -= 1
+            self.say({"message": "not now"}, self.server.status)
+            return True
+        return False
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -72,9 +89,14 @@ class _Handler(JsonHandler):
             return self.connection.close()
         if self.server.babbles:
             return self.send(b"<html>", 200)
-        if self.server.fails > 0:
-            self.server.fails -= 1
-            return self.say({"message": "not now"}, self.server.status)
+        if self._refused():
+            return None
+        if self.path != {"vllm": "/v1/completions", "sglang": "/generate"}[self.server.kind]:
+            return self.say({"detail": "Not Found"}, 404)
+        ids = body.get("prompt") or body["input_ids"]
+        self.server.names_asked.add(body.get("model") or body.get("lora_path"))
+        if status := self.server.refuses(ids):
+            return self.say({"error": "Out of range float values are not JSON compliant"}, status)
         return self._vllm(body) if self.server.kind == "vllm" else self._sglang(body)
 
     def _vllm(self, body):
@@ -96,7 +118,7 @@ class _Handler(JsonHandler):
                     for t, r in ranks.items()
                 }
             )
-        return self.say({"choices": [{"text": "x", "prompt_logprobs": entries}]})
+        return self.say(self.server.change(ids, {"choices": [{"text": "x", "prompt_logprobs": entries}]}))
 
     def _sglang(self, body):
         ids, start, k = body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]
@@ -108,4 +130,4 @@ class _Handler(JsonHandler):
             own.append([float(row[token]), token, text(token)])
             best.append([[float(row[t]), t, text(t)] for t in row.topk(k).indices.tolist()])
         meta = {} if self.server.silent else {"input_token_logprobs": own, "input_top_logprobs": best}
-        return self.say({"text": "", "meta_info": meta})
+        return self.say(self.server.change(ids, {"text": "", "meta_info": meta}))
