@@ -13,12 +13,10 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
 from typing import Any
 
-from fusechat_fuse.commands import COMMANDS, Command
+from fusechat_fuse.commands import COMMANDS, library
 from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.flags import Flag, FlagParser, flags_of_function, unknown
 from fusechat_fuse.processes import end_process_group, is_main_process
@@ -28,11 +26,6 @@ from fusechat_fuse.training.options import RARE, train_flags
 # Seconds that the other ranks of a launch wait before they report an error. The launcher ends them all when the main
 # rank exits, so an error that every rank meets is reported once.
 ERROR_DELAY_SECONDS = 3.0
-
-
-def _function(command: Command) -> Callable[..., Any]:
-    module, _, name = command.function.rpartition(".")
-    return getattr(import_module(f"fusechat_fuse.{module}"), name)
 
 
 def parser_of(name: str, *, installed: bool = False) -> FlagParser:
@@ -46,7 +39,7 @@ def parser_of(name: str, *, installed: bool = False) -> FlagParser:
     if name == "train":
         known = transformers_flags.installed_flags() if installed else transformers_flags.kept_flags()
         return FlagParser(name, command.what, train_flags(known), example, RARE)
-    function, parameters = _function(command), command.parameters
+    function, parameters = library(command.function), command.parameters
     sections = {title: flags_of_function(function, texts, parameters) for title, texts in command.help_texts.items()}
     if name == "plan":
         sections["input and output"].append(Flag("json", "print all figures as JSON", "bool", False))
@@ -76,11 +69,9 @@ def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
     if name == "represent" and options["model_name_or_path"] is None and options["gguf_file"] is None:
         raise InputError("the following arguments are required: --model_name_or_path or --gguf_file.")
     options = {command.parameters.get(flag, flag): value for flag, value in options.items()}
-    if name == "run":
-        options["check"] = options_of
-    if name == "plan":
+    if name in ("run", "plan"):
         options["options_of"] = options_of
-    result = _function(command)(**options)
+    result = library(command.function)(**options)
     code = 1 if name == "plan" and result["failing"] else 0  # `plan && run` stops
     return result if as_json or command.text_of is None else command.text_of(result), code
 
@@ -95,17 +86,13 @@ def _train(options: dict[str, Any]) -> dict[str, Any]:
     return train(config=config, **options)
 
 
-def _help() -> str:
-    lines = [f"  {name:10} {command.what}" for name, command in COMMANDS.items()]
-    usage = "usage: fusechat-fuse SUBCOMMAND [flags]"
-    return "\n".join([usage, "", *lines, "", "fusechat-fuse SUBCOMMAND --help", "fusechat-fuse --version"])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
+        lines = [f"  {name:10} {command.what}" for name, command in COMMANDS.items()]
+        print("usage: fusechat-fuse SUBCOMMAND [flags]", "", *lines, "", sep="\n")
+        print("fusechat-fuse SUBCOMMAND --help", "fusechat-fuse --version", sep="\n")
         return 0 if argv else 2
     if argv[0] == "--version":
         from fusechat_fuse.models.identity import library_versions

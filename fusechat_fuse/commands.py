@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 PRESET = "settings where a flag names a preset: fusechat (ours) or paper (FuseChat's)"
@@ -46,28 +47,14 @@ class Command:
     text_of: Callable[[Any], Any] | None = None
 
 
-def _compare_text(result: dict[str, Any]) -> str:
-    from fusechat_fuse.evaluation.comparison import table_lines
-
-    return "\n".join(table_lines(result))
-
-
-def _align_text(result: dict[str, Any]) -> str:
-    from fusechat_fuse.alignment.certificate import summary_lines
-
-    return "\n".join(summary_lines(result["certificate"]))
+def library(name: str) -> Any:
+    """The object `module.name` below fusechat_fuse, imported when it is needed."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(f"fusechat_fuse.{module}"), attribute)
 
 
-def _combine_text(result: dict[str, Any]) -> str:
-    from fusechat_fuse.alignment.combination import combination_lines
-
-    return "\n".join(combination_lines(result))
-
-
-def _plan_text(result: dict[str, Any]) -> str:
-    from fusechat_fuse.pipeline.plan import format_plan
-
-    return format_plan(result)
+def _lines(function: str, result) -> str:
+    return "\n".join(library(function)(result))
 
 
 COMMANDS = {
@@ -100,7 +87,7 @@ COMMANDS = {
             }
         },
         parameters={"RECIPE.yml": "recipe"},
-        text_of=_plan_text,
+        text_of=lambda found: _lines("pipeline.plan.plan_lines", found),
     ),
     "represent": Command(
         "Run a model once over chat data and store its top-k next-token distributions.",
@@ -175,7 +162,7 @@ COMMANDS = {
             }
         },
         parameters={"R": "representation_dirs"},
-        text_of=_compare_text,
+        text_of=lambda result: _lines("evaluation.comparison.table_lines", result),
     ),
     "align": Command(
         "Map a source's distributions to the pivot's tokens and vocabulary.",
@@ -200,7 +187,7 @@ COMMANDS = {
                 "fail_under_coverage": "share of predicted tokens below which the run fails, 0 to 1",
             },
         },
-        text_of=_align_text,
+        text_of=lambda result: _lines("alignment.certificate.summary_lines", result["certificate"]),
     ),
     "combine": Command(
         "Combine several aligned sources into one.",
@@ -222,7 +209,7 @@ COMMANDS = {
             },
         },
         parameters={"aligned": "aligned_dirs"},
-        text_of=_combine_text,
+        text_of=lambda result: _lines("alignment.combination.combination_lines", result),
     ),
     "inspect": Command(
         "Show the content of a representation or an alignment.",

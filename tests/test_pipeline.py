@@ -24,7 +24,7 @@ from fusechat_fuse.pipeline import content
 from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
-from fusechat_fuse.pipeline.report_page import report_page
+from fusechat_fuse.pipeline.report import report_page
 from fusechat_fuse.pipeline.run import _locked, run
 from fusechat_fuse.pipeline.steps import Step, launched, steps_of
 from fusechat_fuse.pipeline.subprocesses import execute, last_message
@@ -253,7 +253,7 @@ def finished(recipe_models, tmp_path_factory, forked):
     more = {"held_out": str(recipe_models / "held.json"), "launcher": {"evaluate": forked.launcher}}
     recipe = recipe_of(recipe_models, folder, ("one",), plain=False, **more)
     before = plan(recipe, options_of=options_of)
-    run(recipe, check=options_of)
+    run(recipe, options_of=options_of)
     after = plan(recipe, options_of=options_of)
     return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=contents(folder / "out"))
 

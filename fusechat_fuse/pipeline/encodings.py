@@ -17,7 +17,7 @@ from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template, resolve_template
 
 _READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
-_DECISIVE = ("data_path", *_READING, "pivot_name_or_path", "template", "max_length", "top_k")
+_DECISIVE = ("model_name_or_path", "data_path", *_READING, "pivot_name_or_path", "template", "max_length", "top_k")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Encodings:
         """Usable conversations in the whole data set."""
         return round(len(self.lengths) * self.scale)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Conversations, predicted tokens and tokens of the whole data set."""
+        tokens = {"predicted_tokens": self.total(self.predicted), "tokens": self.total(self.lengths)}
+        return {"conversations": self.conversations, **tokens}
+
     def total(self, counts: np.ndarray) -> int:
         """The sum of counts [n], scaled to the whole data set."""
         return round(float(counts.sum()) * self.scale)
@@ -59,16 +65,16 @@ class DataReader:
     _read: dict[tuple, list[Conversation]] = field(default_factory=dict)
     _encoded: dict[tuple, Encodings] = field(default_factory=dict)
 
-    def encodings(self, name: str, model: str, options: dict[str, Any]) -> Encodings:
-        """The data of a represent step in a model's tokens.
+    def encodings(self, name: str, options: dict[str, Any]) -> Encodings:
+        """The data of a represent step in its model's tokens.
 
         Args:
             name: of the step, for warnings. options: all options of `represent`.
         Raises: InputError if `represent` will refuse the data, the tokenizer or the template.
         """
-        key = (model, *(str(options[name]) for name in _DECISIVE))
+        key = tuple(str(options[name]) for name in _DECISIVE)
         if key not in self._encoded:
-            self._encoded[key] = self._encode(name, model, options)
+            self._encoded[key] = self._encode(name, options)
         return self._encoded[key]
 
     def _conversations(self, options: dict[str, Any]) -> list[Conversation]:
@@ -78,11 +84,11 @@ class DataReader:
             self._read[key] = read_conversations(options["data_path"], **reading)[0]
         return self._read[key]
 
-    def _encode(self, name: str, model: str, options: dict[str, Any]) -> Encodings:
-        trust, pivot = options["trust_remote_code"], options["pivot_name_or_path"]
+    def _encode(self, name: str, options: dict[str, Any]) -> Encodings:
+        model, pivot = options["model_name_or_path"], options["pivot_name_or_path"]
+        trust, max_length = options["trust_remote_code"], options["max_length"]
         tokenizer = load_fast_tokenizer(model, trust)
         template = resolve_template(options["template"], tokenizer, pivot and load_fast_tokenizer(pivot, trust))
-        max_length = options["max_length"]
         max_length = min(max_length, positions_of(load_config(model, trust_remote_code=trust)) or max_length)
         encoder = ConversationEncoder(tokenizer, template, max_length)
         found = self._conversations(options)
@@ -97,7 +103,11 @@ class DataReader:
             counts.append((len(one.input_ids), len(one.predicted), _row_bytes(one, options["top_k"])))
             truncated += one.truncated
         check_template(refused, len(tried))
-        self._warn(name, refused, len(tried))
+        first = {entry["reason"]: entry["detail"] for entry in reversed(refused)}
+        for reason, count in Counter(entry["reason"] for entry in refused).items():
+            self.warnings.append(
+                f"{name}: {count} of {len(tried)} conversations are left out, {reason}: {first[reason]}"
+            )
         if not counts:
             raise InputError(
                 f"data for {name}: expected conversations that can be encoded, got none. See the warnings on it."
@@ -106,11 +116,6 @@ class DataReader:
             self.warnings.append(f"{name}: {truncated} of {len(tried)} conversations are cut at {max_length} tokens.")
         self.exact &= len(tried) == len(found)
         return Encodings(len(found) / len(tried), *np.array(counts, np.int64).T)
-
-    def _warn(self, name: str, refused: list[dict[str, str]], tried: int) -> None:
-        first = {entry["reason"]: entry["detail"] for entry in reversed(refused)}
-        for reason, count in Counter(entry["reason"] for entry in refused).items():
-            self.warnings.append(f"{name}: {count} of {tried} conversations are left out, {reason}: {first[reason]}")
 
 
 def _row_bytes(one: Encoded, top_k: int) -> int:

@@ -71,7 +71,7 @@ def plan(
 class _Planner:
     def __init__(self, recipe: Recipe, options_of: Callable[[list[str]], Options], gpu: str | None, data: DataReader):
         self.recipe, self.options_of, self.gpu, self.data = recipe, options_of, gpu, data
-        self.peak_flops, self.gpu_memory = (None, None) if gpu is None else costs.gpu_of(gpu)
+        self.peak_flops, self.gpu_memory = (0, 0) if gpu is None else costs.gpu_of(gpu)
         self.device = "cpu" if gpu is None else "gpu"
         self.record = Record(recipe.output_dir / RECORD_FILE)
         self.steps = steps_of(recipe)
@@ -81,9 +81,13 @@ class _Planner:
         self.pivot = recipe.pivot.model
 
     def row(self, step: Step) -> dict[str, Any]:
-        """What one step costs; only a warning if it will fail."""
+        """What one step costs, beside what was measured of it; only a warning if it will fail."""
         row: dict[str, Any] = {"step": step.key, "ranks": ranks_of(step.command)[0], "gpus": 0, "disk_bytes": 0}
-        row |= self._measured(step)
+        entry = self.record.entries.get(step.key, {})
+        if "output" in entry:
+            row["measured_disk_bytes"] = sum(file.stat().st_size for file in step.output.rglob("*") if file.is_file())
+            if entry.get("peak_bytes"):
+                row["measured_memory_bytes"] = entry["peak_bytes"]
         if self.record.is_stale(step) and not self.record.starts_anew(step):
             self.warnings.append(
                 f"{step.key} may be refused: its options, inputs or output have changed since it ran; `run --overwrite "
@@ -96,46 +100,48 @@ class _Planner:
                 self.warnings.append(f"{step.key} will fail: {error}")
             return row
 
-    def _measured(self, step: Step) -> dict[str, int]:
-        """The measured disk space and memory of a step that has run, to stand beside its estimates."""
-        entry = self.record.entries.get(step.key, {})
-        if "output" not in entry:
-            return {}
-        disk = sum(file.stat().st_size for file in step.output.rglob("*") if file.is_file())
-        memory = {"measured_memory_bytes": entry["peak_bytes"]} if entry.get("peak_bytes") else {}
-        return {"measured_disk_bytes": disk, **memory}
-
     def _figures(self, step: Step) -> dict[str, Any]:
-        options = {} if step.stage == "merge" else self._options(step)
+        options = self._options(step)
         ranks, sharded = ranks_of(step.command)
         row: dict[str, Any] = {}
         if step.arguments[0] == "represent":
-            row |= self._represent(step, options)
+            row = self._represent(step, options)
         elif step.stage in ("align", "combine"):
-            row |= self._aligned(step)
+            row = self._aligned(step)
         elif step.stage == "train":
-            row |= self._train(options, ranks, sharded)
+            row = self._train(options, ranks, sharded)
         elif step.stage == "merge":
-            row |= self._merge(step)
+            row = self._merge(step)
         memory = row.get("memory_bytes", 0)
         if self.gpu is None or "flops" not in row:  # main memory
             process = costs.MEMORY_WITHOUT_TORCH.get(step.arguments[0]) or costs.memory_of_imports()
             return row | {"memory_bytes": memory + process}
         gpus_per_rank = self.gpus if options.get("device_map") else 1
-        row |= {"gpus": ranks * gpus_per_rank, "memory_bytes": memory // gpus_per_rank}
-        self._warn_of_full_gpu(step, row["memory_bytes"])
-        return row
-
-    def _warn_of_full_gpu(self, step: Step, memory: int) -> None:
-        if self.gpu_memory and memory > self.gpu_memory:
+        memory //= gpus_per_rank
+        if memory > self.gpu_memory:
             self.warnings.append(
                 f"{step.key} needs about {memory / 2**30:.0f} GiB on each GPU, and {self.gpu} has "
                 f"{self.gpu_memory >> 30}: use more ranks that share the training state, activation_checkpointing, a "
                 "smaller batch, or a device_map."
             )
+        return row | {"gpus": ranks * gpus_per_rank, "memory_bytes": memory}
+
+    def _options(self, step: Step) -> Options:
+        """All options of a step (none of a merge), with the path of a GGUF file as its model.
+
+        The pivot stands for models that this recipe makes.
+        """
+        options = {} if step.stage == "merge" else self.options_of(step.arguments)
+        for name in _COUNTS:
+            check_integer(f"value for {name}", options.get(name, 1))
+        if "model_name_or_path" in options:
+            model = str(with_gguf(options["model_name_or_path"], options.get("gguf_file")))
+            made_here = Path(model).is_relative_to(self.recipe.output_dir)
+            options["model_name_or_path"] = self.pivot if made_here else model
+        return options
 
     def _size(self, options: Options) -> costs.ModelSize:
-        model, trust = self._model_of(options), options["trust_remote_code"]
+        model, trust = options["model_name_or_path"], options["trust_remote_code"]
         if model not in self.sizes:
             self.sizes[model] = costs.size_of(model, trust_remote_code=trust)
             self._warn_of_architecture(model, trust)
@@ -146,22 +152,16 @@ class _Planner:
         """The training conversations in the pivot's tokens, which aligned data and trainings consist of."""
         step = next(step for step in self.steps if step.key == "represent pivot")
         options = self._options(step)
-        return self._encodings(step, options), options
-
-    def _options(self, step: Step) -> Options:
-        options = self.options_of(step.arguments)
-        for name in _COUNTS:
-            check_integer(f"value for {name}", options.get(name, 1))
-        return options
+        return self.data.encodings(step.key, options), options
 
     def _represent(self, step: Step, options: Options) -> dict[str, Any]:
-        encoded, size = self._encodings(step, options), self._size(options)
+        encoded, size = self.data.encodings(step.key, options), self._size(options)
         batches = self._batches(encoded.lengths, options)
         padded = sum(len(batch) * int(encoded.lengths[batch].max()) for batch in batches)
         largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max())
         of_largest = len(largest) * int(encoded.lengths[largest].max()), int(encoded.predicted[largest].sum())
         predicted, tokens = encoded.total(encoded.predicted), encoded.total(encoded.lengths)
-        row = {**self._counts(encoded), "disk_bytes": self._representation_disk(encoded, options)}
+        row = {**encoded.counts, "disk_bytes": self._representation_disk(encoded, options)}
         if options["server"]:  # its model, memory and time are not this machine's
             return row
         return {
@@ -182,13 +182,13 @@ class _Planner:
 
     def _representation_disk(self, encoded: Encodings, options: Options) -> int:
         rows = costs.store_disk(encoded.conversations, encoded.total(encoded.row_bytes), options)
-        return rows + _tokenizer_bytes(self._model_of(options))
+        return rows + _tokenizer_bytes(options["model_name_or_path"])
 
     def _aligned(self, step: Step) -> dict[str, Any]:
         encoded, options = self.pivot_data
         predicted, combined = encoded.total(encoded.predicted), step.stage == "combine"
         added = costs.source_disk(encoded.conversations, predicted, options["top_k"], combined)
-        row = {**self._counts(encoded), "disk_bytes": self._representation_disk(encoded, options) + added}
+        row = {**encoded.counts, "disk_bytes": self._representation_disk(encoded, options) + added}
         if not combined:
             tokenizers = (self.pivot, self.recipe.sources[step.name].model)
             row["memory_bytes"] = _TOKENIZER_MEMORY * sum(map(_tokenizer_bytes, tokenizers))
@@ -211,7 +211,7 @@ class _Planner:
         forward = size.forward_flops(padded * encoded.scale, encoded.total(encoded.predicted))
         largest = batch * (options["max_length"] if options["packing"] else int(lengths.max()))
         return {
-            **self._counts(encoded),
+            **encoded.counts,
             "padding_share": float(1 - lengths.sum() / padded),
             "epochs": round(epochs, 2),
             "disk_bytes": costs.target_disk(size, options) + _tokenizer_bytes(self.pivot),
@@ -229,21 +229,6 @@ class _Planner:
             "memory_bytes": size.largest * 4 * (models + 2),
         }
 
-    def _counts(self, encoded: Encodings) -> dict[str, int]:
-        return {
-            "conversations": encoded.conversations,
-            "predicted_tokens": encoded.total(encoded.predicted),
-            "tokens": encoded.total(encoded.lengths),
-        }
-
-    def _encodings(self, step: Step, options: Options) -> Encodings:
-        return self.data.encodings(step.key, self._model_of(options), options)
-
-    def _model_of(self, options: Options) -> str:
-        """The model that a step runs; the pivot in place of a model that this recipe makes."""
-        model = str(with_gguf(options["model_name_or_path"], options.get("gguf_file")))
-        return self.pivot if Path(model).is_relative_to(self.recipe.output_dir) else model
-
     def _warn_of_architecture(self, model: str, trust: bool) -> None:
         from mergekit.architecture import arch_info_for_config
 
@@ -258,10 +243,8 @@ class _Planner:
     def warn_of_full_disk(self, rows: list[dict]) -> None:
         """Warn if the disk has too little space for what is still to be written."""
         needed = sum(row["disk_bytes"] for row in rows if "output" not in self.record.entries.get(row["step"], {}))
-        place = self.recipe.output_dir.resolve()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        home = self.recipe.output_dir.resolve()
+        free = shutil.disk_usage(next(place for place in (home, *home.parents) if place.exists())).free
         if needed > free:
             self.warnings.append(
                 f"disk: {needed / 1e9:.1f} GB are still to be written below {self.recipe.output_dir}, and "
@@ -293,7 +276,7 @@ def _tokenizer_bytes(model: str) -> int:
     return file.stat().st_size if file else 0
 
 
-def format_plan(found: dict[str, Any]) -> str:
+def plan_lines(found: dict[str, Any]) -> list[str]:
     """What `plan` returns as text: a table with one row per step, the totals, how they were obtained, the warnings."""
     head = ["step", "conversations", "predicted", "padding", "disk", "memory/rank", "FLOPs", "time", "GPU hours"]
     table = [[*cells[: len(head) - (found["gpu"] is None)]] for cells in (head, *map(_cells, found["steps"]))]
@@ -307,33 +290,34 @@ def format_plan(found: dict[str, Any]) -> str:
     if gpu:
         total += f" ({totals['gpu_seconds'] / 3600:.2f} GPU hours)"
     counted = "every conversation was encoded" if found["exact"] else "estimated from a sample of the conversations"
-    counted = "not of every data set" if found["failing"] else counted
+    if found["failing"]:
+        counted = "not of every data set"
     times = "* measured"
-    times += (
-        f"; others at {costs.UTILIZATION:.0%} of the bfloat16 peak of {gpu}, one stage after the other" if gpu else ""
-    )
+    if gpu:
+        times += f"; others at {costs.UTILIZATION:.0%} of the bfloat16 peak of {gpu}, one stage after the other"
     memory = f"of {gpu} if the step runs a model, else main memory" if gpu else "without a GPU; --gpu NAME for one"
     if any("measured_disk_bytes" in row for row in found["steps"]):
         memory += "; measured values in brackets (memory: main memory of the largest process)"
     lines += ["", f"{total}; {counted}.", f"Memory: {memory}. Times: {times}."]
-    return "\n".join([*lines, *(f"WARNING  {warning}" for warning in found["warnings"])])
+    return [*lines, *(f"WARNING  {warning}" for warning in found["warnings"])]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     def cell(key: str, form: str, scale: int | float = 1) -> str:
-        return form.format(row[key] if scale == 1 else row[key] / scale) if row.get(key) else "-"
+        return form.format(row[key] / scale) if row.get(key) else "-"
 
-    def measured(key: str, form: str, scale: int | float) -> str:
-        return f" ({form.format(row[key] / scale)})" if key in row else ""
+    def size(key: str, form: str, scale: int | float) -> str:
+        measured = f"measured_{key}"
+        return cell(key, form, scale) + (f" ({cell(measured, form, scale)})" if measured in row else "")
 
     hours = row.get("seconds", 0) * row["gpus"] / 3600
     return [
         f"{row['step']} x {row['ranks']}" if row["ranks"] > 1 else row["step"],
-        cell("conversations", "{:,}"),
-        cell("predicted_tokens", "{:,}"),
+        cell("conversations", "{:,.0f}"),
+        cell("predicted_tokens", "{:,.0f}"),
         cell("padding_share", "{:.1%}"),
-        cell("disk_bytes", "{:,.2f}", 1e6) + measured("measured_disk_bytes", "{:,.2f}", 1e6) + " MB",
-        cell("memory_bytes", "{:.2f}", 2**30) + measured("measured_memory_bytes", "{:.2f}", 2**30) + " GiB",
+        size("disk_bytes", "{:,.2f}", 1e6) + " MB",
+        size("memory_bytes", "{:.2f}", 2**30) + " GiB",
         cell("flops", "{:.1e}"),
         cell("seconds", "{:,.0f} s") + ("*" if row["measured"] else ""),
         f"{hours:.2f}" if hours else "-",

@@ -35,7 +35,7 @@ def run(
     start: str | None = None,
     overwrite: Sequence[str] = (),
     dry_run: bool = False,
-    check: Callable[[list[str]], Any] | None = None,
+    options_of: Callable[[list[str]], Any] | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
@@ -46,7 +46,7 @@ def run(
             output is removed. Of other stages, the command decides whether it can continue (compare, combine and
             evaluate start anew where options or inputs have changed, the training on all sources where inputs have).
         dry_run: log what would be done, and do nothing.
-        check: raises InputError for bad arguments of `fusechat-fuse`; called for every step before any starts.
+        options_of: raises InputError for bad arguments of `fusechat-fuse`; called for every step before any starts.
 
     Returns: `stages.json` as it is at the end: step -> fingerprint, output, seconds, peak_bytes, command.
 
@@ -60,8 +60,8 @@ def run(
     steps = steps_of(checked, record.source_of_plain())
     chosen = [step for step in steps if step.stage in stages]
     unfinished = [step for step in chosen if not record.is_done(step)]
-    if check is not None:
-        _check_arguments(unfinished, recipe, check)
+    if options_of is not None:
+        _check_arguments(unfinished, recipe, options_of)
     if dry_run:
         _log_dry_run(chosen, unfinished, record, overwrite)
         return record.entries
@@ -134,12 +134,12 @@ def _chosen_stages(only: str | None, start: str | None, overwrite: Sequence[str]
     return (only,) if only else STAGES[STAGES.index(start or STAGES[0]) :]
 
 
-def _check_arguments(steps: list[Step], recipe, check: Callable[[list[str]], Any]) -> None:
+def _check_arguments(steps: list[Step], recipe, options_of: Callable[[list[str]], Any]) -> None:
     """Raise InputError for the first step whose flags `fusechat-fuse` would refuse (merges: mergekit checks them)."""
     for step in steps:
         try:
             if step.stage != "merge":
-                check(step.arguments)
+                options_of(step.arguments)
         except InputError as error:
             raise InputError(f"{step.key} of {recipe}: {error}") from error
 
