@@ -337,7 +337,7 @@ def test_the_pivot_is_no_source_of_itself(two, tmp_path):
 
 def test_a_cached_map_serves_only_what_it_was_built_from(two, tmp_path):
     """Manifests that name the same tokenizers, and vocabularies that differ in one token."""
-    pair, other = (TokenizerPair.load(*two, tmp_path / "cache") for _ in range(2))
+    pair, other = (TokenizerPair(*two, tmp_path / "cache") for _ in range(2))
     changed = next(i for i, piece in enumerate(other.source.bytes) if piece and len(piece) > 2 and piece.isalpha())
     own = other.source.bytes[changed]
     other.source.bytes[changed] = own[::-1]
@@ -424,7 +424,7 @@ def test_a_literal_mark_is_three_bytes_of_text(openchat, qwen, tmp_path):
 
 
 def test_mass_in_is_mass_out_plus_unmapped(two, tmp_path):
-    pair = TokenizerPair.load(*two, tmp_path / "cache")
+    pair = TokenizerPair(*two, tmp_path / "cache")
     for mapping in (MAPPINGS["exact"], MAPPINGS["prefix"]):
         vocab = pair.vocabularies(mapping)
         for p, s in zip(two[0], two[1]):

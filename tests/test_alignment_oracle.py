@@ -40,7 +40,7 @@ def pair_of(request, tmp_path_factory):
                 tokenizer = request.getfixturevalue(name)
                 row = make_row(tokenizer, "x", ["text"], header="", end_of_turn=end_of_turn(tokenizer), K=2, seed=0)
                 opened.append(write_representation(folder / role, tokenizer, [row], end_of_turn=end_of_turn(tokenizer)))
-            known[pivot, source] = TokenizerPair.load(*opened, folder / "cache")
+            known[pivot, source] = TokenizerPair(*opened, folder / "cache")
         return known[pivot, source]
 
     return get

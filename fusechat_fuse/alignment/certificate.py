@@ -10,6 +10,10 @@ the actual token out, it is charged FLOOR and counted (`without_actual`).
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from fusechat_fuse.alignment.candidates import SourceStream, Stream
@@ -17,21 +21,11 @@ from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
 from fusechat_fuse.alignment.sparse_rows import Mapped, row_sums
 
 FLOOR = 1e-6
-COUNTED = (
-    *("predicted", "answered", "exact", "inside", "safe", "one_hot", "mass", "kept", "without_actual"),
-    *("covered_tokens", "covered_bytes", "source_bits", "aligned_bits", "abs_gap", "with_gap"),
-)
 WORST = 10  # conversations listed by id
 
 
 class CoverageError(RuntimeError):
     """Fewer of the pivot's predicted tokens have an answer than `fail_under_coverage` asks for."""
-
-
-def log_of_actual(pivot: Stream, mapped: Mapped) -> np.ndarray:
-    """log of the probability each row gives the actual pivot token (float64 [P], -inf where it has none)."""
-    with np.errstate(divide="ignore"):
-        return np.log((mapped.probs * (mapped.ids == pivot.ids[:, None])) @ np.ones(mapped.ids.shape[1]))
 
 
 def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np.ndarray):
@@ -75,21 +69,19 @@ def tally(
         predicted: int [conversations], predicted tokens of each, those of no bytes too, which are in no batch.
 
     Returns:
-        name -> float64 [conversations], names in COUNTED; bits and bytes over covered stretches.
+        name -> float64 [conversations]; bits and bytes over covered stretches.
     """
     conversations = len(predicted)
 
-    def per_conversation(weights, where=None) -> np.ndarray:
-        chosen = slice(None) if where is None else where
-        weights = np.broadcast_to(np.asarray(weights, np.float64), len(conversation))[chosen]
-        return np.bincount(conversation[chosen], weights, conversations)
+    def per_conversation(weights, where: Any = slice(None)) -> np.ndarray:
+        return np.bincount(conversation[where], weights[where].astype(np.float64), conversations)
 
     answered = mapped.answered
-    log_actual = log_of_actual(pivot, mapped)
+    with np.errstate(divide="ignore"):
+        log_actual = np.log(row_sums(mapped.probs * (mapped.ids == pivot.ids[:, None])))  # -inf: the row leaves it out
     of_p, of_q, covered = stretches(pivot, source, match, answered)
-    bits = -np.log2(np.e) * np.maximum(log_actual, np.log(FLOOR))
-    if mapped.exact_actual:  # tiny probabilities are the source's own, so they are not floored
-        bits = -np.log2(np.e) * log_actual
+    floor = -np.inf if mapped.exact_actual else np.log(FLOOR)  # the source's own tiny probabilities count as they are
+    bits = -np.log2(np.e) * np.maximum(log_actual, floor)
     inside = (of_p >= 0) & np.append(covered, False)[of_p]
     inside_q = (of_q >= 0) & np.append(covered, False)[of_q]
     heads = np.flatnonzero(match.kind == EXACT)
@@ -129,11 +121,11 @@ def kept_mass(source: SourceStream, match: Correspondence, mapped: Mapped) -> np
     return np.where(mapped.kind == EXACT, at_start, 1.0)
 
 
-def certificate(counted: dict[str, float]) -> dict[str, float | int | None]:
+def certificate(counted: Mapping[str, float]) -> dict[str, float | int | None]:
     """The figures from summed counts: shares of predicted tokens, mean mass, bits per byte, the gap.
 
     Args:
-        counted: sums over conversations, names in COUNTED.
+        counted: sums over conversations of what `tally` counts.
 
     Returns:
         predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, mean_kept_mass,
@@ -173,12 +165,10 @@ def add_counts(info: dict, pivot_rows: list[dict], counted: dict[str, np.ndarray
         pivot_rows: the batch's conversations, of which `id` and `slice` are read.
         counted: as `tally` gives it.
     """
-    names = [row.get("slice") or "" for row in pivot_rows]
-    for name in sorted(set(names)):
-        chosen = np.array([other == name for other in names])
-        sums = info["sums"].setdefault(name, dict.fromkeys(COUNTED, 0.0))
-        for key in COUNTED:
-            sums[key] += float(counted[key][chosen].sum())
+    names = np.array([row.get("slice") or "" for row in pivot_rows])
+    for name in np.unique(names).tolist():
+        sums = {key: float(values[names == name].sum()) for key, values in counted.items()}
+        info["sums"].setdefault(name, Counter()).update(sums)
     with np.errstate(invalid="ignore", divide="ignore"):
         gap = (counted["aligned_bits"] - counted["source_bits"]) / counted["covered_bytes"]
     worst = [
@@ -199,13 +189,12 @@ def _largest(rows: list[dict]) -> list[dict]:
 
 def figures_of(infos: list[dict]) -> dict:
     """The certificate of all shards: `all`, per slice where the data names slices, the conversations of largest gap."""
-    slices: dict[str, dict[str, float]] = {}
+    slices, whole = defaultdict(Counter), Counter()
     for info in infos:
         for name, sums in info["sums"].items():
-            kept = slices.setdefault(name, dict.fromkeys(COUNTED, 0.0))
-            for key in COUNTED:
-                kept[key] += sums[key]
-    whole = {key: sum(part[key] for part in slices.values()) for key in COUNTED}
+            slices[name].update(sums)
+    for part in slices.values():
+        whole.update(part)
     figures = {"all": certificate(whole), "worst": _largest([row for info in infos for row in info["worst"]])}
     if set(slices) - {""}:
         figures["slices"] = {name or "(none)": certificate(part) for name, part in sorted(slices.items())}
@@ -221,7 +210,7 @@ def summary_lines(figures: dict) -> list[str]:
     def bits(value) -> str:
         return "none" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
 
-    whole = {"mean_kept_mass": None, "mean_abs_gap_bits_per_byte": None, **figures["all"]}
+    whole = figures["all"]
     lines = [
         f"coverage {percent(whole['coverage'])} of {whole['predicted_tokens']} predicted tokens "
         f"(exact {percent(whole['exact'])}, inside {percent(whole['inside'])}, safe {percent(whole['safe'])})",
@@ -236,8 +225,7 @@ def summary_lines(figures: dict) -> list[str]:
             f"slice {name}: coverage {percent(part['coverage'])}, gap {bits(part['gap_bits_per_byte'])}, "
             f"{part['predicted_tokens']} tokens"
         )
-    worst = [row for row in figures.get("worst", []) if abs(row["gap_bits_per_byte"]) >= 5e-5]  # else 0
-    if worst:
+    if worst := [row for row in figures["worst"] if abs(row["gap_bits_per_byte"]) >= 5e-5]:  # else 0
         shown = ", ".join(f"{row['id']} {bits(row['gap_bits_per_byte'])}" for row in worst)
         lines.append(f"largest gaps: {shown}")
     return lines

@@ -108,38 +108,34 @@ def _aligned_rows(
 ) -> list[dict]:
     """The pivot's rows with the source's columns; tokens without bytes, which no batch contains, have no answer (where
     the mapping is `one_hot`: probability 1 on the actual token, as elsewhere without one)."""
-    ids, probs = mapped.ids, mapped.probs.astype(np.float32)
-    token_ce, mass = -mapped.log_actual, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
-    tail = mapped.label_tail
-    if not batch.kept.all():
-        ids, probs = _scatter(ids, batch.kept, -1), _scatter(probs, batch.kept, 0)
-        if one_hot:
-            actual = np.concatenate([row["input_ids"][row["predicted"]] for row in pivot_rows])
-            ids[~batch.kept, 0], probs[~batch.kept, 0] = actual[~batch.kept], 1
-        token_ce, mass = _scatter(token_ce, batch.kept, np.inf), _scatter(mass, batch.kept, 0)
-        tail = _scatter(tail, batch.kept, 0)
+    kept, mass = batch.kept, np.where(mapped.answered, np.clip(mapped.mass, _LEAST_MASS, 1.0), 0.0)
+    columns = {
+        "source_ids": _scatter(mapped.ids, kept, -1),
+        "source_probs": _scatter(mapped.probs.astype(np.float32), kept, 0),
+        "source_token_ce": _scatter(-mapped.log_actual.astype(np.float32), kept, np.inf),
+        "mapped_mass": _scatter(mass.astype(np.float16), kept, 0),
+        "label_tail": _scatter(mapped.label_tail.astype(np.float16), kept, 0),
+    }
+    if one_hot and not kept.all():
+        actual = np.concatenate([row["input_ids"][row["predicted"]] for row in pivot_rows])
+        columns["source_ids"][~kept, 0], columns["source_probs"][~kept, 0] = actual[~kept], 1
     cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]
-    half = (mass.astype(np.float16), tail.astype(np.float16))
-    columns = (np.split(array, cuts) for array in (ids, probs, token_ce.astype(np.float32), *half))
-    rows = []
-    for pivot, source, i, p, c, m, t in zip(pivot_rows, source_rows, *columns):
-        rows.append(
-            pivot
-            | {
-                "source_ids": i,
-                "source_probs": p,
-                "source_token_ce": c,
-                "mapped_mass": m,
-                "label_tail": t,
-                "source_ce": float(np.mean(source["ce"], dtype=np.float64)),
-                "source_bytes": int(np.sum(source["end"] - source["start"], dtype=np.int64)),
-                "source_tokens": len(source["predicted"]),
-            }
-        )
-    return rows
+    parts = zip(*(np.split(array, cuts) for array in columns.values()))
+    return [
+        {
+            **pivot,
+            **dict(zip(columns, part)),
+            "source_ce": float(np.mean(source["ce"], dtype=np.float64)),
+            "source_bytes": int(np.sum(source["end"] - source["start"], dtype=np.int64)),
+            "source_tokens": len(source["predicted"]),
+        }
+        for pivot, source, part in zip(pivot_rows, source_rows, parts)
+    ]
 
 
 def _scatter(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
+    if kept.all():
+        return values
     full = np.full((len(kept), *values.shape[1:]), fill, values.dtype)
     full[kept] = values
     return full
@@ -178,22 +174,17 @@ def _each(work: Callable[[int], Any], shards: list[int], processes: int, title: 
     """work(shard) for each shard, in one process or several (`work` is then pickled); results in order of `shards`."""
     from tqdm.auto import tqdm
 
+    bar = partial(tqdm, total=len(shards), desc=title, unit="shard", disable=len(shards) < 2)
     processes = min(processes, len(shards))
-    with tqdm(total=len(shards), desc=title, unit="shard", disable=len(shards) < 2) as bar:
-
-        def collect(results) -> list:
-            return [(result, bar.update())[0] for result in results]
-
-        if processes < 2:
-            return collect(map(work, shards))
-        before = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise a forked tokenizer warns
-        try:
-            method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-            with multiprocessing.get_context(method).Pool(processes, _start, (work,)) as pool:
-                return collect(pool.imap(_call, shards))
-        finally:
-            if before is None:
-                del os.environ["TOKENIZERS_PARALLELISM"]
-            else:
-                os.environ["TOKENIZERS_PARALLELISM"] = before
+    if processes < 2:
+        return list(bar(map(work, shards)))
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise a forked tokenizer warns
+    try:
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        with multiprocessing.get_context(method).Pool(processes, _start, (work,)) as pool:
+            return list(bar(pool.imap(_call, shards)))
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
-
-class Spell(Protocol):
-    """Byte strings -> the path of pivot ids of each; shorter than the bytes where the pivot cannot spell the rest."""
-
-    def __call__(self, pieces: Sequence[bytes], /) -> list[list[int]]: ...
+# byte strings -> the path of pivot ids of each; shorter than the bytes where the pivot cannot spell the rest
+Spell = Callable[[Sequence[bytes]], list[list[int]]]
 
 
 class PathTable:
@@ -21,21 +18,19 @@ class PathTable:
     """
 
     def __init__(self, paths: Sequence[Sequence[int]] = ()):
-        self._set(
-            np.array([i for path in paths for i in path], np.int32), np.array([len(path) for path in paths], np.int32)
-        )
+        self.flat = np.fromiter(chain.from_iterable(paths), np.int32)
+        self.length = np.array([len(path) for path in paths], np.int32)
+        self.offset = np.cumsum(self.length, dtype=np.int64) - self.length
+        self._index_first()
 
     @classmethod
     def from_flat(cls, flat: np.ndarray, length: np.ndarray) -> PathTable:
         """A table of paths that lie one after the other in `flat`; how long each is stands in `length`."""
         table = cls()
-        table._set(flat.astype(np.int32), length.astype(np.int32))
+        table.flat, table.length = flat.astype(np.int32), length.astype(np.int32)
+        table.offset = np.cumsum(length, dtype=np.int64) - length
+        table._index_first()
         return table
-
-    def _set(self, flat: np.ndarray, length: np.ndarray) -> None:
-        self.flat, self.length = flat, length
-        self.offset = np.cumsum(length, dtype=np.int64) - length
-        self._index_first()
 
     def _index_first(self) -> None:
         padded = np.append(self.flat, -1)

@@ -76,7 +76,7 @@ def align(
     pivot, source = _open(pivot_representation, "pivot"), _open(source_representation, "source")
     _check_distinct(pivot, source)
     joined, join = join_conversations(pivot, source)
-    job = Job(pivot, source, joined, TokenizerPair.load(pivot, source, cache_dir), MAPPINGS[mapping], safe_only)
+    job = Job(pivot, source, joined, TokenizerPair(pivot, source, cache_dir), MAPPINGS[mapping], safe_only)
     used_counts = load_counts(counts, job.pair) if job.needs_counts and counts else None
     identity = _identity(job, used_counts)
     writer = ShardWriter(output_dir, identity, kind="aligned")

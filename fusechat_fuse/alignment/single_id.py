@@ -57,17 +57,14 @@ def _pivot_ids(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.n
     for n in np.flatnonzero((source.header[q] > 0) | (pivot.header[p] > 0)).tolist():
         read = (vocab.source_bytes[source.ids[q[n]]] or b"")[: source.header[q[n]]]
         put = (vocab.pivot_bytes[pivot.ids[p[n]]] or b"")[: pivot.header[p[n]]]
-        if read != put:
-            _reread_headers(source.topk_ids[q[n]], read, put, vocab, ids[n])
+        if read == put:
+            continue
+        for k, i in enumerate(source.topk_ids[q[n]].tolist()):  # the pivot's header, the candidate without the source's
+            piece = vocab.source_bytes[i] if i >= 0 else None
+            if piece is not None:
+                rest = put + piece[len(read) :]
+                ids[n, k] = vocab.by_bytes.get(rest, -1) if piece.startswith(read) else -1
     return ids
-
-
-def _reread_headers(candidates: np.ndarray, read: bytes, put: bytes, vocab: Vocabularies, ids: np.ndarray) -> None:
-    """Where tokens hold header bytes: set the ids of the pivot's header and the candidate without the source's."""
-    for k, i in enumerate(candidates.tolist()):
-        piece = vocab.source_bytes[i] if i >= 0 else None
-        if piece is not None:
-            ids[k] = vocab.by_bytes.get(put + piece[len(read) :], -1) if piece.startswith(read) else -1
 
 
 def _log_actual(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.ndarray, q: np.ndarray) -> np.ndarray:

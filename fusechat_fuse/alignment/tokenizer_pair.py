@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,6 @@ logger = logging.getLogger(__name__)
 _CACHE_VERSION = 2
 
 
-def cache_folder(cache_dir=None) -> Path:
-    """The directory of the vocabulary maps: the argument, else FUSECHAT_CACHE, else ~/.cache/fusechat."""
-    return Path(cache_dir or os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat")
-
-
 def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     from safetensors.numpy import load, save
 
@@ -55,32 +49,25 @@ def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]])
     return arrays
 
 
-@dataclass
 class TokenizerPair:
-    """Both tokenizers, whether they share one vocabulary, and what the mappings need."""
+    """Both tokenizers, whether they share one vocabulary, and what the mappings need.
 
-    pivot: Side
-    source: Side
-    identity: bool
-    speller: Speller
-    by_bytes: dict
-    folder: Path
+    Args:
+        pivot, source: stores, in whose directories the tokenizers are read.
+        cache_dir: directory of the vocabulary maps; None: FUSECHAT_CACHE, else ~/.cache/fusechat.
+    """
 
-    @classmethod
-    def load(cls, pivot: Representation, source: Representation, cache_dir=None) -> TokenizerPair:
-        """Read both tokenizers from the stores' directories."""
+    def __init__(self, pivot: Representation, source: Representation, cache_dir=None):
         tokenizer = read_tokenizer(pivot)
         equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
         other = tokenizer if equal else read_tokenizer(source)
-        speller, side = Speller(tokenizer), Side.of(pivot, tokenizer)
-        return cls(
-            pivot=side,
-            source=Side.of(source, other),
-            identity=equal or same_vocabulary(tokenizer, other),
-            speller=speller,
-            by_bytes=preferred_ids(side.bytes, [*speller.is_byte_piece, *[False] * len(side.bytes)]),
-            folder=cache_folder(cache_dir) / "vocabulary",
-        )
+        self.pivot, self.source = Side.of(pivot, tokenizer), Side.of(source, other)
+        self.identity = equal or same_vocabulary(tokenizer, other)
+        self.speller = Speller(tokenizer)
+        byte_pieces = [*self.speller.is_byte_piece, *[False] * len(self.pivot.bytes)]
+        self.by_bytes = preferred_ids(self.pivot.bytes, byte_pieces)
+        folder = cache_dir or os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat"
+        self.folder = Path(folder) / "vocabulary"
 
     def _name(self, kind: str) -> str:
         """Name of a cached map: by the bytes of both vocabularies and all that decides how the pivot spells."""
@@ -101,12 +88,19 @@ class TokenizerPair:
             Vocabularies; special tokens are mapped by role (end of turn, BOS), or to the same id if the two
             vocabularies are one and the piece is the same.
         """
+        mine, theirs = self.pivot, self.source
         if self.identity:
-            table = PathTable([[i] if same else [] for i, same in enumerate(self._same())])
+            same = [i < len(mine.pieces) and p is not None and mine.pieces[i] == p for i, p in enumerate(theirs.pieces)]
+            table = PathTable([[i] if equal else [] for i, equal in enumerate(same)])
             single = table.first.copy()
         else:
             table, single = self._paths(), self._ids(mapping, counts, workers)
-        vocab = Vocabularies(
+        roles = {theirs.bos: mine.bos, theirs.end_of_turn: mine.end_of_turn}
+        paths = {i: [] if own is None else [own] for i, own in roles.items() if i is not None}
+        table.replace(paths)
+        if single is not None:
+            single[list(paths)] = table.first[list(paths)]
+        return Vocabularies(
             pivot_bytes=self.pivot.bytes,
             source_bytes=self.source.bytes,
             to_pivot=single,
@@ -115,23 +109,6 @@ class TokenizerPair:
             by_bytes=self.by_bytes,
             identity=self.identity,
         )
-        return self._by_role(vocab)
-
-    def _same(self) -> list[bool]:
-        mine, theirs = self.pivot.pieces, self.source.pieces
-        return [i < len(mine) and piece is not None and mine[i] == piece for i, piece in enumerate(theirs)]
-
-    def _by_role(self, vocab: Vocabularies) -> Vocabularies:
-        """End of turn and BOS of the source become the pivot's."""
-        paths = {}
-        for role in ("bos", "end_of_turn"):
-            theirs, mine = getattr(self.source, role), getattr(self.pivot, role)
-            if theirs is not None:
-                paths[theirs] = [] if mine is None else [mine]
-                if vocab.to_pivot is not None:
-                    vocab.to_pivot[theirs] = -1 if mine is None else mine
-        vocab.table.replace(paths)
-        return vocab
 
     def _ids(self, mapping: Mapping, counts: AlignedCounts | None, workers: int) -> np.ndarray | None:
         build = mapping.to_pivot

@@ -193,16 +193,14 @@ def statistics_map(
     usable &= np.array([piece is not None for piece in source_bytes])[source]
     usable &= np.array([piece is not None for piece in pivot_bytes])[pivot]
     source, pivot, count = source[usable], pivot[usable], counts.counts[usable]
-    order = np.lexsort((pivot, -count, source))
-    source, pivot, count = source[order], pivot[order], count[order]
-    first = np.concatenate([[0], np.flatnonzero(np.diff(source)) + 1]) if len(source) else np.zeros(0, np.int64)
-    mapping[source[first]] = pivot[first]
-    tied = np.flatnonzero(np.diff(source) == 0)
-    tied = tied[np.isin(tied, first) & (count[tied] == count[tied + 1])]
-    for at in tied:
-        end = at + int(np.searchsorted(-count[at:][source[at:] == source[at]], -count[at], side="right"))
-        text = _characters(source_bytes[int(source[at])] or b"")
-        ids = pivot[at:end]
-        distances = [Levenshtein.distance(text, _characters(pivot_bytes[int(i)] or b"")) for i in ids]
-        mapping[source[at]] = ids[int(np.argmin(distances))]
+    most = np.zeros(len(mapping), np.int64)
+    np.maximum.at(most, source, count)
+    often = count == most[source]
+    source, pivot = source[often], pivot[often]
+    mapping[source[::-1]] = pivot[::-1]  # of several the lowest id
+    for i in np.unique(source[1:][np.diff(source) == 0]).tolist():
+        ids = pivot[slice(*np.searchsorted(source, [i, i + 1]))]
+        text = _characters(source_bytes[i] or b"")
+        distances = [Levenshtein.distance(text, _characters(pivot_bytes[k] or b"")) for k in ids.tolist()]
+        mapping[i] = ids[int(np.argmin(distances))]
     return mapping

@@ -69,7 +69,7 @@ def conversation_view(opened: Representation, number: int, source_representation
     }
     if source is None:
         return view | {"messages": None, "tokens": stored_tokens(row, Names.of(opened))}
-    pair = TokenizerPair.load(opened, source)
+    pair = TokenizerPair(opened, source)
     batch = make_batch([row], [_matching(source, row)], pair)
     mapping = MAPPINGS[manifest["options"]["mapping"]]
     counts = None

@@ -150,7 +150,7 @@ def main() -> None:
     folder, figures = Path(tempfile.mkdtemp()), {}
     try:
         main_set = Setting(folder, options.conversations, options.tokens)
-        pair = TokenizerPair.load(*main_set.opened, folder / "cache")
+        pair = TokenizerPair(*main_set.opened, folder / "cache")
         figures["map_seconds"] = vocabulary_maps(pair, options.min_edit)
         vocab = {name: pair.vocabularies(MAPPINGS[name]) for name in ("prefix", "exact")}
         vocab["statistics"] = vocab["exact"]  # the same rows to make; the counting pass is timed as well

@@ -170,7 +170,7 @@ def main() -> None:
                 out = folder / f"{pivot}-{source}-{mapping}"
                 manifest = align(opened[pivot].path, opened[source].path, out, mapping=mapping)
                 results.append({"pivot": pivot, "source": source, "mapping": mapping, **manifest["certificate"]["all"]})
-            pair = TokenizerPair.load(opened[pivot], opened[source])
+            pair = TokenizerPair(opened[pivot], opened[source])
             both = (tokenizers[pivot], tokenizers[source])
             figures = released(rows[pivot], rows[source], pair, both, (marks[source], marks[pivot]))
             results.append({"pivot": pivot, "source": source, "mapping": "released", **figures})
