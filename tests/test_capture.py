@@ -22,13 +22,15 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from fusechat_fuse.capture.distributions import PredictionHead
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.models.files import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer, rope_boundary
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.shard_writer import ROWS_PER_SHARD
 from fusechat_fuse.store.tokenizers import read_tokenizer
@@ -206,6 +208,25 @@ def test_template_is_asked_for_a_sample_of_much_data_and_for_all_before_it_is_re
     asked.clear()
     represent(folder / "m", [row for n, row in enumerate(rows) if n not in with_system], tmp_path / "w", **options)
     assert len(asked) == 5
+
+
+def test_long_and_short_rows_of_a_longrope_model_are_no_batch(tmp_path, tiny_bpe):
+    """LongRoPE takes its long factors for a whole batch, where its longest row is above the original length."""
+    boundary = 64
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [30.0] * 4, "rope_theta": 10000.0}
+    rope["original_max_position_embeddings"] = boundary
+    torch.manual_seed(0)
+    more = {"original_max_position_embeddings": boundary, "pad_token_id": 0, "rope_parameters": rope}
+    model = Phi3ForCausalLM(Phi3Config(vocab_size=600, initializer_range=0.3, **more, **SIZE)).eval()
+    stored = represent(model, conversations(), tmp_path, tokenizer=tiny_bpe, top_k=7, tokens_per_batch=100_000)
+    lengths = stored.num_tokens
+    assert min(lengths) <= boundary < max(lengths)
+    assert_is_plain_forward(stored, model, 7)
+    assert rope_boundary(LlamaConfig(rope_parameters={"full_attention": rope})) == boundary
+    assert rope_boundary(LlamaConfig(rope_parameters={"full_attention": {"rope_type": "default"}})) is None
+    assert rope_boundary(make_model().config) is None
+    across = plan_batches(np.array([63, 64, 65, 66]), 10_000, boundary)
+    assert [batch.tolist() for batch in across] == [[3, 2], [1, 0]]
 
 
 def test_plan_keeps_the_budget_and_pads_little():
@@ -423,6 +444,22 @@ def test_moved_model_and_finished_directory_are_recognised_and_damage_is_mended(
     assert after == before
 
 
+def test_a_finished_directory_is_left_alone_beside_another_run_that_ends_there(tmp_path, folder):
+    represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=6)
+    for name in (".manifest.json.1.tmp", ".tokenizer.abc.tmp"):  # of the other run, which moves them in a moment
+        (tmp_path / "r" / name).write_text("{}")
+    before = files(tmp_path / "r")
+    written = {
+        name: (tmp_path / "r" / name).stat().st_mtime_ns for name in ("manifest.json", "README.md", "state.json")
+    }
+    represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=6)
+    assert files(tmp_path / "r") == before
+    assert written == {name: (tmp_path / "r" / name).stat().st_mtime_ns for name in written}
+    (tmp_path / "r" / "README.md").unlink()
+    represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=6)
+    assert files(tmp_path / "r") == {name: data for name, data in before.items() if not name.endswith(".tmp")}
+
+
 def test_data_may_be_a_dataset_and_the_encoding_compact(tmp_path, folder):
     plain = represent(folder / "m", load_conversations(folder / "data.json"), tmp_path / "a")
     compact = represent(folder / "m", load_conversations(folder / "data.json"), tmp_path / "b", encoding="compact")
@@ -472,6 +509,20 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path, folder, options, me
 def test_tokenizer_of_another_model_is_said(tmp_path, folder, openchat):
     with pytest.raises(InputError, match="expected ids below its 600 embedding rows, got 32000"):
         represent(make_model(), folder / "data.json", tmp_path / "t", tokenizer=openchat)
+
+
+def test_predicted_ids_beyond_the_head_are_said_and_ids_of_the_prompt_are_not(tmp_path, tiny_bpe):
+    """Some heads have fewer rows than the embedding: ids of images stand in prompts alone."""
+    model, highest = make_model(), 500
+    model.lm_head = torch.nn.Linear(32, highest, bias=False)
+    rows = conversations(3)
+    with pytest.raises(InputError, match=r"expected predicted ids below its 500 output rows, got \d+\. Give the tok"):
+        represent(model, rows, tmp_path / "r", tokenizer=tiny_bpe)
+    prompt = "if the value and statement of else return"
+    assert max(tiny_bpe(prompt).input_ids) >= highest
+    rows = [{"id": "a", "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "~"}]}]
+    stored = represent(model, rows, tmp_path / "s", tokenizer=tiny_bpe)
+    assert_is_plain_forward(stored, model, 10)
 
 
 def test_one_model_over_several_devices_is_not_for_several_processes(tmp_path, folder, monkeypatch):
@@ -618,7 +669,7 @@ def test_what_is_there_and_which_template_are_said(tmp_path, folder, tiny_bpe, c
     data = folder / "data.json"
     with caplog.at_level(logging.INFO):
         stored = represent(folder / "m", data, tmp_path / "r", shard_size=6)
-        assert "Chat template: that of m itself, taken as the pivot. For a source, give its pivot." in caplog.text
+        assert "Chat template: m's own, as no pivot is given. If this is a source, give its pivot." in caplog.text
         assert "shards there" not in caplog.text
         assert stored.manifest["template"]["of"] == "m"
         (tmp_path / "r" / "shard-00001.json").unlink()
@@ -656,7 +707,7 @@ from transformers import AutoModelForCausalLM
 from fusechat_fuse.capture import distributions
 from fusechat_fuse.capture.run import represent
 from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.models.files import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer, rope_boundary
 
 folder, data, out = sys.argv[1:4]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_fast_tokenizer(folder)

@@ -43,19 +43,25 @@ class BatchRunner:
     Args:
         head: `PredictionHead`: (sequences, predicted positions, top_k) -> a TopK for each sequence.
         top_k: entries per predicted token. tokens_per_batch: rows x longest row of a forward pass.
-        vocab_size: ids are below it.
+        vocab_size: ids are below it. boundary: as `plan_batches` takes it.
     """
 
-    def __init__(self, head, top_k: int, tokens_per_batch: int, vocab_size: int):
-        self.head, self.top_k, self.budget = head, top_k, tokens_per_batch
+    def __init__(self, head, top_k: int, tokens_per_batch: int, vocab_size: int, boundary: int | None):
+        self.head, self.top_k, self.budget, self.boundary = head, top_k, tokens_per_batch, boundary
         self.padded = 0  # tokens run, padding included
         self.vocab_size = vocab_size
 
     def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
         """A TopK for each conversation, in order; `progress.update` is called for each batch."""
+        highest = max((int(one.input_ids[one.predicted].max()) for one in encoded), default=0)
+        if highest >= self.head.vocab_size:  # which may be below that of the embedding
+            raise InputError(
+                f"tokenizer for the model: expected predicted ids below its {self.head.vocab_size} output rows, got "
+                f"{highest}. Give the tokenizer that belongs to the model."
+            )
         lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int64)
         results: list = [None] * len(encoded)
-        queue = plan_batches(lengths, self.budget)
+        queue = plan_batches(lengths, self.budget, self.boundary)
         while queue:
             batch = queue.pop(0)
             size = len(batch) * int(lengths[batch].max())
@@ -63,7 +69,7 @@ class BatchRunner:
             if found is None:  # out of memory; the memory of the failed pass is free again
                 self._halve_budget(size)
                 left = np.concatenate([batch, *queue])
-                queue = [left[part] for part in plan_batches(lengths[left], self.budget)]
+                queue = [left[part] for part in plan_batches(lengths[left], self.budget, self.boundary)]
                 continue
             for i, one in zip(batch, found):
                 results[i] = one

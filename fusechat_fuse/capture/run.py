@@ -23,7 +23,14 @@ from fusechat_fuse.capture.batches import BatchRunner
 from fusechat_fuse.capture.computation import Runner, write_representation
 from fusechat_fuse.capture.manifest import Capture
 from fusechat_fuse.errors import InputError, check_integer
-from fusechat_fuse.models.files import is_named, load_config, load_fast_tokenizer, positions_of, with_gguf
+from fusechat_fuse.models.files import (
+    is_named,
+    load_config,
+    load_fast_tokenizer,
+    positions_of,
+    rope_boundary,
+    with_gguf,
+)
 from fusechat_fuse.models.identity import Identity, identify
 from fusechat_fuse.models.loading import check_causal, load_in_of, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
@@ -192,7 +199,8 @@ def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_p
     model = load_to_device(model, device, **loading)
     check_causal(model, name)
     rows = int(model.get_input_embeddings().weight.shape[0])
-    return BatchRunner(PredictionHead(model, np.arange(16) % rows), top_k, tokens_per_batch, rows)
+    head = PredictionHead(model, np.arange(16) % rows)
+    return BatchRunner(head, top_k, tokens_per_batch, rows, rope_boundary(model.config))
 
 
 def _data_digest(found: list[Conversation]) -> str:
@@ -238,7 +246,7 @@ def _log_settings(capture: Capture, template: str, pivot, max_length: int) -> No
     if template in ("pivot", "native") and (name := encoder.template.built_in):
         logger.info("%s has no chat template: its family's built-in template, %s, is used.", template_of, name)
     if template == "pivot" and pivot is None:
-        logger.info("Chat template: that of %s itself, taken as the pivot. For a source, give its pivot.", template_of)
+        logger.info("Chat template: %s's own, as no pivot is given. If this is a source, give its pivot.", template_of)
 
 
 def _refuse_unusable(encoder: ConversationEncoder, found: list[Conversation], report: ReadReport) -> None:

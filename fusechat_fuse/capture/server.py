@@ -66,7 +66,7 @@ class ServerRunner:
         if not urls or not all(map(_is_url, urls)):
             raise InputError(f"server for represent: expected URLs such as http://localhost:8000, got {server!r}.")
         check_integer("server_requests for represent", requests)
-        self.protocol, self.top_k, self.vocab_size, self.head_size = PROTOCOLS[kind], top_k, vocab_size, vocab_size
+        self.protocol, self.top_k, self.vocab_size = PROTOCOLS[kind], top_k, vocab_size
         self.requests, self.urls, self.padded = requests, urls, 0
         self._free: queue.Queue[str] = queue.Queue()
         self._failures: dict[str, int] = dict.fromkeys(urls, 0)

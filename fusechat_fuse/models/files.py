@@ -164,6 +164,17 @@ def positions_of(config) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def rope_boundary(config) -> int | None:
+    """Length above which a batch takes the long factors of LongRoPE for all of its rows; None for other models."""
+    config = config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (found, *found.values()):  # of all layers, or by kind of layer
+        if isinstance(one, dict) and "longrope" in (one.get("rope_type"), one.get("type")):
+            own = one.get("original_max_position_embeddings")
+            return own or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
 def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
     """A tokenizer whose ids are those of its own tokenizer.json.
 

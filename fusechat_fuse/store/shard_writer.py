@@ -167,6 +167,8 @@ class ShardWriter:
     def finish(self, num_shards: int, manifest: dict) -> None:
         """Make the directory readable: files for `datasets`, a card, and last `manifest.json` with the counts.
 
+        Where all of it is there already nothing is written: another run may be reading, or finishing it too.
+
         Raises: InputError if no shard has a row; RuntimeError if a shard is missing.
         """
         missing = [shard for shard in range(num_shards) if not self._file(shard, "json").exists()]
@@ -187,6 +189,9 @@ class ShardWriter:
             for file in sorted(self.path.glob(pattern))
             if file.is_file()
         }
+        places = [self.path / name for name in ("dataset_info.json", "state.json", "README.md", "manifest.json")]
+        if all(place.exists() for place in places) and places[-1].read_bytes() == json_bytes(manifest):
+            return
         schema = _schema(self.path / files[0][0])
         for name, content in _for_datasets(shards, schema).items():
             write_atomic(self.path / name, json_bytes(content))
