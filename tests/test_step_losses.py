@@ -5,11 +5,13 @@ import logging
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fusechat_fuse.cli import main
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.meter import FusionMeter
 from fusechat_fuse.training.run import train
 from fusechat_fuse.training.trainer import FusionTrainer
@@ -63,15 +65,45 @@ def test_weights_that_the_last_step_spoiled_are_found(tmp_path):
         trainer.train()
 
 
-def test_the_command_ends_with_1_for_a_pivot_with_a_weight_that_is_no_number(pivot, data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_that_is_no_number_is_found_before_training(tmp_path, monkeypatch, name, value, frozen):
+    model = tiny_model()
+    model.get_parameter(name).data[-1, 0] = value  # of a token that no row has
+    model.get_parameter(name).requires_grad = not frozen
+    monkeypatch.setattr(FusionTrainer, "training_step", pytest.fail)
+    trainer = FusionTrainer(model, config(tmp_path / "t"), train_dataset=aligned_rows(4, vocab_size=40))
+    with pytest.raises(InputError, match=f"weights for {name}: expected numbers, got some that are not finite"):
+        trainer.train()
+
+
+def test_the_command_refuses_a_pivot_with_a_weight_that_is_no_number(pivot, data, tmp_path, capsys):
     shutil.copytree(pivot, tmp_path / "pivot")
     model = AutoModelForCausalLM.from_pretrained(pivot)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "pivot")
     flags = ["--model_name_or_path", str(tmp_path / "pivot"), "--data_path", str(data), "--use_cpu"]
-    assert main(["train", *flags, "--output_dir", str(tmp_path / "t"), "--report_to", "none"]) == 1
-    assert "loss for step 1: expected a number" in capsys.readouterr().err
+    assert main(["train", *flags, "--output_dir", str(tmp_path / "t"), "--report_to", "none"]) == 2
+    assert "weights for model.layers.0.mlp.up_proj.weight: expected numbers" in capsys.readouterr().err
     assert_no_target(tmp_path / "t")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluation_of_an_iterable_counts_every_conversation_once(tmp_path, packing):
+    """Of which the last batch is not full."""
+    rows = aligned_rows(7)
+    lists = [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in rows]
+    stream = datasets.Dataset.from_list(lists).to_iterable_dataset()
+    options = config(tmp_path, packing=packing, per_device_eval_batch_size=4)
+    trainer = FusionTrainer(tiny_model(), options, train_dataset=rows)
+    got, expected = trainer.evaluate(stream), trainer.evaluate(rows)
+    for name in ("eval_loss", "eval_lm_loss", "eval_source_share", "eval_mapped_mass"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-3)
+    for data in (stream, rows):
+        output = trainer.evaluation_loop(trainer.get_eval_dataloader(data), "Evaluation", metric_key_prefix="eval")
+        assert output.num_samples == 7
+        assert "eval_conversations" not in output.metrics
 
 
 def test_an_evaluation_that_is_no_number_is_an_error(tmp_path):

@@ -18,7 +18,7 @@ from fusechat_fuse.training.config import FusionConfig, device_count, splits_bat
 from fusechat_fuse.training.dataset import set_epoch
 from fusechat_fuse.training.loss import fusion_loss
 from fusechat_fuse.training.trainer import FusionTrainer
-from tests.helpers.fusion_rows import aligned_rows
+from tests.helpers.fusion_rows import aligned_row, aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
 from tests.helpers.tiny_runs import VOCAB, aligned_directory, assert_same_run, config, run
 
@@ -144,6 +144,51 @@ def test_training_without_a_predicted_token_is_an_error(tmp_path, unlabelled):
         assert trainer.train().training_loss > 0
     trainer.args.num_train_epochs = 0
     assert trainer.train().global_step == 0  # no step is no reason
+
+
+def test_training_without_a_distribution_to_fuse_is_an_error(tmp_path):
+    """Nothing but the source's distribution is trained on, and the source answers nowhere."""
+    rows = [
+        row | {"source_ids": row["source_ids"] * 0 - 1, "source_probs": row["source_probs"] * 0}
+        for row in aligned_rows(4)
+    ]
+    options = {"lm_loss_weight": 0.0, "fusion_function": "source", "fusion_tail": "drop"}
+    with pytest.raises(
+        InputError, match=r"expected predicted tokens with a distribution to fuse .* or lm_loss_weight\."
+    ):
+        run(tmp_path, rows, **options)
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "refused"),
+    [
+        ((20, 40), {}, True),
+        ((20, 40), {"max_length": 32}, False),  # the longer one is cut
+        ((20, 40), {"per_device_train_batch_size": 1}, False),
+        ((20, 30), {}, False),
+        ((36, 40), {}, False),
+    ],
+)
+@pytest.mark.parametrize("form", ["directory", "rows"])
+def test_long_rope_never_turns_short_conversations_by_the_factors_of_long_ones(
+    tmp_path, lengths, changes, refused, form
+):
+    model = tiny_model("Phi3", vocab_size=VOCAB, rope_parameters=LONG_ROPE, original_max_position_embeddings=32)
+    rows = [aligned_row(n, tokens=length) for n, length in enumerate(lengths * 2)]
+    data = aligned_directory(tmp_path / "data", rows) if form == "directory" else rows
+    settings = config(tmp_path / "t", **{"max_length": 64, **changes})
+    if refused or (form == "rows" and not changes):  # whose lengths are not known
+        with pytest.raises(
+            InputError, match=r"max_length for phi3: expected at most 32 .*, got 64\. Lower it, or set per"
+        ):
+            FusionTrainer(model, settings, train_dataset=data)
+    else:
+        FusionTrainer(
+            model, settings, train_dataset=data, eval_dataset=aligned_rows(2) if "max_length" in changes else None
+        )
 
 
 def test_evaluation_is_a_mean_over_tokens(tmp_path):

@@ -103,6 +103,15 @@ def test_what_changes_the_target_or_its_figures_is_another_run(pivot, data, fini
     assert contents(finished) == before
 
 
+def test_another_chat_template_is_another_run(pivot, data, finished, tmp_path):
+    """The target gets the pivot's."""
+    shutil.copytree(pivot, tmp_path / "pivot")
+    with open(tmp_path / "pivot" / "chat_template.jinja", "a") as file:
+        file.write("{# changed #}")
+    with pytest.raises(InputError, match=r"another run's \(chat_template = "):
+        train(tmp_path / "pivot", data, config(finished, max_steps=2), eval_data_path=data)
+
+
 def test_a_finished_run_says_so_with_the_remedy(pivot, data, finished, caplog):
     settings = config(finished, max_steps=2, save_strategy="steps", save_steps=1)
     with caplog.at_level(logging.INFO, logger="fusechat_fuse"):

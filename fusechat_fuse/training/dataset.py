@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -102,6 +103,31 @@ def check_rows(dataset, collate) -> None:
     elif dataset is not None and not isinstance(dataset, IterableDataset):
         check_not_empty(dataset)
         collate([dataset[0]])
+
+
+def check_rope(config, dataset, *, max_length: int, batch_size: int) -> None:
+    """Raise InputError where a batch may hold conversations on both sides of LongRoPE's limit.
+
+    Such a model (Phi-3 128k) turns all conversations of a batch by the factors of the longest: a short one would be
+    trained otherwise than it is used.
+
+    Args:
+        config: the pivot's. dataset: as `open_dataset` returned it. batch_size: conversations that are padded together.
+    """
+    rope: dict = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for one in [rope, *rope.values()]:  # by the kind of layer, in some models
+        if not isinstance(one, dict) or one.get("rope_type") != "longrope" or batch_size == 1:
+            continue
+        limit = one["original_max_position_embeddings"]
+        for data in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            lengths = getattr(data, "num_tokens", np.array([1, max_length]))  # any, where they are not known
+            longer = np.minimum(lengths, max_length) > limit
+            if data is not None and longer.any() and not longer.all():
+                raise InputError(
+                    f"max_length for {config.model_type}: expected at most {limit} (original_max_position_embeddings), "
+                    "as longer conversations change the rotary factors of those in their batch, got "
+                    f"{max_length}. Lower it, or set per_device_train_batch_size and per_device_eval_batch_size to 1."
+                )
 
 
 def sources_of(dataset) -> list[str]:

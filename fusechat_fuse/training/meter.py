@@ -53,7 +53,7 @@ class FusionMeter:
             self._choices += choices
 
     def read(self, accelerator, lm_loss_weight: float, prefix: str = "") -> dict[str, float]:
-        """Means since the last reset, over all processes; resets."""
+        """Means since the last reset, over all processes, with loss and conversations of an evaluation; resets."""
         seconds = time.perf_counter() - self._start
         if self._losses is None or self._choices is None:
             return {}
@@ -63,13 +63,14 @@ class FusionMeter:
         lm, fusion = (x / max(labelled, 1) for x in (lm, fusion))
         conversations, taken, mass, predicted, cut = table.sum(0).tolist()
         figures = {
-            "fused_loss": weighted_loss(lm, fusion, lm_loss_weight),
             "lm_loss": lm,
             "fusion_loss": fusion,
             "source_share": taken / max(conversations, 1),
             "mapped_mass": mass / max(predicted, 1),
             "tokens_per_second": tokens / seconds,
         }
+        if prefix:
+            figures |= {"loss": weighted_loss(lm, fusion, lm_loss_weight), "conversations": round(conversations)}
         if cut:
             figures["cut_tokens"] = cut
         if len(self.sources) > 1:

@@ -16,7 +16,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.loading import check_causal, check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import load_aligned
+from fusechat_fuse.training.dataset import check_rope, load_aligned
 from fusechat_fuse.training.options import TrainArguments
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
@@ -54,9 +54,10 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     data = load_aligned(arguments.data_path)
     eval_data = load_aligned(arguments.eval_data_path) if arguments.eval_data_path else None
     pivot = PivotFiles(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
-    for one in (data, eval_data):
+    for one, size in ((data, config.train_batch_size), (eval_data, config.eval_batch_size)):
         if one is not None:
             pivot.check_data(one)
+            check_rope(pivot.config, one, max_length=config.max_length, batch_size=size)
     if arguments.lora_r:
         try_adapters(pivot.config, arguments)
         config.use_adapter_learning_rate()

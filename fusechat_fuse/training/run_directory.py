@@ -50,7 +50,13 @@ class RunDirectory:
         options = {name: _plain(getattr(config, name)) for name in names}
         options["conversations_per_step"] = config.conversations_per_step
         options |= {name: getattr(arguments, name) for name in DECISIVE_ARGUMENTS}
-        self.identity = {"model": pivot.fingerprint, "data": _content(data), "options": options}
+        template = json.dumps(getattr(pivot.tokenizer, "chat_template", None), sort_keys=True)  # the target gets it
+        self.identity = {
+            "model": pivot.fingerprint,
+            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            "data": _content(data),
+            "options": options,
+        }
         if eval_data is not None:
             self.identity["eval_data"] = _content(eval_data)
 

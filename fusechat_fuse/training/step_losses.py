@@ -8,6 +8,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from fusechat_fuse.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,6 +79,19 @@ class StepLosses(TrainerCallback, ExportableState):
         self.total, self.steps = self.total + total, self.steps + global_step - self._last_step
         self._sum = self._first_bad = None
         self._last_step = global_step
+
+    def check_learned(self, args) -> None:
+        """Raise InputError where every loss was 0: no token is predicted with certainty, so none was there.
+
+        Args:
+            args: FusionConfig; without the label's term only tokens that have an entry to fuse count.
+        """
+        if self.mean() == 0:
+            what = "predicted tokens" if args.lm_loss_weight else "predicted tokens with a distribution to fuse"
+            raise InputError(
+                f"max_length for the training data: expected {what} within it, got none within {args.max_length} "
+                f"tokens of any conversation. Raise it{'' if args.lm_loss_weight else ', or lm_loss_weight'}."
+            )
 
     def mean(self) -> float | None:
         """The mean loss of a step; None before the first."""

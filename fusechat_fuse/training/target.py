@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusechat_fuse.errors import first_line, writing
+from fusechat_fuse.errors import InputError, first_line, writing
 from fusechat_fuse.store.files import json_bytes, replace_into, write_atomic
 from fusechat_fuse.training.adapters import merge_adapters
 from fusechat_fuse.training.card import write_model_card
@@ -140,21 +140,30 @@ def unchanged_weights(model) -> Iterator[None]:
             tensor.data = kept.to(tensor.device)
 
 
+def check_loaded(model) -> None:
+    """Raise InputError naming the first weight, frozen or trained, that is not finite before the first step."""
+    if (name := _not_finite(model)) is not None:
+        raise InputError(f"weights for {name}: expected numbers, got some that are not finite. Get the pivot anew.")
+
+
 def check_weights(model, accelerator) -> None:
-    """Raise FloatingPointError where a weight is not finite: the last update is seen by no loss, and a frozen weight
-    that the data never read by none either."""
-    bad = 0
-    for parameter in model.parameters():
-        if not parameter.is_floating_point():
-            continue
-        here: Any = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
-        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
-        bad += int(not torch.isfinite(here).all())
-    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).sum().item():
+    """Raise FloatingPointError where a weight is not finite: the last update is seen by no loss."""
+    bad = _not_finite(model) is not None
+    if accelerator.gather(torch.tensor([bad], device=accelerator.device)).any().item():
         raise FloatingPointError(
             "weights after the last step: expected numbers, got some that are not finite. Lower learning_rate, or "
             "clip gradients with max_grad_norm."
         )
+
+
+def _not_finite(model) -> str | None:
+    """The name of the first weight, or of this process's part of it, that holds something else than numbers."""
+    for name, parameter in model.named_parameters():
+        here: Any = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3's part of it
+        here = here.to_local() if hasattr(here, "to_local") else here  # fully_shard's
+        if here.is_floating_point() and not here.is_meta and not torch.isfinite(here).all():
+            return name
+    return None
 
 
 def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

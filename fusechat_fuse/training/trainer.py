@@ -21,7 +21,7 @@ from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, collator_options, first_conversations, make_collator
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import check_rows, for_sampler, open_dataset, set_epoch, sources_of
+from fusechat_fuse.training.dataset import check_rope, check_rows, for_sampler, open_dataset, set_epoch, sources_of
 from fusechat_fuse.training.lean_head import causal_model
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.loss_paths import MODEL_INPUTS, choose_loss_path, loss_sums
@@ -32,6 +32,7 @@ from fusechat_fuse.training.step_losses import StepLosses
 from fusechat_fuse.training.target import (
     as_pivot,
     cast_weights,
+    check_loaded,
     check_weights,
     pivot_config,
     tidy_saved,
@@ -114,8 +115,11 @@ class FusionTrainer(Trainer):
         self.add_callback(StepLosses())
         self._prepare_collator()
         if isinstance(self.data_collator, FusionCollator):
-            for dataset in (self.train_dataset, self.eval_dataset):
-                check_rows(dataset, self.data_collator)
+            for data, size in ((self.train_dataset, args.train_batch_size), (self.eval_dataset, args.eval_batch_size)):
+                check_rows(data, self.data_collator)
+                check_rope(
+                    causal_model(self.model).config, data, max_length=self.data_collator.max_length, batch_size=size
+                )
 
     # -- model and collator -------------------------------------------------------------------------------------------
 
@@ -184,6 +188,8 @@ class FusionTrainer(Trainer):
         self.args.check_fusion_values()
         self.args.fit_accumulation(self._train_batch_size)
         self._prepare_collator()
+        if self.args.process_index == 0:  # on others they may not be loaded yet
+            check_loaded(self.model)
         return super().get_train_dataloader()
 
     @property
@@ -261,13 +267,13 @@ class FusionTrainer(Trainer):
         figures = self.meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
         if figures:
             assert output.metrics is not None
-            output.metrics[f"{prefix}loss"] = loss = figures.pop(f"{prefix}fused_loss")
-            if not math.isfinite(loss):
+            output.metrics.update(figures)
+            output = output._replace(num_samples=output.metrics.pop(f"{prefix}conversations"))  # packed: not rows
+            if not math.isfinite(loss := figures[f"{prefix}loss"]):
                 raise FloatingPointError(
                     f"loss for evaluation ({metric_key_prefix}): expected a number, got {loss}. Check the model's "
                     "weights, or evaluate in float32."
                 )
-            output.metrics.update(figures)
         return output
 
     def _without_repeated(self, inputs):
@@ -290,9 +296,7 @@ class FusionTrainer(Trainer):
             if "train_loss" in logs and (mean := self._step_losses.mean()) is not None:
                 logs["train_loss"] = mean  # Trainer's own is of the steps since the run was continued
         if "loss" in logs and self.is_in_train:
-            figures = self.meters["train"].read(self.accelerator, self.args.lm_loss_weight)
-            figures.pop("fused_loss", None)
-            logs.update(figures)
+            logs.update(self.meters["train"].read(self.accelerator, self.args.lm_loss_weight))
         for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
             del logs[name]  # the gradient norm where float16 skips a step: JSON cannot hold it
         super().log(logs, start_time)
@@ -323,11 +327,7 @@ class FusionTrainer(Trainer):
         """As Trainer's, with the whole run's loss; raises where the weights are not finite or nothing was labelled."""
         check_weights(self.model, self.accelerator)
         output = super()._finalize_training(trial, num_train_samples, start_time)
-        if self._step_losses.mean() == 0:  # no cross-entropy of a token is; None without a step
-            raise InputError(
-                f"max_length for the training data: expected predicted tokens within it, got none within "
-                f"{self.args.max_length} tokens of any conversation. Raise it."
-            )
+        self._step_losses.check_learned(self.args)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _save_checkpoint(self, model, trial):
