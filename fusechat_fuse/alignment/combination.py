@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ from fusechat_fuse.store.slices import AUTO, SliceChoice, choose_by_slice, name_
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
-_SOURCE_FIELDS = ("source_ids", "source_probs", "source_token_ce", "mapped_mass", "label_tail", "source_ce")
-_SOURCE_FIELDS += ("source_bytes", "source_tokens", "source_index", "source_log_weight", "source_best_ce")
 logger = logging.getLogger(__name__)
 
 
@@ -77,11 +75,9 @@ def combine(
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
     options = _options(preset, function, ce_unit, slice_column, slice_pattern)
-    parts = _open_all(aligned_dirs, options)
-    places = _places(parts)
-    combination = Combination(parts, places, options, _slices(parts, places, options))
+    combination = Combination(_open_all(aligned_dirs, options), options)
     writer = ShardWriter(output_dir, combination.identity, kind="combined")
-    copy_tokenizer(parts[0], writer.path)
+    copy_tokenizer(combination.parts[0], writer.path)
     shards = shard_ranges(len(combination.places))
     for shard in writer.left(range(len(shards))):
         rows = [combination.row(c) for c in shards[shard]]
@@ -126,7 +122,6 @@ def _open_all(aligned_dirs, options: dict) -> list[Representation]:
             raise InputError(
                 f"combination for {part.path}: expected one made with the same options, got {difference}. Use the same."
             )
-    _check_distinct([source for part in parts for source in _sources(part)])
     for part in parts:
         source_cross_entropy(part.check()[0], options["ce_unit"])
     return parts
@@ -147,20 +142,6 @@ def _sources(part: Representation) -> list[dict]:
     ]
 
 
-def _key(source: dict) -> dict:
-    return {name: source.get(name) for name in ("model", "model_fingerprint", "tokenizer", "data", "mapping")}
-
-
-def _check_distinct(sources: list[dict]) -> None:
-    keys = [_key(source) for source in sources]
-    twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
-    if twice is not None:
-        raise InputError(
-            f"sources for combine: expected each once, got {twice['model']} with the same mapping and data twice. "
-            "Leave one out."
-        )
-
-
 Places = list[tuple[int, int]]  # (directory, row) of one conversation in each directory that holds it
 
 
@@ -178,48 +159,42 @@ def _places(parts: list[Representation]) -> list[Places]:
     return list(places.values())
 
 
-def _slices(parts: list[Representation], places: list[Places], options: dict) -> list[str]:
-    """The slice of every conversation, for min_ce_slice; clusters (auto) are found in the first directory, and a
-    conversation that it lacks belongs to none."""
-    if options["function"] != "min_ce_slice":
-        return []
-    column, pattern = options["slice_column"], options["slice_pattern"]
-    named = parts[: 1 if column == AUTO else None]
-    names = [name_slices(part, column=column, pattern=pattern) for part in named]
-    return [next((names[n][i] for n, i in found if n < len(names)), "") for found in places]
-
-
-@dataclass
 class Combination:
     """The work of one run of `combine`.
 
-    Attributes:
+    Args:
         parts: the aligned or combined directories.
-        places: (directory, row) of each conversation in them.
         options: function, ce_unit and, for min_ce_slice, slice_column and slice_pattern.
-        slices: for min_ce_slice, the slice of each conversation.
+
+    Attributes:
+        sources: one description for each source of all parts. offsets: where those of each part begin.
+        places: (directory, row) of each conversation. slices: for min_ce_slice, the slice of each.
+        identity: what decides the content.
     """
 
-    parts: list[Representation]
-    places: list[Places]
-    options: dict
-    slices: list[str]
+    def __init__(self, parts: list[Representation], options: dict):
+        self.parts, self.options = parts, options
+        sources = [_sources(part) for part in parts]
+        self.sources = list(chain.from_iterable(sources))
+        self.offsets = np.cumsum([0, *map(len, sources[:-1])]).tolist()
+        names = ("model", "model_fingerprint", "tokenizer", "data", "mapping")
+        keys = [{name: source.get(name) for name in names} for source in self.sources]
+        if twice := next((key for n, key in enumerate(keys) if key in keys[:n]), None):
+            raise InputError(
+                f"sources for combine: expected each once, got {twice['model']} with the same mapping and data twice. "
+                "Leave one out."
+            )
+        self.identity = {"options": options, "pivot": parts[0].manifest["pivot"], "sources": keys}
+        self.places = _places(parts)
+        self.slices = self._slices() if options["function"] == "min_ce_slice" else []
 
-    @cached_property
-    def sources(self) -> list[dict]:
-        """One description for each source of all parts, in their order."""
-        return [source for part in self.parts for source in _sources(part)]
-
-    @cached_property
-    def offsets(self) -> list[int]:
-        """Where the sources of each part begin among all sources, and their number."""
-        return np.cumsum([0, *(len(_sources(part)) for part in self.parts)]).tolist()
-
-    @property
-    def identity(self) -> dict:
-        """What decides the content."""
-        pivot = self.parts[0].manifest["pivot"]
-        return {"options": self.options, "pivot": pivot, "sources": [_key(source) for source in self.sources]}
+    def _slices(self) -> list[str]:
+        """The slice of every conversation; clusters (auto) are found in the first directory, and a conversation that
+        it lacks belongs to none."""
+        column, pattern = self.options["slice_column"], self.options["slice_pattern"]
+        named = self.parts[: 1 if column == AUTO else None]
+        names = [name_slices(part, column=column, pattern=pattern) for part in named]
+        return [next((names[n][i] for n, i in found if n < len(names)), "") for found in self.places]
 
     @cached_property
     def choice(self) -> SliceChoice | None:
@@ -258,7 +233,7 @@ class Combination:
         names, pivot = source_names({"sources": self.sources}), self.parts[0].manifest
         made = self.identity | {"sources": self.sources, "taken": {name: taken[str(n)] for n, name in enumerate(names)}}
         if self.choice is not None:
-            own = zip(self.parts, self.offsets, self.offsets[1:])
+            own = zip(self.parts, self.offsets, [*self.offsets[1:], len(names)])
             labels = [names[first] if end - first == 1 else part.path.name for part, first, end in own]
             made |= {"slices": self.choice.table, "slice_models": ["pivot", *labels]}
         return made | {key: pivot.get(key) for key in ("model", "datasets", "tokenizer", "template", "versions")}
@@ -307,7 +282,7 @@ def average(rows: list[dict], ces: list[float]) -> dict:
         "source_log_weight": float(total),
         "source_best_ce": float(min(best_ce)),
     }
-    return {key: value for key, value in rows[0].items() if key not in _SOURCE_FIELDS} | mixed
+    return {key: value for key, value in rows[0].items() if key != "label_tail"} | mixed
 
 
 def combination_lines(manifest: dict) -> list[str]:

@@ -6,11 +6,16 @@ aligned, whose path is in the manifest, and aligned again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import numpy as np
 
+from fusechat_fuse.alignment.candidates import Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, message_of
 from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.run import origin
+from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.streams import align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
@@ -18,6 +23,7 @@ from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.tokenizers import read_tokenizer
 from fusechat_fuse.text.tokens import token_table
 
+Names = Callable[[int], str]  # id -> readable text
 CLASSES = {EXACT: "exact", INSIDE: "inside"}
 
 
@@ -31,24 +37,22 @@ def readable(piece: bytes | None) -> str:
     )
 
 
-class Names:
-    """Readable text for the ids of one tokenizer: `names(id)`; each is computed once."""
+def names_of(pieces: Sequence[str | None], spelled: Sequence[bytes | None]) -> Names:
+    """Readable text for the ids of one tokenizer, by their pieces and bytes (`text.tokens.TokenTable`)."""
 
-    def __init__(self, pieces: list[str | None], spelled: list[bytes | None]):
-        self.pieces, self.spelled, self._known = pieces, spelled, {}
+    @cache
+    def name(i: int) -> str:
+        piece = pieces[i] if 0 <= i < len(pieces) else None
+        own = None if piece is None else spelled[i]
+        return f"#{i}" if piece is None else piece if own is None else readable(own)
 
-    @classmethod
-    def of(cls, store: Representation) -> Names:
-        """The ids of the tokenizer in a store."""
-        table = token_table(read_tokenizer(store))
-        return cls(table.pieces, table.bytes)
+    return name
 
-    def __call__(self, i: int) -> str:
-        if i not in self._known:
-            piece = self.pieces[i] if 0 <= i < len(self.pieces) else None
-            spelled = None if piece is None else self.spelled[i]
-            self._known[i] = f"#{i}" if piece is None else piece if spelled is None else readable(spelled)
-        return self._known[i]
+
+def names_in(store: Representation) -> Names:
+    """Readable text for the ids of the tokenizer in a store."""
+    table = token_table(read_tokenizer(store))
+    return names_of(table.pieces, table.bytes)
 
 
 def conversation_view(opened: Representation, number: int, source_representation=None, *, required=True) -> dict:
@@ -68,7 +72,7 @@ def conversation_view(opened: Representation, number: int, source_representation
         "models": [(manifest.get(key) or {}).get("name") for key in ("model", "source_model")],
     }
     if source is None:
-        return view | {"messages": None, "tokens": stored_tokens(row, Names.of(opened))}
+        return view | {"messages": None, "tokens": stored_tokens(row, names_in(opened))}
     pair = TokenizerPair(opened, source)
     batch = make_batch([row], [_matching(source, row)], pair)
     mapping = MAPPINGS[manifest["options"]["mapping"]]
@@ -78,36 +82,34 @@ def conversation_view(opened: Representation, number: int, source_representation
     vocab = pair.vocabularies(mapping, counts)
     match, mapped, safe = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
     outcomes = mapping.outcomes(batch.pivot, batch.source, match, vocab)
-    pivot_name = Names(pair.pivot.pieces, pair.pivot.bytes)
-    source_name = Names(pair.source.pieces, pair.source.bytes)
-    pivot_tokens, source_tokens = [], []
-    for q in range(len(batch.source)):
-        spelled = pair.source.bytes[batch.source.ids[q]]
-        source_tokens.append(
-            {"text": _own_text(spelled, batch.source, q, source_name), "ce": float(batch.source.ce[q])}
-        )
-    for p in range(len(batch.pivot)):
-        pivot_tokens.append(
-            {
-                "text": _own_text(pair.pivot.bytes[batch.pivot.ids[p]], batch.pivot, p, pivot_name),
-                "class": CLASSES.get(int(mapped.kind[p]), "none"),
-                "safe": bool(safe[p]),
-                "mass": float(mapped.mass[p]),
-                "unmapped": sum(c.probability for c in outcomes[p] if c.pivot_id < 0),
-                "answer": int(match.source[p]),
-                "candidates": [
-                    {
-                        "token": source_name(c.id),
-                        "p": c.probability,
-                        "became": pivot_name(c.pivot_id) if c.pivot_id >= 0 else "",
-                        "why": c.why,
-                        "actual": c.actual,
-                    }
-                    for c in outcomes[p]
-                ],
-                "row": _row(mapped.ids[p], mapped.probs[p], pivot_name),
-            }
-        )
+    pivot_name = names_of(pair.pivot.pieces, pair.pivot.bytes)
+    source_name = names_of(pair.source.pieces, pair.source.bytes)
+    source_tokens = [
+        {"text": _own_text(pair.source, batch.source, q, source_name), "ce": float(ce)}
+        for q, ce in enumerate(batch.source.ce)
+    ]
+    pivot_tokens = [
+        {
+            "text": _own_text(pair.pivot, batch.pivot, p, pivot_name),
+            "class": CLASSES.get(int(mapped.kind[p]), "none"),
+            "safe": bool(safe[p]),
+            "mass": float(mapped.mass[p]),
+            "unmapped": sum(c.probability for c in outcomes[p] if c.pivot_id < 0),
+            "answer": int(match.source[p]),
+            "candidates": [
+                {
+                    "token": source_name(c.id),
+                    "p": c.probability,
+                    "became": pivot_name(c.pivot_id) if c.pivot_id >= 0 else "",
+                    "why": c.why,
+                    "actual": c.actual,
+                }
+                for c in outcomes[p]
+            ],
+            "row": _row(mapped.ids[p], mapped.probs[p], pivot_name),
+        }
+        for p in range(len(batch.pivot))
+    ]
     messages = _stretches(batch, match, pivot_tokens, source_tokens)
     return view | {"messages": messages, "tokens": pivot_tokens, "source_tokens": source_tokens}
 
@@ -118,10 +120,9 @@ def _row(ids: np.ndarray, probs: np.ndarray, name: Names) -> list[tuple[str, flo
     return sorted(kept, key=lambda entry: -entry[1])
 
 
-def _own_text(spelled: bytes | None, stream, n: int, name: Names) -> str:
-    if spelled is None:
-        return name(int(stream.ids[n]))
-    return readable(spelled[min(int(stream.header[n]), len(spelled)) :])
+def _own_text(side: Side, stream: Stream, n: int, name: Names) -> str:
+    spelled = side.bytes[stream.ids[n]]
+    return name(int(stream.ids[n])) if spelled is None else readable(spelled[int(stream.header[n]) :])
 
 
 def _source_of(opened: Representation, source_representation, required: bool) -> Representation | None:
@@ -153,17 +154,15 @@ def _matching(source: Representation, row: dict) -> dict:
 
 def stored_tokens(row: dict, name: Names) -> list[dict]:
     """Tokens of an aligned or combined row as it is stored: text, class (answered or none), mass and the row."""
-    tokens = []
-    for n, t in enumerate(row["predicted"]):
-        tokens.append(
-            {
-                "text": name(int(row["input_ids"][t])),
-                "class": "answered" if row["mapped_mass"][n] > 0 else "none",
-                "mass": float(row["mapped_mass"][n]),
-                "row": _row(row["source_ids"][n], row["source_probs"][n], name),
-            }
-        )
-    return tokens
+    return [
+        {
+            "text": name(int(row["input_ids"][t])),
+            "class": "answered" if row["mapped_mass"][n] > 0 else "none",
+            "mass": float(row["mapped_mass"][n]),
+            "row": _row(row["source_ids"][n], row["source_probs"][n], name),
+        }
+        for n, t in enumerate(row["predicted"])
+    ]
 
 
 def _stretches(batch, match, pivot_tokens, source_tokens) -> list[list[dict]]:

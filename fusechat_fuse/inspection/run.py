@@ -10,7 +10,7 @@ import numpy as np
 from fusechat_fuse.alignment.certificate import summary_lines
 from fusechat_fuse.alignment.combination import combination_lines
 from fusechat_fuse.errors import InputError, describe_os_error
-from fusechat_fuse.inspection.conversation_view import Names, conversation_view, stored_tokens
+from fusechat_fuse.inspection.conversation_view import conversation_view, names_in, stored_tokens
 from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.files import write_atomic
@@ -52,7 +52,7 @@ def inspect_path(
     lines = _overview(opened)
     if has_source:
         view = conversation_view(opened, number, source_representation, required=html is not None)
-        lines += _aligned_lines(view, tokens)
+        lines += [f"conversation {view['id']}, {view['mapping']} mapping", *_token_lines(view["tokens"], tokens)]
         if html is not None:
             _write_page(Path(html), view, opened)
             lines.append(f"page written to {html}")
@@ -105,7 +105,7 @@ def _overview(opened: Representation) -> list[str]:
 
 
 def _representation_lines(opened: Representation, row: dict, tokens: int) -> list[str]:
-    name = Names.of(opened)
+    name = names_in(opened)
     lines = [f"conversation {row['id']}: {len(row['input_ids'])} tokens, {len(row['predicted'])} predicted"]
     for n, t in enumerate(row["predicted"][:tokens]):
         top = "  ".join(
@@ -125,15 +125,11 @@ def _combined_lines(opened: Representation, row: dict, tokens: int) -> list[str]
     who = f"taken from source {n}, {names[n]}" if n >= 0 else "a mixture of its sources"
     ces = f"{source_cross_entropy(row, ce_unit):.4f} (pivot {pivot_cross_entropy(row, ce_unit):.4f})"
     head = f"conversation {row['id']}, {who}; cross-entropy {ces} nats per {ce_unit}"
-    return [head, *_token_lines(stored_tokens(row, Names.of(opened)), tokens)]
+    return [head, *_token_lines(stored_tokens(row, names_in(opened)), tokens)]
 
 
 def _more(total: int, tokens: int) -> list[str]:
     return [f"... and {total - tokens} more predicted tokens"] if total > tokens else []
-
-
-def _aligned_lines(view: dict, tokens: int) -> list[str]:
-    return [f"conversation {view['id']}, {view['mapping']} mapping", *_token_lines(view["tokens"], tokens)]
 
 
 def _token_lines(shown: list[dict], tokens: int) -> list[str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,13 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file, None if there is no file.
+def read_json(path: Path, what: str, object_hook: Callable[[dict], dict] | None = None) -> Any:
+    """The content of a JSON file, None if there is no file; `object_hook` as of `json.loads`.
 
     Raises: InputError if it is not JSON; `what` names the file in the message.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_hook=object_hook)
     except FileNotFoundError:
         return None
     except ValueError as error:

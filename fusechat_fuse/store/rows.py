@@ -31,17 +31,12 @@ SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16, "labe
 ENCODINGS = ("plain", "compact")
 
 
-def _run_heads(predicted: np.ndarray, message: np.ndarray) -> np.ndarray:
-    """Where a run begins: a stretch of consecutive predicted tokens of one message."""
-    jump = (np.diff(predicted) != 1) | (np.diff(message) != 0)
-    return np.concatenate([[0], np.flatnonzero(jump) + 1]) if len(predicted) else np.zeros(0, np.int64)
-
-
 def _encode_positions(row: dict) -> dict[str, bytes]:
     predicted, message, start, end = (
         np.asarray(row[key], np.int64) for key in ("predicted", "message", "start", "end")
     )
-    heads = _run_heads(predicted, message)
+    jump = (np.diff(predicted) != 1) | (np.diff(message) != 0)  # between runs
+    heads = np.concatenate([[0], np.flatnonzero(jump) + 1]) if len(predicted) else np.zeros(0, np.int64)
     lengths = np.diff(np.append(heads, len(predicted)))
     runs = np.stack([predicted[heads], lengths, message[heads]], axis=1)
     before = np.concatenate([[0], end[:-1]])
@@ -197,12 +192,9 @@ def encode_row(row: dict, encoding: str = "plain") -> dict:
     for key, value in row.items():
         if key in done or value is None:
             continue
-        if isinstance(value, str):
-            fields[key] = value
-        elif np.ndim(value) == 0:
-            fields[key] = value.item() if hasattr(value, "item") else value
-        else:
+        if np.ndim(value):
             raise ValueError(f"{key} of {row['id']!r}: an array of this name has no place in the format")
+        fields[key] = value.item() if hasattr(value, "item") else value
     return fields
 
 

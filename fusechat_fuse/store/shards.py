@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +27,15 @@ def _sha256_once(file: Path, size: int, modified: int) -> str:
     return file_sha256(file)
 
 
-def _matches(file: Path, sha256: str | None) -> bool:
-    with contextlib.suppress(OSError):
-        status = file.stat()
-        return _sha256_once(file.absolute(), status.st_size, status.st_mtime_ns) == sha256
-    return False
-
-
 class _Entries(dict):
     """A JSON object of a manifest: a missing entry is an InputError with the file's path, no KeyError."""
 
-    def __init__(self, entries: dict, file: Path):
-        super().__init__({name: _with_path(value, file) for name, value in entries.items()})
+    def __init__(self, file: Path, entries: dict):
+        super().__init__(entries)
         self.file = file
 
     def __missing__(self, name):
         raise InputError(f"manifest for {self.file}: expected an entry {name!r}, got none. Make the directory again.")
-
-
-def _with_path(value, file: Path):
-    if isinstance(value, list):
-        return [_with_path(item, file) for item in value]
-    return _Entries(value, file) if isinstance(value, dict) else value
 
 
 class Representation:
@@ -67,10 +54,10 @@ class Representation:
             if (self.path / "identity.json").exists():
                 remedy = "Repeat the command that writes it to finish it"
             raise InputError(f"representation for {self.path}: expected a finished directory, got {got}. {remedy}.")
-        entries = read_json(file, "manifest")
-        if not isinstance(entries, dict):
-            raise InputError(f"manifest for {file}: expected an object, got {entries!r:.40}. Make the directory again.")
-        self.manifest: dict = _Entries(entries, file)
+        self.manifest: dict = read_json(file, "manifest", partial(_Entries, file))
+        if not isinstance(self.manifest, dict):
+            got = f"{self.manifest!r:.40}"
+            raise InputError(f"manifest for {file}: expected an object, got {got}. Make the directory again.")
         version = self.manifest.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -87,14 +74,20 @@ class Representation:
         Raises: InputError with the name of the first damaged shard.
         """
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for number, whole in enumerate(pool.map(self._is_undamaged, range(len(self._ends)))):
-                if not whole:
-                    raise self._damaged(self.manifest["shards"][number]["file"])
+            list(pool.map(self._check_shard, range(len(self._ends))))
         return self
 
-    def _is_undamaged(self, number: int) -> bool:
+    def _check_shard(self, number: int) -> None:
         shard = self.manifest["shards"][number]
-        return _matches(self.path / shard["file"], shard["sha256"])
+        self._check(shard["file"], shard["sha256"])
+
+    def _check(self, name: str, sha256: str | None) -> None:
+        file = self.path / name
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            if _sha256_once(file.absolute(), status.st_size, status.st_mtime_ns) == sha256:
+                return
+        raise self._damaged(name)
 
     def _damaged(self, name: str) -> InputError:
         return InputError(
@@ -107,8 +100,7 @@ class Representation:
 
         Raises: InputError if the file is missing, or its SHA-256 is not the manifest's.
         """
-        if not _matches(self.path / name, self.manifest["files"].get(name)):
-            raise self._damaged(name)
+        self._check(name, self.manifest["files"].get(name))
         return self.path / name
 
     def _shard(self, number: int) -> tuple:
@@ -129,15 +121,11 @@ class Representation:
 
     def stored_row(self, index: int) -> dict:
         """The stored fields of row `index`; binary fields are buffers into the mapped file."""
-        index = int(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        index %= len(self)
+        index = range(len(self))[int(index)]
         number = int(np.searchsorted(self._ends, index, side="right"))
         local = index - (int(self._ends[number - 1]) if number else 0)
         if number not in self._checked:
-            if not self._is_undamaged(number):
-                raise self._damaged(self.manifest["shards"][number]["file"])
+            self._check_shard(number)
             self._checked.add(number)
         _, columns = self._shard(number)
         return {
