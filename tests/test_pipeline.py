@@ -20,14 +20,12 @@ import pytest
 
 from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.pipeline import content
 from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import report_page
-from fusechat_fuse.pipeline.run import _locked, run
+from fusechat_fuse.pipeline.run import _locked, execute, last_message, run
 from fusechat_fuse.pipeline.steps import Step, launched, steps_of
-from fusechat_fuse.pipeline.subprocesses import execute, last_message
 from fusechat_fuse.store.files import file_sha256
 from tests.helpers.recipes import recipe_of, written
 from tests.test_inspect import CHROMIUM
@@ -359,7 +357,7 @@ def test_what_counts_is_content_not_dates(tmp_path, monkeypatch):
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"x" * 10)
     with monkeypatch.context() as patch:
-        patch.setattr(content, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
+        patch.setattr(module, "file_sha256", lambda path: pytest.fail("a model's file is not read whole"))
         before = module.content_digest(gguf)
         gguf.write_bytes(b"xy" * 5)
         assert module.content_digest(gguf) != before
@@ -432,10 +430,10 @@ def test_what_changes_nothing_made_does_not_count(recorded, monkeypatch):
 
 def test_a_hub_name_stands_for_its_cached_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for folder, name, kind in (("models--a--b", "a/b", ""), ("datasets--a--b", "a/b:en", "data_path")):
+    for folder, name, data in (("models--a--b", "a/b", False), ("datasets--a--b", "a/b:en", True)):
         (tmp_path / folder / "refs").mkdir(parents=True)
         (tmp_path / folder / "refs" / "main").write_text(folder)
-        assert module.content_digest(Path(name), kind=kind) == folder
+        assert module.content_digest(Path(name), data=data) == folder
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"compare": null}', b'{"compare', b"\0\0", b'{"\xc3'])

@@ -6,7 +6,9 @@ dates, spellings of paths, the order of options, launchers, logging and numbers 
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -15,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.pipeline.content import content_digest
+from fusechat_fuse.models.files import adapter_base, is_gguf
+from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.pipeline.steps import Step
-from fusechat_fuse.store.files import json_bytes, short_digest, write_atomic
+from fusechat_fuse.store.files import file_sha256, json_bytes, short_digest, write_atomic
 
 RECORD_FILE = "stages.json"
+_NOTES = {"", *".md .rst .org .txt .pdf .doc .docx .odt .png .jpg .jpeg .gif .svg .html .log .bak".split()}  # suffixes
+_NO_NOTES = ("vocab.txt", "merges.txt")
 _PATHS = ("model_name_or_path", "pivot_name_or_path", "data_path", "pivot_representation", "source_representation")
 _PATHS += ("aligned", "eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
 _NO_EFFECT = ("output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to", "run_name")
@@ -120,10 +125,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def inputs_of(step: Step) -> dict[str, str | None]:
     """Path or Hub name -> digest, of all files, directories and Hub names among a step's arguments."""
-    options = options_by_name(step)
-    whole = step.arguments[0] == "represent"  # its data are read whole, models and stores by samples
+    options, represents = options_by_name(step), step.arguments[0] == "represent"
     return {
-        value: content_digest(Path(value), whole=whole and name == "data_path", kind=name)
+        value: content_digest(Path(value), data=represents and name == "data_path")
         for name in _PATHS
         for value in options.get(name, ())
         if os.path.isabs(value) or name in ("model_name_or_path", "pivot_name_or_path", "data_path")
@@ -151,3 +155,51 @@ def _absolute(name: str, may_be_pattern: bool) -> str:
 def fingerprint(step: Step, inputs: dict[str, Any]) -> str:
     """16 hexadecimal digits of what a step is made from: the options that count, and the content of its inputs."""
     return short_digest(json.dumps([step.arguments[0], options_by_name(step), inputs], sort_keys=True))
+
+
+def content_digest(path: Path, *, data: bool = False) -> str | None:
+    """What a path or Hub name holds, in 16 hexadecimal digits.
+
+    Args:
+        path: a file; a directory, of which notes, hidden files and checkpoints do not count; a glob pattern; or a Hub
+            name, which stands for its cached commit. Adapters count with their base model.
+        data: whether it is chat data, of which every byte counts; large files of models and stores by samples.
+    Returns: None for a Hub name that is not cached.
+    """
+    if path.is_file():
+        status = path.stat()
+        return _file_digest(path, data or not is_gguf(path), status.st_size, status.st_mtime_ns)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and _counts(file.relative_to(path), data):
+                digest.update(f"{file.relative_to(path)}\n".encode())
+                status = file.stat()
+                digest.update(_file_digest(file, data, status.st_size, status.st_mtime_ns).encode())
+        base = None if data else adapter_base(path)
+        return short_digest(digest) + (f" on {content_digest(Path(base))}" if base else "")
+    matches = [match for match in sorted(glob.glob(str(path), recursive=True)) if os.path.exists(match)]
+    if matches and matches != [str(path)]:
+        return short_digest(json.dumps([[match, content_digest(Path(match), data=data)] for match in matches]))
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = str(path).partition(":")[0].replace("/", "--")  # a name of data may have :CONFIGURATION
+    commit = Path(HF_HUB_CACHE) / f"{'datasets' if data else 'models'}--{repository}" / "refs" / "main"
+    return commit.read_text().strip() if commit.exists() else None
+
+
+def _counts(file: Path, data: bool) -> bool:
+    """Whether a file of a directory may decide what is made from it; the README of data may name their splits."""
+    if any(part.startswith((".", "checkpoint-")) for part in file.parts):
+        return False
+    return file.suffix.lower() not in _NOTES or file.name in _NO_NOTES or (data and file.name == "README.md")
+
+
+@functools.cache
+def _file_digest(path: Path, whole: bool, size: int, modified: int) -> str:
+    """Each file is read once per run; size and time of modification tell whether it changed meanwhile."""
+    if whole:
+        return file_sha256(path)[:16]
+    digest = hashlib.sha256()
+    add_samples(digest, path)
+    return short_digest(digest)
