@@ -15,7 +15,6 @@ Refusals (`Unusable`, counted by name): `special_token`, `template` (it raises, 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +26,13 @@ from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import (
     ChatTemplate,
     added_texts,
+    any_of,
     bos_of,
     control_texts,
     end_of_turn_of,
-    native_template,
     own_variables,
     resolve_template,
+    template_of,
 )
 
 
@@ -73,9 +73,8 @@ class ConversationEncoder:
         if not self._is_own():
             self.bos, self.end_of_turn = bos_of(tokenizer), end_of_turn_of(tokenizer)
         self.end_of_turn_id = added.get(self.end_of_turn, -1)  # -1: every probe raises
-        reserved = {*control_texts(tokenizer, self.template), self.end_of_turn, self.bos} - {""}
-        names = "|".join(re.escape(t) for t in sorted(reserved, key=len, reverse=True))
-        self._reserved = re.compile(names or "(?!)")  # (?!) matches nothing
+        reserved = {*control_texts(tokenizer, self.template), self.end_of_turn, self.bos}
+        self._reserved = any_of(reserved)
         special = {added[text] for text in reserved if text in added}
         self._is_special = np.zeros(2 + max(special, default=-1), bool)  # by id; the last entry serves all higher ids
         self._is_special[list(special)] = True
@@ -84,13 +83,10 @@ class ConversationEncoder:
     def _is_own(self) -> bool:
         """Whether the template already renders this tokenizer's BOS and end of turn: its own does, and a file's."""
         of_a_model = self.template.name in ("pivot", "native")
-        if not of_a_model and self.template.variables == tuple(sorted(own_variables(self.tokenizer).items())):
+        if not of_a_model and self.template.variables == own_variables(self.tokenizer):
             return self.template.end_of_turn in (*added_texts(self.tokenizer), "")
-        try:
-            native = native_template(self.tokenizer)
-        except InputError:
-            return False
-        return self.template.sha256 == native.sha256
+        native = template_of(self.tokenizer)
+        return native is not None and self.template.sha256 == native.sha256
 
     def encode(self, messages: list[dict[str, str]]) -> Encoded:
         """Ids, predicted tokens and byte spans of one conversation.
@@ -200,9 +196,8 @@ class ConversationEncoder:
             return list(pieces)
         # everywhere: some templates put BOS before each question
         ours = {theirs.bos: self.bos, theirs.end_of_turn: self.end_of_turn}
-        marks = re.compile("|".join(re.escape(mark) for mark in sorted(ours, key=len, reverse=True) if mark))
         own = [pieces[0].removeprefix(theirs.bos), *pieces[1:]]
-        own = [marks.sub(lambda found: ours[found[0]], piece) for piece in own]
+        own = [any_of(ours).sub(lambda found: ours[found[0]], piece) for piece in own]
         return [self.bos + own[0], *own[1:]]
 
     def _located(self, ids, start, end, places, layout: Layout, messages) -> Encoded:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -45,26 +45,22 @@ class ChatTemplate:
         return hashlib.sha256(repr((self.source, self.bos, self.end_of_turn, self.variables)).encode()).hexdigest()
 
     def render(self, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
-        """The conversation as text, perhaps with the generation prompt of the next answer. Raises: Unusable where the
-        template refuses it."""
-        return _render(self.source, dict(self.variables), messages, generation_prompt)
+        """The conversation as transformers renders it, but with a fixed date, perhaps with the generation prompt of the
+        next answer. Raises: Unusable where the template refuses it."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
+        context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+        try:
+            return _compile_jinja_template(self.source).render(**context, **today, **dict(self.variables))
+        except Exception as error:  # a template is a program: division by zero, recursion, ...
+            raise Unusable("template", f"the chat template refuses the conversation ({first_line(error)})") from error
 
 
-def _render(source: str, variables: dict, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
-    """The text as transformers renders it, but with a fixed date."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
-    context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
-    try:
-        return _compile_jinja_template(source).render(**context, **today, **variables)
-    except Exception as error:  # a template is a program: division by zero, recursion, ...
-        raise Unusable("template", f"the chat template refuses the conversation ({first_line(error)})") from error
-
-
-def own_variables(tokenizer) -> dict[str, str]:
+def own_variables(tokenizer) -> tuple[tuple[str, str], ...]:
     """The tokenizer's named special tokens, as a template may name them."""
-    return {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    named = tokenizer.special_tokens_map.items()
+    return tuple(sorted((key, str(value)) for key, value in named if isinstance(value, str)))
 
 
 def special_texts(tokenizer) -> dict[str, int]:
@@ -76,7 +72,7 @@ def special_texts(tokenizer) -> dict[str, int]:
 
 def added_texts(tokenizer) -> dict[str, int]:
     """Text -> id of every token added to a tokenizer's vocabulary, special or not."""
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()} | special_texts(tokenizer)
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
 
 
 def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
@@ -85,19 +81,15 @@ def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
     Some tokenizers add their turn markers without calling them special; in a content they would still act as markers.
     Marks of reasoning that are not called special (Qwen3's `<think>`) are what such a model writes itself.
     """
-    sources = [template.source, template.end_of_turn, template.bos]
-    with contextlib.suppress(InputError):
-        native = native_template(tokenizer)
-        sources += [native.source, native.end_of_turn, native.bos]
+    both = [each for each in (template, template_of(tokenizer)) if each]
+    sources = [text for each in both for text in (each.source, each.end_of_turn, each.bos)]
     used = {text for text in added_texts(tokenizer) if not text.isspace() and any(text in s for s in sources)}
     return (used - REASONING_MARKS) | set(special_texts(tokenizer))
 
 
-def _first_of(texts, text: str) -> str | None:
-    """The leftmost, then longest, of `texts` in `text`."""
-    pattern = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True))
-    match = re.search(pattern, text) if pattern else None
-    return match[0] if match else None
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds the leftmost, then longest, of these texts."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text) or "(?!)")
 
 
 # spellings of the tokens around a reasoning text: a family that owns them writes them into answers, as text
@@ -107,14 +99,14 @@ _PROBE = [{"role": "user", "content": "QZ0ZQ"}, {"role": "assistant", "content":
 
 def _own(name: str, source: str, tokenizer) -> ChatTemplate:
     """A template, with the BOS and end of turn that it renders for this tokenizer."""
-    variables = own_variables(tokenizer)
-    text = _render(source, variables, _PROBE)
-    head, _, tail = text.partition("QZ1ZQ")
-    end_of_turn = _first_of([text for text in added_texts(tokenizer) if not text.isspace()], tail) or ""
-    bos = variables.get("bos_token", "")
-    if not bos or not head.startswith(bos) or _opens_turns(bos, head, end_of_turn):
+    template = ChatTemplate(name, source, "", "", own_variables(tokenizer))
+    head, _, tail = template.render(_PROBE).partition("QZ1ZQ")
+    found = any_of(text for text in added_texts(tokenizer) if not text.isspace()).search(tail)
+    end_of_turn = found[0] if found else ""
+    bos = dict(template.variables).get("bos_token", "")
+    if not head.startswith(bos) or _opens_turns(bos, head, end_of_turn):
         bos = ""
-    return ChatTemplate(name, source, bos, end_of_turn, tuple(sorted(variables.items())))
+    return replace(template, bos=bos, end_of_turn=end_of_turn)
 
 
 def _opens_turns(bos: str, head: str, end_of_turn: str) -> bool:
@@ -153,6 +145,14 @@ def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
     return _built_in(family)
 
 
+def template_of(tokenizer) -> ChatTemplate | None:
+    """The `native_template` of a tokenizer, None where it has none."""
+    try:
+        return native_template(tokenizer)
+    except InputError:
+        return None
+
+
 def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemplate:
     """The template that the option `template` names.
 
@@ -165,9 +165,9 @@ def resolve_template(template: str, tokenizer, pivot_tokenizer=None) -> ChatTemp
     Raises: InputError for an unknown name, an unreadable file, or a tokenizer without a template.
     """
     if template in ("native", "pivot"):
-        if template == "native" or pivot_tokenizer is None:
-            return replace(native_template(tokenizer, _name(tokenizer, "the model")), name=template)
-        return replace(native_template(pivot_tokenizer, _name(pivot_tokenizer, "the pivot")), name=template)
+        own = template == "native" or pivot_tokenizer is None
+        chosen, unnamed = (tokenizer, "the model") if own else (pivot_tokenizer, "the pivot")
+        return replace(native_template(chosen, getattr(chosen, "name_or_path", "") or unnamed), name=template)
     if template in BUILT_IN:
         return _built_in(template)
     if template == "text":
@@ -199,20 +199,13 @@ def check_template(skipped: list[dict], total: int) -> None:
             )
 
 
-def _name(tokenizer, otherwise: str) -> str:
-    return getattr(tokenizer, "name_or_path", "") or otherwise
-
-
 def end_of_turn_of(tokenizer) -> str:
     """The text of a tokenizer's own end-of-turn token: the one its template puts after an answer, else its EOS.
 
     Raises: InputError where it has neither.
     """
-    try:
-        text = native_template(tokenizer).end_of_turn
-    except InputError:
-        text = ""
-    text = text if text in added_texts(tokenizer) else tokenizer.eos_token
+    template = template_of(tokenizer)
+    text = template.end_of_turn if template and template.end_of_turn in added_texts(tokenizer) else tokenizer.eos_token
     if not text:
         raise InputError("end of turn for the tokenizer: expected an EOS token, got none. Set tokenizer.eos_token.")
     return text
@@ -224,11 +217,7 @@ def bos_of(tokenizer) -> str:
     bos = tokenizer.bos_token
     if not bos:
         return ""
-    try:
-        template = native_template(tokenizer)
-    except InputError:
-        template = None
-    if template is not None:
+    if template := template_of(tokenizer):
         if template.bos == bos:
             return bos
         if _opens_turns(bos, template.render(_PROBE).partition("QZ1ZQ")[0], template.end_of_turn):

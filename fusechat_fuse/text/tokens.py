@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fusechat_fuse.errors import InputError
 
@@ -161,18 +161,14 @@ class TokenTable:
         self.added = {i: (token.lstrip, token.rstrip) for i, token in added.items()}
 
 
-_tables: OrderedDict[tuple[int, int], tuple[object, TokenTable]] = OrderedDict()
+@lru_cache(maxsize=8)
+def _table(tokenizer, size: int) -> TokenTable:
+    return TokenTable(tokenizer)
 
 
 def token_table(tokenizer) -> TokenTable:
     """The `TokenTable` of a tokenizer, built once per object (the last eight are cached)."""
-    key = (id(tokenizer), backend_of(tokenizer).get_vocab_size())
-    if key not in _tables:
-        _tables[key] = (tokenizer, TokenTable(tokenizer))  # keeps the tokenizer alive: its id stays unique
-        while len(_tables) > 8:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    return _tables[key][1]
+    return _table(tokenizer, backend_of(tokenizer).get_vocab_size())
 
 
 def _definition_of_ids(tokenizer) -> dict:
@@ -225,14 +221,9 @@ def same_vocabulary(a, b) -> bool:
     if ta.pipeline.family != tb.pipeline.family:
         return False
 
-    def differs(x: TokenTable, y: TokenTable, i: int) -> bool:
-        if x.bytes[i] is None:
-            return False
-        if i >= len(y.bytes):
-            return True
-        return y.pieces[i] != x.pieces[i]
+    def has_all(x: TokenTable, y: TokenTable) -> bool:
+        """Whether x has the ordinary tokens of y, by the same ids."""
+        ordinary = [i for i, spelt in enumerate(y.bytes) if spelt is not None]
+        return all(i < len(x.pieces) and x.pieces[i] == y.pieces[i] for i in ordinary)
 
-    ordinary = sum(piece is not None for piece in ta.bytes)
-    return ordinary > 0 and not (
-        any(differs(ta, tb, i) for i in range(len(ta.bytes))) or any(differs(tb, ta, i) for i in range(len(tb.bytes)))
-    )
+    return any(spelt is not None for spelt in ta.bytes) and has_all(ta, tb) and has_all(tb, ta)
