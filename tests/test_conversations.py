@@ -3,7 +3,6 @@
 import gzip
 import json
 import logging
-import pickle
 import tempfile
 import tracemalloc
 from functools import partial
@@ -266,13 +265,6 @@ def test_rows_of_a_data_frame_are_read_as_those_of_its_file(tmp_path):
     thinking = [USER, {**ANSWER, "thinking": np.array(["so"]), "content": np.array([{"type": "text", "text": "Hi"}])}]
     _, report = read_conversations([{"messages": np.array(thinking), "system": np.array(["x"])}])
     assert report.counts()["repaired"] == {"reasoning_content": 1, "system_column": 1}
-
-
-def test_conversations_pickle():
-    found, _ = read_conversations([SHAREGPT, {"id": "b", "slice": "s", **MESSAGES}])
-    for one, again in zip(found, pickle.loads(pickle.dumps(found)), strict=True):
-        assert again.messages == one.messages
-        assert (again.id, again.content_hash, again.slice, again.row) == (one.id, one.content_hash, one.slice, one.row)
 
 
 def test_ids_are_unique_whatever_names_the_rows_bring():

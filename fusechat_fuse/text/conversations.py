@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,20 +51,6 @@ class Conversation:
         answer that is not to be predicted has `weight` 0."""
         keys = ("role", "content", "weight")
         return [dict(zip(keys, fields)) for fields in self.spool.read(self.start, self.size)]
-
-    def __reduce__(self):  # the spool belongs to its process
-        fields = (self.id, self.content_hash, self.slice, self.row, canonical_json(self.messages))
-        return _unpickled, fields
-
-
-@cache
-def _spool_of_unpickled() -> Spool:
-    return Spool()
-
-
-def _unpickled(name: str, digest: str, slice_name: str | None, row: int, fields: str) -> Conversation:
-    spool = _spool_of_unpickled()
-    return Conversation(name, digest, slice_name, row, spool, *spool.append(fields))
 
 
 @dataclass
@@ -129,9 +114,10 @@ def read_conversations(
         check_integer("limit for chat data", limit)
     if shuffle_seed is not None:
         check_integer("shuffle_seed for chat data", shuffle_seed, least=0)
-    sources = _sources(data, split)
-    report = ReadReport(_name_of(data), strict, data=[shown_name(name) for name in _names_of(data)])
-    usable = _usable(_numbered(sources, report), report, messages_column, prompts)
+    names = [str(name) for name in _paths(data)]
+    name = f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else "the given rows"
+    report = ReadReport(name, strict, data=[shown_name(name) for name in names])
+    usable = _usable(_sources(data, split), report, messages_column, prompts)
     if shuffle_seed is None:
         found = list(islice(usable, limit))
     else:
@@ -149,11 +135,10 @@ def read_conversations(
     return found, report
 
 
-def _usable(rows, report: ReadReport, messages_column: str | None, prompts: bool) -> Iterator[Conversation]:
-    """The usable conversations among numbered rows; the report learns of the others."""
+def _usable(sources, report: ReadReport, messages_column: str | None, prompts: bool) -> Iterator[Conversation]:
+    """The usable conversations among the rows of all sources; the report learns of the others."""
     seen, spool = Counter(), Spool()
-    for number, file_slice, row in rows:
-        report.rows += 1
+    for file_slice, number, row in _numbered(sources, report):
         name = row_name(row)
         try:
             messages, repairs = clean_messages(row, messages_column, prompts)
@@ -185,17 +170,10 @@ def _unique_id(given: str, seen: Counter) -> str:
     return name
 
 
-def _names_of(data) -> list[str]:
-    """The paths and Hub names in what is to be read."""
+def _paths(data) -> list[str | Path]:
+    """The paths and Hub names that are to be read; none of rows."""
     entries = data if isinstance(data, list | tuple) else [data]
-    return [str(entry) for entry in entries if isinstance(entry, str | Path)]
-
-
-def _name_of(data) -> str:
-    entries = data if isinstance(data, list | tuple) else [data]
-    if not entries or not all(isinstance(entry, str | Path) for entry in entries):
-        return "the given rows"
-    return f"{entries[0]}" + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
+    return list(entries) if all(isinstance(entry, str | Path) for entry in entries) else []
 
 
 def _sources(data, split: str) -> list[tuple[str | None, Source]]:
@@ -203,22 +181,20 @@ def _sources(data, split: str) -> list[tuple[str | None, Source]]:
 
     Files whose names differ only in numbers (train-00001-of-00008) are one slice.
     """
-    several = isinstance(data, list | tuple) and len(data) > 1 and all(isinstance(e, str | Path) for e in data)
-    if not several:
+    paths = _paths(data)
+    names = [re.sub(r"[-_.]*\d+([-_.]of[-_.]\d+)?$", "", Path(path).name.split(".")[0]) for path in paths]
+    if len(set(names)) < 2:
         return [(None, source) for source in data_sources(data, split)]
-    names = {str(entry): re.sub(r"[-_.]*\d+([-_.]of[-_.]\d+)?$", "", Path(entry).name.split(".")[0]) for entry in data}
-    one = len(set(names.values())) == 1
-    return [(None if one else names[str(e)] or None, source) for e in data for source in data_sources(e, split)]
+    return [(name or None, source) for path, name in zip(paths, names) for source in data_sources(path, split)]
 
 
-def _numbered(sources: list[tuple[str | None, Source]], report: ReadReport) -> Iterator[tuple[int, str | None, Any]]:
-    """(number over all sources, slice of its file, row) of all rows; the report learns where each source begins."""
-    number = 0
+def _numbered(sources: list[tuple[str | None, Source]], report: ReadReport) -> Iterator[tuple[str | None, int, Any]]:
+    """(slice of its file, number over all sources, row) of all rows; the report learns where each source begins."""
     for file_slice, (name, rows) in sources:
-        report.begins.append((name, number))
+        report.begins.append((name, report.rows))
         for row in rows:
-            yield number, file_slice, row
-            number += 1
+            report.rows += 1
+            yield file_slice, report.rows - 1, row
 
 
 def load_conversations(

@@ -163,7 +163,7 @@ def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
         return
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
-    elif isinstance(rows, dict) and _are_splits(rows):
+    elif isinstance(rows, dict) and _CHAT_COLUMNS.isdisjoint(rows) and set(map(type, rows.values())) == {list}:
         rows, is_split = _of_split(path, rows, split), True
     if not isinstance(rows, list):
         kind = "a single object" if isinstance(rows, dict) else type(rows).__name__
@@ -171,10 +171,6 @@ def _json_rows(path: Path, split: str, is_split: bool) -> Iterator[Any]:
     if not is_split:
         raise _no_splits(path, split)
     yield from rows
-
-
-def _are_splits(rows: dict) -> bool:
-    return bool(rows) and not _CHAT_COLUMNS & set(rows) and all(isinstance(value, list) for value in rows.values())
 
 
 def _lines_of(path: Path) -> Iterator[Any]:
@@ -213,9 +209,8 @@ def _from_disk(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged file may raise anything
-        first = first_line(error)
         raise InputError(
-            f"data for {path}: expected a data set written by save_to_disk, got {first}. Save it again."
+            f"data for {path}: expected a data set written by save_to_disk, got {first_line(error)}. Save it again."
         ) from error
 
 
@@ -229,7 +224,8 @@ def _directory(path: Path, split: str) -> list[Source]:
         return [(str(path), saved)]
     if _lists_its_files(path / "README.md"):
         return [(str(path), _loaded(str(path), split))]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_visible(file.relative_to(path)))
+    found = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    files = sorted(path / file for file in found if not any(part.startswith(".") for part in file.parts))
     unread = [file.name for file in files if not _kind(file) and file.suffix.lower() in _UNREAD]
     files = [file for file in files if _kind(file) and file.name not in _ABOUT_DATA]
     if not files:
@@ -246,10 +242,6 @@ def _each_once(name, files: list[Path]) -> list[Path]:
             both = f"{file.with_suffix('').name} and {file.name}"
             raise InputError(f"data for {name}: expected each file once, got {both}. Give the files to be read.")
     return files
-
-
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
 
 
 def _lists_its_files(readme: Path) -> bool:
