@@ -162,7 +162,13 @@ class ConversationEncoder:
         reasoning = tuple(n for n, message in enumerate(messages) if "</think>" in message["content"])
         layout = self._layout(tuple(message["role"] for message in messages), reasoning)
         contents = [messages[i]["content"].lstrip(a).rstrip(b) for i, (a, b) in zip(layout.order, layout.trims)]
-        self._check_rendering(layout, contents, messages)
+        text, position = self.template.render([{"role": m["role"], "content": m["content"]} for m in messages]), 0
+        for n, piece, content in zip([*layout.order, len(messages) - 1], layout.pieces, [*contents, ""]):
+            if not text.startswith(piece + content, position):
+                raise Unusable("template", f"the chat template changes the text of or around message {n}")
+            position += len(piece) + len(content)
+        if position != len(text):
+            raise Unusable("template", "the chat template adds text at the end")
         return layout, contents
 
     def _ids(self, text: str) -> list[int]:
@@ -178,16 +184,6 @@ class ConversationEncoder:
         if isinstance(layout := self._layouts[key], Unusable):
             raise Unusable(layout.reason, str(layout))
         return layout
-
-    def _check_rendering(self, layout: Layout, contents: list[str], messages: list[dict[str, str]]) -> None:
-        text = self.template.render([{"role": m["role"], "content": m["content"]} for m in messages])
-        position = 0
-        for n, piece, content in zip([*layout.order, len(messages) - 1], layout.pieces, [*contents, ""]):
-            if not text.startswith(piece + content, position):
-                raise Unusable("template", f"the chat template changes the text of or around message {n}")
-            position += len(piece) + len(content)
-        if position != len(text):
-            raise Unusable("template", "the chat template adds text at the end")
 
     def _own_pieces(self, pieces: tuple[str, ...]) -> list[str]:
         """The template's pieces with BOS and end of turn replaced by this model's."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import ChatTemplate
 
-Trim = tuple[str | None, str | None]
 _MARK = re.compile(r"(?:<think>\nQZ\d+ZQ\n</think>\n\n)?QZ\d+ZQ")
 _LINES = "\n" * 9  # more than a template puts before or after a content itself
 
@@ -36,7 +35,7 @@ class Layout:
 
     pieces: tuple[str, ...]
     order: tuple[int, ...]
-    trims: tuple[Trim, ...]
+    trims: tuple[tuple[str | None, str | None], ...]
     predicted: tuple[bool, ...]
     generated: tuple[int, ...]
     ended: tuple[bool, ...]
@@ -122,7 +121,7 @@ def _probe_alike(pieces_of: dict[int, tuple[str, ...]], probe: Callable[[int], t
     return found
 
 
-def _trims(template: ChatTemplate, roles: tuple[str, ...], marks: list[str]) -> tuple[Trim, ...]:
+def _trims(template: ChatTemplate, roles: tuple[str, ...], marks: list[str]) -> tuple:
     """What is trimmed off each content, left and right, in the order of the text."""
     blanks = _MARK.split(_render(template, roles, [f" \n\t{mark}\t\n " for mark in marks]))
     lines = _MARK.split(_render(template, roles, [f"{_LINES}{mark}{_LINES}" for mark in marks]))

@@ -84,8 +84,7 @@ def clean_messages(
         raise Unusable("empty", "expected at least one message, got none")
     messages = [_checked(n, message) for n, message in enumerate(raw)]
     repairs = _unused_parts(row, raw, messages)
-    messages = [_plain(message) for message in _with_system(row, messages, repairs)]
-    return _alternating(messages, repairs, prompts), repairs
+    return _alternating(_with_system(row, messages, repairs), repairs, prompts), repairs
 
 
 def _as_python(value: Any) -> Any:
@@ -134,23 +133,18 @@ def _alpaca(row: dict) -> list:
     question, more = row["instruction"], row.get("input")
     if more:
         question = f"{question}\n\n{more}" if isinstance(question, str) and isinstance(more, str) else [question, more]
+    history = [] if row.get("history") in (None, "") else row["history"]
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise Unusable("not_chat", f"history: expected pairs of question and answer, got {history!r:.80}")
     return [
         {"role": role, "content": content}
-        for turn in [*_history(row.get("history")), (question, row.get("output", ""))]
+        for turn in [*history, (question, row.get("output", ""))]
         for role, content in zip(("user", "assistant"), turn)
     ]
 
 
-def _history(value: Any) -> list:
-    """Earlier turns: pairs of question and answer."""
-    turns = [] if value in (None, "") else value
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise Unusable("not_chat", f"history: expected pairs of question and answer, got {value!r:.80}")
-    return turns
-
-
 def _checked(position: int, message: Any) -> dict[str, Any]:
-    """One message as {role, content, weight}."""
+    """One message as {role, content}, and weight 0 on an answer that is not to be predicted."""
     if isinstance(message, dict) and message.get("role") is None:
         message = {**message, "role": message.get("from")}
     if not isinstance(message, dict) or not isinstance(message["role"], str):
@@ -163,7 +157,7 @@ def _checked(position: int, message: Any) -> dict[str, Any]:
         raise Unusable("tool_calls", f"message {position}: expected an answer of text alone, got {calls} as well")
     content = _text_of(position, message.get("value") if message.get("content") is None else message["content"])
     check_unicode(f"message {position}", content)
-    return {"role": role, "content": content, "weight": 0 if _is_masked(message) else 1}
+    return {"role": role, "content": content} | ({"weight": 0} if role == "assistant" and _is_masked(message) else {})
 
 
 def _is_masked(message: dict) -> bool:
@@ -177,16 +171,9 @@ def _truth(value: Any) -> Any:
     return _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
-def _marks_not_understood(message: dict) -> tuple[list[str], list[str]]:
-    """(fields whose value is neither true nor false, unknown fields that look like a mark of what is trained on)."""
-    known = (*TRAINED_FIELDS, *MASKED_FIELDS)
-    odd = [f"{name} {message[name]!r:.40}" for name in known if _truth(message.get(name)) not in (None, 0, 1)]
-    unknown = [
-        name
-        for name, value in message.items()
-        if name not in known and (str(value).lower() in ("true", "false") or (value and _LIKE_A_MARK.search(name)))
-    ]
-    return odd, unknown
+def _looks_like_a_mark(name: str, value: Any) -> bool:
+    """Whether a field may say whether its message is trained on."""
+    return str(value).lower() in ("true", "false") or bool(value and _LIKE_A_MARK.search(name))
 
 
 def check_unicode(what: str, text: str) -> None:
@@ -218,11 +205,14 @@ def _unused_parts(row: dict, raw: list, messages: list[dict]) -> list[tuple[str,
     reasoning = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
     if reasoning:
         repairs.append(("reasoning_content", f"reasoning of message {', '.join(reasoning)} left out"))
-    for n, message in enumerate(messages):
-        if message["role"] == "assistant" and message["weight"]:
-            odd, unknown = _marks_not_understood(raw[n])
+    known = (*TRAINED_FIELDS, *MASKED_FIELDS)
+    for n, (message, fields) in enumerate(zip(messages, raw)):
+        if message["role"] == "assistant" and "weight" not in message:
+            odd = [f"{name} {fields[name]!r:.40}" for name in known if _truth(fields.get(name)) not in (None, 0, 1)]
             if odd:
                 repairs.append(("weight", f"message {n}: {', '.join(odd)} taken as 1"))
+            others = [(name, value) for name, value in fields.items() if name not in known]
+            unknown = [name for name, value in others if _looks_like_a_mark(name, value)]
             if unknown:
                 repairs.append(("unknown_mark", f"message {n} is predicted: {', '.join(unknown)} not understood"))
     return repairs
@@ -242,12 +232,6 @@ def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]
     elif text.strip():
         return [_checked(0, {"role": "system", "content": text}), *rest]
     return messages
-
-
-def _plain(message: dict) -> dict[str, Any]:
-    """{role, content}, and weight 0 on an answer that is not to be predicted."""
-    weight = {"weight": 0} if message["role"] == "assistant" and message["weight"] == 0 else {}
-    return {"role": message["role"], "content": message["content"], **weight}
 
 
 def _alternating(messages: list[dict], repairs: list[tuple[str, str]], prompts: bool) -> list[dict]:

@@ -44,7 +44,6 @@ class _Text:
         self.table, self.text, self.raw = table, text, text.encode()
 
     def spans(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """See `token_spans`."""
         added = self.table.added
         lengths, gaps = np.zeros(len(ids), np.int64), np.zeros(len(ids) + 1, np.int64)
         cuts = [] if added.keys().isdisjoint(ids) else [k for k, i in enumerate(ids) if i in added]

@@ -42,7 +42,7 @@ def backend_of(tokenizer):
 
 
 def component(part) -> dict:
-    """A normalizer, pre-tokenizer or decoder as the dictionary that tokenizer.json holds ({} for None)."""
+    """A model, normalizer, pre-tokenizer or decoder as the dictionary that tokenizer.json holds ({} for None)."""
     return {} if part is None else json.loads(part.__getstate__())
 
 
@@ -77,7 +77,7 @@ def _unknown_piece(model) -> str | None:
     """The unknown token of a tokenizer's model, if it has one."""
     if type(model).__name__ != "Unigram":
         return getattr(model, "unk_token", None)
-    state = json.loads(model.__getstate__())
+    state = component(model)
     return None if state.get("unk_id") is None else state["vocab"][state["unk_id"]][0]
 
 
@@ -171,23 +171,6 @@ def token_table(tokenizer) -> TokenTable:
     return _table(tokenizer, backend_of(tokenizer).get_vocab_size())
 
 
-def _definition_of_ids(tokenizer) -> dict:
-    backend = backend_of(tokenizer)
-    model = json.loads(backend.model.__getstate__())
-    if "merges" in model:
-        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    added = {
-        i: [token.content, token.normalized, token.lstrip, token.rstrip, token.single_word]
-        for i, token in sorted(backend.get_added_tokens_decoder().items())
-    }
-    return {
-        "model": model,
-        "normalizer": component(backend.normalizer),
-        "pre_tokenizer": component(backend.pre_tokenizer),
-        "added_tokens": added,
-    }
-
-
 def tokenizer_hash(tokenizer) -> str:
     """SHA-256 of all that decides a tokenizer's ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
 
@@ -199,7 +182,15 @@ def tokenizer_hash(tokenizer) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    described = json.dumps(_definition_of_ids(tokenizer), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    backend = backend_of(tokenizer)
+    definition = {name: component(getattr(backend, name)) for name in ("model", "normalizer", "pre_tokenizer")}
+    if merges := definition["model"].get("merges"):
+        definition["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    definition["added_tokens"] = {
+        i: [token.content, token.normalized, token.lstrip, token.rstrip, token.single_word]
+        for i, token in backend.get_added_tokens_decoder().items()
+    }
+    described = json.dumps(definition, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(described.encode()).hexdigest()
 
 
