@@ -511,6 +511,23 @@ def test_tokenizer_of_another_model_is_said(tmp_path, folder, openchat):
         represent(make_model(), folder / "data.json", tmp_path / "t", tokenizer=openchat)
 
 
+def test_progress_is_a_bar_in_a_terminal_and_lines_in_a_log(tmp_path, folder, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("fusechat_fuse.progress.SECONDS", 0.0)
+    caplog.set_level("INFO", "fusechat_fuse.progress")
+    represent(folder / "m", folder / "data.json", tmp_path / "r", shard_size=10, tokens_per_batch=600)
+    lines = [record.getMessage() for record in caplog.records if record.name == "fusechat_fuse.progress"]
+    assert re.fullmatch(r"\d+ of 23 conversations after 00:\d\d, (\?|00:\d\d) left \(.*\)", lines[0]), lines
+    assert lines[-1].startswith("23 of 23 conversations after 00:")
+    assert "conversation" not in capsys.readouterr().err.replace("Loading weights", "")
+    caplog.clear()
+    monkeypatch.setattr("fusechat_fuse.progress.SECONDS", 60.0)
+    represent(folder / "m", folder / "data.json", tmp_path / "s")  # over before a minute is
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    represent(folder / "m", folder / "data.json", tmp_path / "t")
+    assert not [record for record in caplog.records if record.name == "fusechat_fuse.progress"]
+    assert "23/23" in capsys.readouterr().err
+
+
 def test_predicted_ids_beyond_the_head_are_said_and_ids_of_the_prompt_are_not(tmp_path, tiny_bpe):
     """Some heads have fewer rows than the embedding: ids of images stand in prompts alone."""
     model, highest = make_model(), 500

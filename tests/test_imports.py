@@ -46,6 +46,7 @@ SHARED = (
     "processes",
     "errors",
     "presets",
+    "progress",
     "flags",
 )  # which any room may use; they use none
 COMMAND = ("cli", "commands")  # the top, which nothing below it uses

@@ -23,6 +23,7 @@ from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts, save_counts
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
+from fusechat_fuse.progress import progress
 from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
 from fusechat_fuse.store.shards import Representation
 
@@ -172,9 +173,7 @@ def _call(shard: int):
 
 def _each(work: Callable[[int], Any], shards: list[int], processes: int, title: str) -> list:
     """work(shard) for each shard, in one process or several (`work` is then pickled); results in order of `shards`."""
-    from tqdm.auto import tqdm
-
-    bar = partial(tqdm, total=len(shards), desc=title, unit="shard", disable=len(shards) < 2)
+    bar = partial(progress, total=len(shards), desc=title, unit="shard", show=len(shards) > 1)
     processes = min(processes, len(shards))
     if processes < 2:
         return list(bar(map(work, shards)))

@@ -62,12 +62,12 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
 
     Source: FuseLLM (arXiv 2401.10491) section 3.2. The released FuseChat code cannot run this mode.
     """
-    from tqdm.auto import tqdm
+    from fusechat_fuse.progress import progress
 
     mapping = exact_map(source_bytes, by_bytes)
     texts = {i: _characters(piece) for i, piece in enumerate(source_bytes) if piece and mapping[i] < 0}
     ascending = [(_characters(piece), i) for piece, i in sorted(by_bytes.items(), key=lambda item: item[1])]
-    with tqdm(total=len(texts), desc="nearest tokens", unit="token", disable=len(texts) < 2048) as bar:
+    with progress(total=len(texts), desc="nearest tokens", unit="token", show=len(texts) >= 2048) as bar:
         for i, nearest in _one_edit_away(texts, ascending):
             mapping[i] = nearest
             del texts[i]

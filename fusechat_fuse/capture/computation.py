@@ -15,6 +15,7 @@ from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.manifest import Capture, check_finite, finish
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.processes import Process
+from fusechat_fuse.progress import progress
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
@@ -96,18 +97,16 @@ def compute(
     Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
         not fit into memory; RuntimeError where too many conversations have logits that are not finite.
     """
-    from tqdm.auto import tqdm
-
     total, skipped = sum(map(len, shards)), []
-    progress = tqdm(total=sum(len(shards[n]) for n in mine), unit="conversation", disable=None if show else True)
-    with progress, ThreadPoolExecutor(1) as background:
+    bar = progress(total=sum(len(shards[n]) for n in mine), unit="conversation", show=show)
+    with bar, ThreadPoolExecutor(1) as background:
         written: Future | None = None
         for number, shard in zip(mine, encode_ahead(encoder, (shards[n] for n in mine))):
             check_template(skipped + shard.skipped, total)
             _check_ids(shard.encoded, runner.vocab_size)
-            progress.update(len(shards[number]) - len(shard.encoded))
+            bar.update(len(shards[number]) - len(shard.encoded))
             padded = runner.padded
-            rows = _rows(shard, runner(shard.encoded, progress))
+            rows = _rows(shard, runner(shard.encoded, bar))
             if number == mine[0]:
                 _warn_if_worse_than_random(rows)
             info = _info(shard, rows, runner, padded, encoder.end_of_turn_id)

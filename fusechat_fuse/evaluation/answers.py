@@ -28,6 +28,7 @@ from fusechat_fuse.evaluation.questions import (
 from fusechat_fuse.models.files import adapter_base, is_named, load_fast_tokenizer, model_file, with_gguf
 from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import load_in_of, load_to_device
+from fusechat_fuse.progress import progress
 from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.text.chat import ConversationEncoder
@@ -214,9 +215,8 @@ class _Kept:
 def _answer_batches(generator: Generator, batches: list[list[Question]], kept: _Kept, seed: int) -> None:
     """Answer batch after batch; what is sampled depends on the seed and the batch alone."""
     import torch
-    from tqdm.auto import tqdm
 
-    with tqdm(total=sum(map(len, batches)), desc="answer", unit="question") as progress:
+    with progress(total=sum(map(len, batches)), desc="answer", unit="question") as bar:
         for batch in batches:
             name = f"{seed} {batch[0].key} {len(batch)}"
             torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:15], 16))
@@ -227,7 +227,7 @@ def _answer_batches(generator: Generator, batches: list[list[Question]], kept: _
                 for q, turns in zip(batch, answers, strict=True)
             ]
             kept.add([entry for entry in entries if entry["key"] not in kept.answers])
-            progress.update(len(batch))
+            bar.update(len(batch))
 
 
 def _answer_batch(generator: Generator, batch: list[Question]) -> list[list[Answer]]:
