@@ -1,6 +1,7 @@
 """`train`: a pivot directory and aligned data in, a loadable target out; what it refuses; how it continues."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -288,42 +289,73 @@ def test_low_rank_adapters_are_merged_into_the_target(pivot, data, tmp_path):
 
 WORKER = """
 import os, signal, sys
-from fusechat_fuse.training.trainer import FusionTrainer
+from transformers import Trainer
+from fusechat_fuse.training import run_directory, target
+from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run import train
+from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.tiny_runs import config
 
-def log(self, logs, start_time=None, original=FusionTrainer.log):
-    original(self, logs, start_time)
-    if self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+PLACES = {  # name -> owner, function, whether it is done before the kill, number of the call
+    "claimed": (run_directory.RunDirectory, "claim", True, 1),
+    "second step": (FusionTrainer, "training_step", False, 3),
+    "weights of a checkpoint": (Trainer, "_save_optimizer_and_scheduler", False, 1),
+    "fourth step": (FusionTrainer, "training_step", True, 7),
+    "optimizer of a checkpoint": (Trainer, "_save_rng_state", False, 1),
+    "checkpoint": (FusionTrainer, "_save_checkpoint", True, 1),
+    "weights of the target": (PivotFiles, "copy_files", False, 1),
+    "target": (target, "replace_into", False, 1),
+    "before its end": (run_directory.RunDirectory, "finish", False, 1),
+}
 
-FusionTrainer.log = log
-pivot, data, output = sys.argv[1:]
+def kill(owner, name, done, number):
+    original, calls = getattr(owner, name), []
+    def killed(*args, **kwargs):
+        calls.append(name)
+        if len(calls) < number:
+            return original(*args, **kwargs)
+        if done:
+            original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, killed)
+
+pivot, data, output, place = sys.argv[1:]
+if place in PLACES:
+    kill(*PLACES[place])
 settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
 train(pivot, data, config(output, **settings))
 """
+PLACES = re.findall(r'^    "(.*)": \(', WORKER, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_as_if_it_had_not_been(pivot, data, forked, tmp_path):
+def test_a_run_killed_nine_times_is_the_run_that_was_not(pivot, data, forked, tmp_path):
+    """The same command after each kill: in a step, in every part of a checkpoint, while the target is written."""
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, str(tmp_path / "worker.py"), str(pivot), str(data), str(tmp_path / "killed")]
-    assert forked.run(command).returncode == -signal.SIGKILL
-    assert (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists()
-    assert not (tmp_path / "killed" / "README.md").exists()
+
+    def run(name, place):
+        command = [sys.executable, str(tmp_path / "worker.py"), str(pivot), str(data), str(tmp_path / name), place]
+        return forked.run(command).returncode
+
+    for place in PLACES:
+        assert run("killed", place) == -signal.SIGKILL, place
+        assert not json.loads((tmp_path / "killed" / "fusion_run.json").read_bytes())["finished"]
     # a checkpoint that the kill cut short has no trainer_state.json: it may not be continued from
     (tmp_path / "killed" / "checkpoint-99").mkdir()
     (tmp_path / "killed" / "checkpoint-99" / "model.safetensors").write_bytes(b"")
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
-    train(pivot, data, config(tmp_path / "killed", **settings))
-    train(pivot, data, config(tmp_path / "whole", **settings))
+    assert [run(name, "none") for name in ("killed", "whole")] == [0, 0]
     assert len(logged(tmp_path / "whole")) == 9
     # the same up to rounding: where weights read from a file lie in memory decides how sums are split into vectors
     assert logged(tmp_path / "killed") == pytest.approx(logged(tmp_path / "whole"), rel=1e-5)
+    metrics = [json.loads((tmp_path / n / "fusion_run.json").read_bytes())["metrics"] for n in ("killed", "whole")]
+    assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"], rel=1e-5)
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     start = load_file(pivot / "model.safetensors")
     for name, tensor in whole.items():
         assert (killed[name] - tensor).abs().mean() <= 1e-3 * (tensor - start[name]).abs().mean() + 1e-9, name
+    assert {file.name for file in (tmp_path / "killed").iterdir()} - {"checkpoint-99"} == {
+        file.name for file in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_arguments_parse_as_flags():

@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models.files import rope_boundary
 from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.shards import Representation, load_representation
 
@@ -114,20 +115,18 @@ def check_rope(config, dataset, *, max_length: int, batch_size: int) -> None:
     Args:
         config: the pivot's. dataset: as `open_dataset` returned it. batch_size: conversations that are padded together.
     """
-    rope: dict = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for one in [rope, *rope.values()]:  # by the kind of layer, in some models
-        if not isinstance(one, dict) or one.get("rope_type") != "longrope" or batch_size == 1:
-            continue
-        limit = one["original_max_position_embeddings"]
-        for data in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            lengths = getattr(data, "num_tokens", np.array([1, max_length]))  # any, where they are not known
-            longer = np.minimum(lengths, max_length) > limit
-            if data is not None and longer.any() and not longer.all():
-                raise InputError(
-                    f"max_length for {config.model_type}: expected at most {limit} (original_max_position_embeddings), "
-                    "as longer conversations change the rotary factors of those in their batch, got "
-                    f"{max_length}. Lower it, or set per_device_train_batch_size and per_device_eval_batch_size to 1."
-                )
+    limit = rope_boundary(config)
+    if limit is None or batch_size == 1:
+        return
+    for data in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        lengths = getattr(data, "num_tokens", np.array([1, max_length]))  # any, where they are not known
+        longer = np.minimum(lengths, max_length) > limit
+        if data is not None and longer.any() and not longer.all():
+            raise InputError(
+                f"max_length for {config.model_type}: expected at most {limit} (original_max_position_embeddings), as "
+                f"longer conversations change the rotary factors of those in their batch, got {max_length}. Lower it, "
+                "or set per_device_train_batch_size and per_device_eval_batch_size to 1."
+            )
 
 
 def sources_of(dataset) -> list[str]:
