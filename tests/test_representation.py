@@ -291,7 +291,7 @@ def test_directory_without_a_row_is_free_and_its_earlier_owner_is_told(tmp_path)
     first = ShardWriter(tmp_path / "r", {"top_k": 3}, kind="representation")
     first.write(0, [], {"skipped": []})
     second = ShardWriter(tmp_path / "r", {"top_k": 10}, kind="representation")
-    assert not second.holds(0)
+    assert not (second.path / "shard-00000.json").exists()
     with pytest.raises(InputError, match="expected this run's identity, got another run's"):
         first.write(1, [make_row(rng, "a")])
     second.write(0, [make_row(rng, "a")])

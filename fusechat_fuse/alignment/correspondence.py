@@ -8,6 +8,7 @@ others, so that one sorted search serves the whole batch. Shape letters: P pivot
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -72,15 +73,9 @@ def joined_bytes(vocabulary: list[bytes | None]) -> np.ndarray:
 
     Where the bytes around a start are joined in no token of either vocabulary, no token could have run across it.
     """
-    spelled = b"\x00".join(piece for piece in vocabulary if piece and len(piece) > 1)
-    text = np.frombuffer(spelled, np.uint8)
-    lengths = np.array([len(piece) for piece in vocabulary if piece and len(piece) > 1], np.int64)
-    inner = np.ones(max(len(text) - 1, 0), bool)
-    cuts = np.cumsum(lengths + 1) - 1  # places of the separators
-    for at in (cuts[:-1] - 1, cuts[:-1]):
-        inner[at] = False
+    pairs = {pair for piece in vocabulary if piece for pair in pairwise(piece)}
     joined = np.zeros((256, 256), bool)
-    joined[text[:-1][inner], text[1:][inner]] = True
+    joined[tuple(np.array(list(pairs), np.int64).reshape(-1, 2).T)] = True
     return joined
 
 

@@ -8,9 +8,8 @@ where the run was killed nor on the number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
+from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.tokenizers import copy_tokenizer
@@ -74,7 +74,11 @@ def align(
     mapping = str(or_preset(preset, mapping=mapping)["mapping"])
     _check_options(mapping, num_proc, fail_under_coverage, counts)
     pivot, source = _open(pivot_representation, "pivot"), _open(source_representation, "source")
-    _check_distinct(pivot, source)
+    if origin(pivot) == origin(source):
+        raise InputError(
+            f"source representation for {source.path}: expected another model's, got the pivot's own ({pivot.path}). "
+            "Give the representation of a source."
+        )
     joined, join = join_conversations(pivot, source)
     job = Job(pivot, source, joined, TokenizerPair(pivot, source, cache_dir), MAPPINGS[mapping], safe_only)
     used_counts = load_counts(counts, job.pair) if job.needs_counts and counts else None
@@ -87,7 +91,13 @@ def align(
     job.vocab = job.pair.vocabularies(job.mapping, used_counts, workers=processes)
     write_shards(job, writer, processes)
     figures = figures_of([writer.info(shard)["info"] for shard in job.shards])
-    _check_coverage(figures["all"]["coverage"] or 0.0, fail_under_coverage, pivot, source)
+    coverage = figures["all"]["coverage"] or 0.0
+    if fail_under_coverage is not None and coverage < fail_under_coverage:
+        raise CoverageError(
+            f"coverage for {source.path} aligned to {pivot.path}: expected an answer for at least "
+            f"{fail_under_coverage:.2%} of the predicted tokens, got {coverage:.2%}. Check that both represent the "
+            "same texts, or lower the limit."
+        )
     inputs = {"source": str(source.path), "counts": None if counts is None else str(counts)}
     writer.finish(len(job.shards), _manifest(job, identity, join, figures) | {"inputs": inputs})
     return load_representation(writer.path).manifest
@@ -118,23 +128,11 @@ def _open(path, role: str) -> Representation:
     return opened.check()
 
 
-def _fingerprint(parts: list) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _check_distinct(pivot: Representation, source: Representation) -> None:
-    if origin(pivot) == origin(source):
-        raise InputError(
-            f"source representation for {source.path}: expected another model's, got the pivot's own ({pivot.path}). "
-            "Give the representation of a source."
-        )
-
-
 def _identity(job: Job, counts: AlignedCounts | None) -> dict:
     """What decides the content of the aligned data."""
     made_from = "this corpus" if job.needs_counts else None
     if counts is not None:
-        made_from = _fingerprint([counts.keys.tobytes().hex(), counts.counts.tobytes().hex()])
+        made_from = short_digest(repr([counts.keys.tobytes().hex(), counts.counts.tobytes().hex()]))
     options = {"mapping": job.mapping.name, "safe_only": bool(job.safe_only), "counts": made_from}
     return {"options": options, "pivot": origin(job.pivot), "source": origin(job.source)}
 
@@ -147,7 +145,7 @@ def origin(representation: Representation) -> dict:
         "model_fingerprint": manifest.get("model", {}).get("fingerprint"),
         "tokenizer": manifest["tokenizer"]["sha256"],
         "template": manifest.get("template"),
-        "data": _fingerprint([shard["sha256"] for shard in manifest["shards"]]),
+        "data": short_digest(repr([shard["sha256"] for shard in manifest["shards"]])),
     }
 
 
@@ -158,19 +156,16 @@ def join_conversations(pivot: Representation, source: Representation) -> tuple[l
         [(pivot row, source row)], and what was left out: counts and up to 20 ids of the conversations that only the
         pivot has, that only the source has, or whose content differs.
     """
-    source_rows = defaultdict(list)
-    keys = list(zip(source.ids, source.column("content_hash")))
-    for row, key in enumerate(keys):
+    source_rows = defaultdict(deque)
+    for row, key in enumerate(zip(source.ids, source.column("content_hash"))):
         source_rows[key].append(row)
-    for rows in source_rows.values():
-        rows.reverse()
     joined, only_pivot = [], []
     for row, key in enumerate(zip(pivot.ids, pivot.column("content_hash"))):
         if source_rows.get(key):
-            joined.append((row, source_rows[key].pop()))
+            joined.append((row, source_rows[key].popleft()))
         else:
             only_pivot.append(key[0])
-    only_source = [keys[row][0] for rows in source_rows.values() for row in rows]
+    only_source = [name for (name, _), rows in source_rows.items() for _ in rows]
     changed = Counter(only_pivot) & Counter(only_source)
     lists = {
         "only_pivot": list((Counter(only_pivot) - changed).elements()),
@@ -187,14 +182,6 @@ def join_conversations(pivot: Representation, source: Representation) -> tuple[l
     if len(joined) < max(len(pivot), len(source)):
         logger.warning("%d conversations joined; left out: %s", len(joined), {k: len(v) for k, v in lists.items()})
     return joined, join
-
-
-def _check_coverage(coverage: float, limit: float | None, pivot: Representation, source: Representation) -> None:
-    if limit is not None and coverage < limit:
-        raise CoverageError(
-            f"coverage for {source.path} aligned to {pivot.path}: expected an answer for at least {limit:.2%} of the "
-            f"predicted tokens, got {coverage:.2%}. Check that both represent the same texts, or lower the limit."
-        )
 
 
 def _manifest(job: Job, identity: dict, join: dict, figures: dict) -> dict:

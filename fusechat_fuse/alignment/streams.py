@@ -9,9 +9,8 @@ import numpy as np
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import Correspondence, correspond, line_up, safe_starts
 from fusechat_fuse.alignment.mappings import Mapping
-from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.sparse_rows import Mapped
-from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair
+from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair
 
 
 @dataclass
@@ -33,36 +32,24 @@ def make_batch(pivot_rows: list[dict], source_rows: list[dict], pair: TokenizerP
     for side, rows in ((pair.pivot, pivot_rows), (pair.source, source_rows)):
         for row in rows:
             side.check(row)
-    places, kept, conversation, start = _places(pivot_rows, pair.pivot)
-    of_source, has_text, _, _ = _places(source_rows, pair.source)
-    predictions = {name: _where(has_text, _joined(source_rows, name)) for name in ("ce", "topk_ids", "topk_logprobs")}
-    return Batch(Stream(**places), SourceStream(**of_source, **predictions), kept, conversation, start)
+    pivot, kept = _arrays(pivot_rows, pair.pivot)
+    source, _ = _arrays(source_rows, pair.source, "ce", "topk_ids", "topk_logprobs")
+    return Batch(Stream(*pivot[:4]), SourceStream(*source[:4], *source[6:]), kept, *pivot[4:])
 
 
-def _joined(rows: list[dict], name: str) -> np.ndarray:
-    return np.concatenate([row[name] for row in rows])
-
-
-def _where(kept: np.ndarray, array: np.ndarray) -> np.ndarray:
-    return array if kept.all() else array[kept]
-
-
-def _places(rows: list[dict], side: Side) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """(fields of a Stream, which tokens it kept, conversation and byte in the message of those)."""
+def _arrays(rows: list[dict], side: Side, *more: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """(ids, start, end, header, conversation, byte in the message and further columns of the tokens that a stream
+    keeps, bool [P_all] which these are)."""
     conversation = np.repeat(np.arange(len(rows)), [len(row["predicted"]) for row in rows])
     ids = np.concatenate([row["input_ids"][row["predicted"]] for row in rows])
-    start = _joined(rows, "start")
-    width = (_joined(rows, "end") - start).astype(np.int64)
-    place = line_up(conversation, _joined(rows, "message"), start)
-    kept = width > 0
-    places = {
-        "ids": ids,
-        "start": place,
-        "end": place + width,
-        "header": np.where(side.lengths[ids] > 0, np.maximum(side.lengths[ids] - width, 0), 0),
-    }
-    places = {name: _where(kept, array) for name, array in places.items()}
-    return places, kept, _where(kept, conversation), _where(kept, start)
+    start, stop, message, *others = (
+        np.concatenate([row[name] for row in rows]) for name in ("start", "end", "message", *more)
+    )
+    width = (stop - start).astype(np.int64)
+    place = line_up(conversation, message, start)
+    header = np.where(side.lengths[ids] > 0, np.maximum(side.lengths[ids] - width, 0), 0)
+    arrays, kept = [ids, place, place + width, header, conversation, start, *others], width > 0
+    return arrays if kept.all() else [array[kept] for array in arrays], kept
 
 
 def align_batch(

@@ -16,37 +16,65 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.candidates import Vocabularies
+from fusechat_fuse.alignment.correspondence import joined_bytes
 from fusechat_fuse.alignment.mappings import Mapping
 from fusechat_fuse.alignment.paths import PathTable
-from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.speller import Speller
 from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, preferred_ids
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.tokenizers import read_tokenizer
-from fusechat_fuse.text.tokens import same_vocabulary
+from fusechat_fuse.text.tokens import same_vocabulary, token_table
 
 logger = logging.getLogger(__name__)
 _CACHE_VERSION = 2
 
 
-def _cached(folder: Path, name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load, save
+class Side:
+    """One tokenizer as alignment sees it.
 
-    file = folder / f"{name}.safetensors"
-    if file.exists():
-        try:
-            return load(file.read_bytes())
-        except Exception as error:
-            logger.warning("%s cannot be read (%s); it is computed again.", file, error)
-    arrays = build()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, save(arrays))
-    except OSError as error:
-        logger.warning("vocabulary map cannot be cached in %s: %s", folder, error)
-    return arrays
+    Attributes:
+        bytes, pieces: [V] by id, None for special tokens; padded to the embedding's size.
+        end_of_turn, bos: ids, or None.
+        lengths, first_byte, last_byte: int [V] of `bytes`; 0, -1 and -1 for special tokens.
+        joined: bool [256, 256], `joined_bytes` of the vocabulary.
+    """
+
+    def __init__(self, representation: Representation, tokenizer):
+        about, table = representation.manifest["tokenizer"], token_table(tokenizer)
+        size = max(len(table.bytes), int(representation.manifest.get("model", {}).get("vocab_size") or 0))
+        self.path, self.sha256 = representation.path, about["sha256"]
+        self.bytes = table.bytes + [None] * (size - len(table.bytes))
+        self.pieces = table.pieces + [None] * (size - len(table.pieces))
+        self.end_of_turn, self.bos = about.get("end_of_turn_id"), about.get("bos_id")
+        for name, role in {"end_of_turn_id": self.end_of_turn, "bos_id": self.bos}.items():
+            if role is not None and not 0 <= role < size:
+                raise InputError(
+                    f"{name} for {self.path}: expected an id below {size}, got {role}. Represent the model again."
+                )
+            if role is not None:
+                self.bytes[role] = None
+        self.lengths = np.array([len(piece or b"") for piece in self.bytes], np.int64)
+        self.first_byte = np.array([piece[0] if piece else -1 for piece in self.bytes], np.int64)
+        self.last_byte = np.array([piece[-1] if piece else -1 for piece in self.bytes], np.int64)
+        self.joined = joined_bytes(self.bytes)
+
+    def check(self, row: dict) -> None:
+        """Raise InputError for a row with an id beyond the vocabulary, or with a figure that is not a number."""
+        for name in ("input_ids", "topk_ids"):
+            low, high = row[name].min(initial=0), row[name].max(initial=0)
+            if high >= len(self.bytes) or low < (-1 if name == "topk_ids" else 0):
+                raise InputError(
+                    f"{name} of conversation {row['id']!r} for {self.path}: expected ids below {len(self.bytes)}, got "
+                    f"{high if low >= 0 else low}. Represent the model again."
+                )
+        for name in ("ce", "topk_logprobs"):
+            if not np.isfinite(row[name]).all():
+                raise InputError(
+                    f"{name} of conversation {row['id']!r} for {self.path}: expected finite numbers, got NaN or "
+                    "infinity. Represent the model again."
+                )
 
 
 class TokenizerPair:
@@ -61,20 +89,13 @@ class TokenizerPair:
         tokenizer = read_tokenizer(pivot)
         equal = pivot.manifest["tokenizer"]["sha256"] == source.manifest["tokenizer"]["sha256"]
         other = tokenizer if equal else read_tokenizer(source)
-        self.pivot, self.source = Side.of(pivot, tokenizer), Side.of(source, other)
+        self.pivot, self.source = Side(pivot, tokenizer), Side(source, other)
         self.identity = equal or same_vocabulary(tokenizer, other)
         self.speller = Speller(tokenizer)
         byte_pieces = [*self.speller.is_byte_piece, *[False] * len(self.pivot.bytes)]
         self.by_bytes = preferred_ids(self.pivot.bytes, byte_pieces)
         folder = cache_dir or os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat"
         self.folder = Path(folder) / "vocabulary"
-
-    def _name(self, kind: str) -> str:
-        """Name of a cached map: by the bytes of both vocabularies and all that decides how the pivot spells."""
-        digest = hashlib.sha256(f"{self.pivot.sha256} {self.speller.pipeline}".encode())
-        for side in (self.pivot, self.source):
-            digest.update(side.lengths.tobytes() + b"".join(piece or b"" for piece in side.bytes))
-        return f"{kind}-{short_digest(digest)}-v{_CACHE_VERSION}"
 
     def vocabularies(self, mapping: Mapping, counts: AlignedCounts | None = None, workers: int = 1) -> Vocabularies:
         """Maps of the pair for one mapping.
@@ -115,17 +136,37 @@ class TokenizerPair:
         if build is None:
             return None
         make = lambda: build(self.source.bytes, self.pivot.bytes, self.by_bytes, counts, workers)  # noqa: E731
-        if not mapping.kept_on_disk:
-            return make()
-        return _cached(self.folder, self._name(mapping.name), lambda: {"ids": make()})["ids"].astype(np.int32)
+        ids = self._cached(mapping.name, lambda: {"ids": make()})["ids"] if mapping.kept_on_disk else make()
+        return ids.copy()  # what is read from a file cannot be changed
 
     def _paths(self) -> PathTable:
         def build() -> dict[str, np.ndarray]:
             table = PathTable(self.speller.paths([piece or b"" for piece in self.source.bytes]))
             return {"flat": table.flat, "length": table.length}
 
-        cached = _cached(self.folder, self._name("prefix"), build)
-        return PathTable.from_flat(cached["flat"], cached["length"])
+        return PathTable.from_flat(**self._cached("prefix", build))
+
+    def _cached(self, kind: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What `build` makes, from the cache if it is there; named by the bytes of both vocabularies and all that
+        decides how the pivot spells."""
+        from safetensors.numpy import load, save
+
+        digest = hashlib.sha256(f"{self.pivot.sha256} {self.speller.pipeline}".encode())
+        for side in (self.pivot, self.source):
+            digest.update(side.lengths.tobytes() + b"".join(piece or b"" for piece in side.bytes))
+        file = self.folder / f"{kind}-{short_digest(digest)}-v{_CACHE_VERSION}.safetensors"
+        if file.exists():
+            try:
+                return load(file.read_bytes())
+            except Exception as error:
+                logger.warning("%s cannot be read (%s); it is computed again.", file, error)
+        arrays = build()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, save(arrays))
+        except OSError as error:
+            logger.warning("vocabulary map cannot be cached in %s: %s", self.folder, error)
+        return arrays
 
 
 def save_counts(path, counts: AlignedCounts, pair: TokenizerPair) -> None:

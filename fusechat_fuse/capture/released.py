@@ -18,7 +18,6 @@ Shape letters: T tokens, P predicted tokens, K entries.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -137,13 +136,12 @@ def _read(names: list[str]) -> Any:
             ) from error
         parts += loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
     try:
-        data = concatenate_datasets(parts)
+        return concatenate_datasets(parts)
     except ValueError as error:
         raise InputError(
             f"columns for {', '.join(names)}: expected the same in all splits, got others ({error}). "
             "Import them one by one."
         ) from error
-    return data
 
 
 def _check_files(path: Path) -> None:
@@ -153,15 +151,13 @@ def _check_files(path: Path) -> None:
         for entry in read_json(state, "released data")["_data_files"]:
             file = state.parent / entry["filename"]
             size = file.stat().st_size if file.is_file() else 0
-            if size < len(_END_OF_STREAM) or _end_of(file) != _END_OF_STREAM:
-                got = f"{size:,} bytes without its end" if size else "nothing"
-                raise InputError(f"released data for {file}: expected a whole file, got {got}. Download it again.")
-
-
-def _end_of(file: Path) -> bytes:
-    with open(file, "rb") as handle:
-        handle.seek(-len(_END_OF_STREAM), os.SEEK_END)
-        return handle.read()
+            if size:
+                with open(file, "rb") as handle:
+                    handle.seek(max(size - len(_END_OF_STREAM), 0))
+                    if handle.read() == _END_OF_STREAM:
+                        continue
+            got = f"{size:,} bytes without its end" if size else "nothing"
+            raise InputError(f"released data for {file}: expected a whole file, got {got}. Download it again.")
 
 
 def _source(names: list[str], number: int | None) -> Columns | None:
@@ -182,12 +178,14 @@ def _source(names: list[str], number: int | None) -> Columns | None:
 
 
 def _check_columns(data, names: list[str], source: Columns | None) -> None:
-    missing = [name for name in TOKENS if name not in data.column_names]
-    missing += [name for columns in (PIVOT, source) if columns for name in columns.missing(data.column_names)]
+    needed, found = [*TOKENS], data.column_names
+    for columns in (PIVOT, source) if source else (PIVOT,):
+        needed += [columns.indices, columns.logits, *([] if columns.by_token in found else [columns.mean])]
+    missing = [name for name in needed if name not in found]
     if missing or not len(data):
         raise InputError(
             f"columns for {', '.join(names)}: expected {', '.join(TOKENS)}, {PIVOT.logits}, {PIVOT.indices} and "
-            f"{PIVOT.mean}, and at least one row, got {', '.join(data.column_names) or 'none'} ({len(data)} rows, "
+            f"{PIVOT.mean}, and at least one row, got {', '.join(found) or 'none'} ({len(data)} rows, "
             f"without {', '.join(missing) or 'any'}). Give distributions that were released."
         )
 

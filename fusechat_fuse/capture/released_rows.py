@@ -30,11 +30,6 @@ class Columns:
     mean: str
     by_token: str
 
-    def missing(self, names: list[str]) -> list[str]:
-        """Those that are not among `names`; one cross-entropy is enough."""
-        means = () if self.by_token in names else (self.mean,)
-        return [name for name in (self.indices, self.logits, *means) if name not in names]
-
 
 PIVOT = Columns("per_step_logits", "per_step_indices", "metric_ce", "per_step_metric_ce")
 FUSED = Columns("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce", "per_step_fused_metric_ce")
@@ -90,8 +85,7 @@ class ReleasedRows:
             try:
                 key, messages = self._conversation(number, row)
             except Unusable as problem:
-                entry = {"row": number, "id": name, "reason": problem.reason, "detail": str(problem)}
-                self.skipped.append(entry)
+                self.skipped.append({"row": number, "id": name, "reason": problem.reason, "detail": str(problem)})
                 continue
             self.places[key] = number
             yield {"id": name, "messages": messages}
@@ -186,18 +180,16 @@ class ReleasedRows:
             except Unusable as problem:
                 results.append(problem)
                 self.refused.append(str(problem))
-                self._check_refused()
+                if len(self.refused) > MAX_NON_FINITE_SHARE * len(self.places):
+                    raise InputError(
+                        f"distributions for {self.name}: expected finite logits that go with the cross-entropies, got "
+                        f"others in more than {MAX_NON_FINITE_SHARE:.0%} of the conversations (first: "
+                        f"{self.refused[0]}). Compare the rows with their source: they may be damaged, or belong to "
+                        "other tokens."
+                    ) from problem
             self.padded += len(one.input_ids)
             progress.update(1)
         return results
-
-    def _check_refused(self) -> None:
-        if len(self.refused) > MAX_NON_FINITE_SHARE * len(self.places):
-            raise InputError(
-                f"distributions for {self.name}: expected finite logits that go with the cross-entropies, got others "
-                f"in more than {MAX_NON_FINITE_SHARE:.0%} of the conversations (first: {self.refused[0]}). Compare the "
-                "rows with their source: they may be damaged, or belong to other tokens."
-            )
 
     def _distributions(self, one: Encoded) -> TopK:
         """The distributions of one conversation. Raises: Unusable where they cannot be those of its tokens."""
@@ -217,7 +209,8 @@ class ReleasedRows:
             where = int(tokens[int(np.argmin(np.isfinite(least)))])
             raise Unusable("non_finite", f"logits for token {where} of {len(one.input_ids)} are not finite")
         mean = _mean_ce(row, PIVOT, places[labelled - 1])
-        known = _token_ce(row.get(PIVOT.by_token), at)
+        values = np.asarray(row.get(PIVOT.by_token) or [], np.float64)  # masked places hold 0
+        known = np.array([values[t] if t < len(values) and values[t] > 0 else np.nan for t in at])
         _check_mean(PIVOT.mean, mean, least[in_mean])
         given = in_mean & np.isfinite(known)
         if given.any():
@@ -250,9 +243,8 @@ class ReleasedRows:
         ids, z = _table(indices, logits, at, width)
         probs = np.where(ids >= 0, np.exp(z - _logsumexp(z)[:, None]), 0.0)
         answered = (ids >= 0).sum(1) > 1  # none: nothing survived; one: the fallback for a token that was not aligned
-        own = np.where(ids == row["input_ids"][row["predicted"]][:, None], probs, 0.0).sum(1)
         with np.errstate(divide="ignore"):
-            own_ce = -np.log(own)
+            own_ce = -np.log(np.where(ids == row["input_ids"][row["predicted"]][:, None], probs, 0.0).sum(1))
         return {
             "source_ids": ids.astype(np.int32),
             "source_probs": probs.astype(np.float32),
@@ -325,18 +317,6 @@ def _table(indices: list, logits: list, places: np.ndarray, width: int) -> tuple
 
 def _logsumexp(z: np.ndarray) -> np.ndarray:
     """[P, K] -> [P]; -inf for a row of no entries would divide by nothing, so it is 0."""
-    top = z.max(1)
-    safe = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.where(np.isneginf(top), 0.0, safe + np.log(np.exp(z - safe[:, None]).sum(1)))
-
-
-def _token_ce(values, at: np.ndarray) -> np.ndarray:
-    """Cross-entropies at some positions, NaN where they are not released."""
-    found = np.full(len(at), np.nan)
-    if values is not None:
-        values = np.asarray(values, np.float64)
-        there = at < len(values)
-        found[there] = values[at[there]]
-        found[found <= 0] = np.nan  # masked places hold 0
-    return found
+    with np.errstate(invalid="ignore"):  # NaN: refused later, with a sentence
+        total = np.logaddexp.reduce(z, 1)
+    return np.where(np.isneginf(total), 0.0, total)

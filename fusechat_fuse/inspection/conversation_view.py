@@ -15,9 +15,8 @@ from fusechat_fuse.alignment.candidates import Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, message_of
 from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.run import origin
-from fusechat_fuse.alignment.side import Side
 from fusechat_fuse.alignment.streams import align_batch, make_batch
-from fusechat_fuse.alignment.tokenizer_pair import TokenizerPair, load_counts
+from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.tokenizers import read_tokenizer

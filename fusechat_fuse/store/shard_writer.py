@@ -65,8 +65,10 @@ class ShardWriter:
 
     def _claim(self) -> None:
         self._created = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
-        self._reclaim_if_empty()
         file = self.path / "identity.json"
+        of_another = self.path.is_dir() and self._claimed_identity() not in (None, self.identity)
+        if of_another and self._remove_empty_shards():
+            write_atomic(file, json_bytes(self.identity))
         for _ in range(2):  # once more after writing: another run may have claimed it meanwhile
             check_claim(self.path, self.identity, self._claimed_identity, remedy=" or the same options")
             if file.exists():
@@ -76,13 +78,6 @@ class ShardWriter:
 
     def _claimed_identity(self) -> dict | None:
         return read_json(self.path / "identity.json", "identity")
-
-    def _reclaim_if_empty(self) -> None:
-        """Claim a directory in which another run left only its identity and shards without rows."""
-        if not self.path.is_dir() or self._claimed_identity() in (None, self.identity):
-            return
-        if self._remove_empty_shards():
-            write_atomic(self.path / "identity.json", json_bytes(self.identity))
 
     def _remove_empty_shards(self) -> bool:
         """Remove the empty shards of a run that left nothing else; if it left more, remove nothing and return False."""
@@ -113,10 +108,6 @@ class ShardWriter:
     def info(self, shard: int) -> dict:
         """The shard's record: rows, bytes, sha256, counts and the `info` given to `write`."""
         return json.loads(self._file(shard, "json").read_bytes())
-
-    def holds(self, shard: int) -> bool:
-        """Whether the shard was written, whole or damaged."""
-        return self._file(shard, "json").exists()
 
     def done(self, shard: int) -> bool:
         """Whether the shard was written and is undamaged; a warning names a damaged one."""
