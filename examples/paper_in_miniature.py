@@ -92,7 +92,7 @@ COMBINATIONS = {  # options of combine; an entry with a mapping combines data al
     **{name: {"mapping": name, "slice_pattern": BY_SKILL} for name in ("exact", "min_edit", "statistics")},
     "two groups": {"slice_pattern": BY_GROUP},
     "automatic": {"slice_column": "auto"},
-    "none": {},
+    "none": {"slice_column": "none"},
 }
 METHODS = {  # merges of our targets, base the pivot
     "linear": ("linear", {"weight": 1.0}),

@@ -50,7 +50,7 @@ from fusechat_fuse.flags import as_flags
 START = time.monotonic()
 MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data with the answer of another question
-SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, with which ids begin; --slice_column auto finds slices by itself
+SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, with which ids begin; without it slices are found
 REPRESENT = {"template": "native", "dtype": "float32"}
 
 

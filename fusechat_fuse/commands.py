@@ -23,6 +23,8 @@ LOADING = {
     "trust_remote_code": TRUST,
 }
 SHARD = "conversations per shard (the most that are computed again if the run is killed)"
+SLICES = "slice (named in the data, else as auto), auto (clusters of the prompts) or none (the data set as a whole)"
+SLICE_PATTERN = "regular expression that takes the slice's name from the id instead"
 ENCODING = "format on disk: plain, or compact (under 40 bytes per predicted token)"
 
 
@@ -159,6 +161,9 @@ COMMANDS = {
             "input and output": {
                 "R ...": "two or more directories that represent wrote, the pivot's first",
                 "output_dir": "directory for compare.json, compare.md and compare.png (default: none)",
+                "slice_column": SLICES,
+                "slice_pattern": SLICE_PATTERN,
+                "baseline": "of held-out results of one pivot: the R that the others are compared to",
             }
         },
         parameters={"R": "representation_dirs"},
@@ -204,8 +209,8 @@ COMMANDS = {
                 "ce_unit": "unit of cross-entropies: byte (comparable between tokenizers) or token (preset: byte, "
                 "paper token)",
                 "preset": PRESET,
-                "slice_column": "slices for min_ce_slice: slice (named in the data) or auto (clusters of prompts)",
-                "slice_pattern": "regular expression that takes the slice's name from the id instead",
+                "slice_column": f"slices for min_ce_slice: {SLICES}",
+                "slice_pattern": SLICE_PATTERN,
             },
         },
         parameters={"aligned": "aligned_dirs"},

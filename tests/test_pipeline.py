@@ -40,6 +40,8 @@ from tests.test_inspect import CHROMIUM
         ({"sources": {"plain": "x"}}, "key source in .*: expected a name of letters.*, got 'plain'"),
         ({"sources": {"a/b": "x"}}, "key source in .*, got 'a/b'"),
         ({"train": {"output_dir": "x"}}, "key train.output_dir in .*: expected no flag that the pipeline sets"),
+        ({"train": {"output-dir": "x"}}, "key train.output_dir in .*: expected no flag that the pipeline sets"),
+        ({"targets": "some"}, "key targets in .*: expected one of serving, all, got 'some'"),
         ({"plain": "yes"}, "key plain in .*: expected true or false, got 'yes'"),
         ({"launcher": {"trian": "srun"}}, "key launcher.trian in .*: expected a stage"),
         ({"sources": {"a": {"modle": "x"}}}, "key sources.a in .*: expected a model or"),
@@ -208,7 +210,7 @@ FOUND = {
 def test_the_page_holds_every_figure_and_asks_for_nothing():
     page = report_page("fused", FOUND)
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
-        "Held-out bits per byte (lower is better)",
+        "Held-out bits per byte, means (lower is better)",
         *("Alignment", "Training loss", "Model selected for each slice", "Merge coefficients"),
     ]
     assert "<td>1.2500</td><td class=best>1.0000</td>" in page

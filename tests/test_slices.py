@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.store import slices
+from fusechat_fuse.store import prompt_clusters
+from fusechat_fuse.store.prompt_clusters import cluster, prompts
 from fusechat_fuse.store.shards import load_representation
-from fusechat_fuse.store.slices import choose_by_slice, cluster, name_slices, prompts, sign_test, undecided_lines
+from fusechat_fuse.store.slices import choose_by_slice, name_slices, sign_test, undecided_lines
 from tests.helpers.fusion_rows import aligned_rows
 from tests.helpers.reference_choice import reference_sign_test, reference_slice_models
 from tests.helpers.tiny_runs import aligned_directory, tokenizer
@@ -145,7 +146,7 @@ def test_names_come_from_the_column_or_the_ids(data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"column": "topic"}, "slice_column: expected slice or auto, got 'topic'"),
+        ({"column": "topic"}, "slice_column: expected one of slice, auto, none, got 'topic'"),
         ({"pattern": "("}, "slice_pattern: expected a regular expression"),
         ({"pattern": "zzz"}, "slice_pattern: expected one that matches ids .* The first id is 'chat-0'"),
     ],
@@ -162,22 +163,61 @@ def test_prompts_end_where_the_first_answer_begins(data):
     assert len(prompts(data)) == len(data)
 
 
-def test_clusters_are_of_one_skill_each():
-    rng = random.Random(0)
-    kinds = {
-        "add": lambda: f"What is {rng.randrange(90)} plus {rng.randrange(90)}?",
-        "reverse": lambda: f"Reverse the words: {rng.choice('sun tree red cat'.split())} {rng.randrange(9)}",
-        "capital": lambda: f"Write in capitals: {rng.choice('moon fish blue stone'.split())} {rng.randrange(9)}",
-    }
-    skills = [rng.choice(list(kinds)) for _ in range(240)]
-    names = cluster([kinds[skill]() for skill in skills])
+RNG = random.Random(0)
+KINDS = {
+    "add": lambda: f"What is {RNG.randrange(90)} plus {RNG.randrange(90)}?",
+    "reverse": lambda: f"Reverse the words: {RNG.choice('sun tree red cat'.split())} {RNG.randrange(9)}",
+    "capital": lambda: f"Write in capitals: {RNG.choice('moon fish blue stone'.split())} {RNG.randrange(9)}",
+    "translate": lambda: f"翻译{RNG.choice('苹果 香蕉 葡萄'.split())}{RNG.randrange(9)}",
+}
+
+
+@pytest.mark.parametrize("fitted", [5000, 60], ids=["all", "from a sample"])
+def test_clusters_are_of_one_skill_each_and_have_their_words(monkeypatch, fitted):
+    monkeypatch.setattr(prompt_clusters, "FITTED", fitted)
+    skills = [RNG.choice(list(KINDS)) for _ in range(240)]
+    names = cluster([KINDS[skill]() for skill in skills])
     for name in set(names):
         assert len({skill for skill, of in zip(skills, names) if of == name}) == 1, name
-    assert cluster([kinds[skill]() for skill in skills[:30]]) == [""] * 30  # too few to divide
-    assert any("reverse" in name for name in names)
+    for word in ("what", "reverse", "capitals", "翻译"):  # the last: a pair of characters
+        assert any(word in name.split() for name in names), word
+    assert cluster([KINDS[skill]() for skill in skills[:79]]) == [""] * 79  # too few to divide
 
 
-def test_clusters_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
-    with pytest.raises(InputError, match=r"pip install 'fusechat\[slices\]'"):
-        slices.cluster(["a b"] * 100)
+def test_equal_names_are_numbered_and_digits_name_nothing():
+    texts = ["alpha beta"] * 3 + ["alpha gamma"] * 2 + ["12 3"] * 4
+    assert prompt_clusters._names(texts, [0, 0, 0, 1, 1, 2, 2, 2, 2]) == {
+        2: "others",
+        0: "beta alpha",
+        1: "gamma alpha",
+    }
+    assert set(prompt_clusters._names(["alpha"] * 3 + [""] * 2, [0, 0, 1, 2, 2]).values()) == {
+        "alpha",
+        "alpha #2",
+        "others",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "x", "say it"])
+def test_prompts_that_are_all_alike_are_no_slices(text):
+    assert cluster([text] * 100) == [""] * 100
+
+
+def test_data_that_name_no_slice_get_automatic_ones(tmp_path, caplog):
+    caplog.set_level("INFO", "fusechat_fuse")
+    rows = aligned_rows(90, vocab_size=500)
+    for n, row in enumerate(rows):
+        ids = tokenizer().encode(["What is 2 plus 3?", "Reverse the words: sun"][n % 2])
+        row["input_ids"] = np.array([*ids, *row["input_ids"]], np.int32)
+        row["predicted"] = row["predicted"] + len(ids) - row["predicted"][0]
+    unnamed = load_representation(aligned_directory(tmp_path / "a", rows))
+    names = name_slices(unnamed)
+    assert len(set(names)) == 2
+    assert names == names[:2] * 45
+    assert f"{unnamed.path}: no slices are named; these were found among the prompts: {names[0]} (45), " in caplog.text
+    assert name_slices(unnamed, column="auto") == names
+    assert name_slices(unnamed, column="none") == [""] * 90
+    rows[7]["slice"] = "own"
+    named = load_representation(aligned_directory(tmp_path / "b", rows))
+    assert name_slices(named) == [""] * 7 + ["own"] + [""] * 82  # what is named is the user's
+    assert name_slices(named, column="auto") == names

@@ -31,7 +31,7 @@ from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.cross_entropy import CE_UNITS, pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.shard_writer import ShardWriter, shard_ranges
 from fusechat_fuse.store.shards import Representation, load_representation
-from fusechat_fuse.store.slices import AUTO, SliceChoice, choose_by_slice, name_slices, undecided_lines
+from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, own_slices, undecided_lines
 from fusechat_fuse.store.tokenizers import copy_tokenizer
 
 COMBINATIONS = ("min_ce", "avg_ce", "min_ce_slice")
@@ -192,9 +192,12 @@ class Combination:
         """The slice of every conversation; clusters (auto) are found in the first directory, and a conversation that
         it lacks belongs to none."""
         column, pattern = self.options["slice_column"], self.options["slice_pattern"]
-        named = self.parts[: 1 if column == AUTO else None]
-        names = [name_slices(part, column=column, pattern=pattern) for part in named]
-        return [next((names[n][i] for n, i in found if n < len(names)), "") for found in self.places]
+        names = [own_slices(part) for part in self.parts]
+        if pattern is not None:
+            names = [name_slices(part, pattern=pattern) for part in self.parts]
+        elif column != "slice" or not any(map(any, names)):
+            names = [name_slices(self.parts[0], column=column)]
+        return [next(filter(None, (names[n][i] for n, i in found if n < len(names))), "") for found in self.places]
 
     @cached_property
     def choice(self) -> SliceChoice | None:

@@ -4,6 +4,9 @@
 
 Bytes, not tokens, so that models with different tokenizers can be compared. A conversation counts if every model
 predicted the same text of it; one that a model lacks or truncated elsewhere (`max_length`) is left out and counted.
+
+For sources, the choice by slice that training will make (`store.slices`) is made here already, by byte, from all
+conversations that pivot and source have. Of a source that serves no slice, a target would equal plain fine-tuning.
 """
 
 from __future__ import annotations
@@ -11,42 +14,68 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.evaluation.ranking import rank
 from fusechat_fuse.store.card import distinct_names
 from fusechat_fuse.store.files import json_bytes, write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
+from fusechat_fuse.store.slices import choose_by_slice, name_slices, undecided_lines
 
 logger = logging.getLogger(__name__)
 ALL = "all"  # the name of the whole data set among the slices
 
 
-def compare(representation_dirs: Sequence, output_dir=None) -> dict:
+def compare(
+    representation_dirs: Sequence,
+    output_dir=None,
+    *,
+    slice_column: str = "slice",
+    slice_pattern: str | None = None,
+    baseline: str | Path | None = None,
+) -> dict:
     """Bits per byte of several models on the same conversations, per slice and over all.
 
     Args:
         representation_dirs: two or more directories that `represent` wrote on the same data, the pivot's first, or
             opened representations.
         output_dir: for `compare.json`, `compare.md` and `compare.png` (with matplotlib); None: nothing is written.
+        slice_column, slice_pattern: as `store.slices.name_slices` takes them, for the first representation.
+        baseline: of results that were made of one pivot, on held-out data: the directory to whose model the others are
+            compared, such as plain fine-tuning's; None: the models are a pivot and its sources.
 
     Returns:
         models: their names. conversations, left_out: counts. slices: name -> {conversations, bytes, models: name ->
         {median, mean, wins}, best}, the whole data set under "all". median and mean are bits per byte over
         conversations; wins is the share of conversations in which the model has the fewest (ties: the first model);
-        best is the model with the lowest median.
+        best is the model with the lowest median. With a baseline: ranking, as `ranking.rank` returns it. Else choices:
+        for each source, and then for all if there are several: sources: their names, share: of the conversations in
+        slices that one of them serves, table: as `store.slices.SliceChoice` has it, in bits per byte, summary: of it,
+        in lines.
 
     Raises: InputError for fewer than two directories, one that holds no representation, or no common conversation.
     """
     opened = _open(representation_dirs)
     names = _names(opened)
-    slices, bits, sizes, left_out = _bits_per_byte(opened)
+    measured = [_measure(one) for one in opened]
+    keys, left_out = _common(opened, measured)
+    own = name_slices(opened[0], column=slice_column, pattern=slice_pattern)
+    slice_of = dict(zip(zip(opened[0].ids, opened[0].column("content_hash")), own))
+    slices = [slice_of[key] for key in keys]
+    sizes = np.array([measured[0][key].bytes for key in keys], np.int64)
+    bits = np.array([[of_model[key].bits for key in keys] for of_model in measured]) / sizes
     table = {}
     for name in [ALL, *sorted(set(slices) - {""})]:
         chosen = np.array([name in (ALL, of) for of in slices])
         table[name] = _figures(names, bits[:, chosen], sizes[chosen])
     result = {"models": names, "conversations": len(slices), "left_out": left_out, "slices": table}
+    if baseline is None:
+        result["choices"] = _choices(names, measured, slice_of)
+    else:
+        result["ranking"] = rank(names, slices, bits, _number_of(baseline, opened))
     if left_out:
         logger.warning("%d conversations are left out: not every representation has them with the same text.", left_out)
     if output_dir is not None:
@@ -75,34 +104,86 @@ def _open(representation_dirs: Sequence) -> list[Representation]:
     return opened
 
 
+def _number_of(baseline, opened: list[Representation]) -> int:
+    places = [one.path.resolve() for one in opened]
+    if Path(baseline).resolve() not in places:
+        raise InputError(
+            f"baseline for compare: expected one of the compared directories, got {baseline}. Give it among these too."
+        )
+    return places.index(Path(baseline).resolve())
+
+
 def _names(opened: list[Representation]) -> list[str]:
     return distinct_names([str((one.manifest.get("model") or {}).get("name") or one.path.name) for one in opened])
 
 
-def _bits_per_byte(opened: list[Representation]) -> tuple[list[str], np.ndarray, np.ndarray, int]:
-    """(slice of each common conversation [N], bits per byte [M, N], bytes [N], conversations left out)."""
-    found: list[dict[tuple, tuple[str, float, int]]] = []
-    for one in opened:
-        of_model = {}
-        for row in one:
-            size = int(np.sum(row["end"] - row["start"], dtype=np.int64))
-            bits = float(np.sum(row["ce"], dtype=np.float64)) / np.log(2)
-            of_model[row["id"], row.get("content_hash")] = (row.get("slice") or "", bits, size)
-        found.append(of_model)
-    everyone = set().union(*found)
+class Measured(NamedTuple):
+    """A model's bits for one conversation, and the bytes of its predicted tokens."""
+
+    bits: float
+    bytes: int
+
+
+Key = tuple[str, str | None]  # id and content hash of a conversation
+
+
+def _measure(opened: Representation) -> dict[Key, Measured]:
+    found = {}
+    for row in opened:
+        bits = float(np.sum(row["ce"], dtype=np.float64)) / np.log(2)
+        size = int(np.sum(row["end"] - row["start"], dtype=np.int64))
+        found[row["id"], row.get("content_hash")] = Measured(bits, size)
+    return found
+
+
+def _common(opened: list[Representation], measured: list[dict[Key, Measured]]) -> tuple[list[Key], int]:
+    """The conversations of which every model predicted the same text, and how many are left out."""
+    everyone = set().union(*measured)
     common = [
         key
-        for key, (_, _, size) in found[0].items()
-        if size and all(key in other and other[key][2] == size for other in found)
+        for key, (_, size) in measured[0].items()
+        if size and all(key in other and other[key].bytes == size for other in measured)
     ]
     if not common:
         raise InputError(
             f"conversations for {', '.join(str(one.path) for one in opened)}: expected some that all of them have, "
             "got none. Represent the models on the same data."
         )
-    sizes = np.array([found[0][key][2] for key in common], np.int64)
-    bits = np.array([[of_model[key][1] for key in common] for of_model in found]) / sizes
-    return [found[0][key][0] for key in common], bits, sizes, len(everyone) - len(common)
+    return common, len(everyone) - len(common)
+
+
+def _bits_per_byte(one: Measured | None) -> float:
+    return one.bits / one.bytes if one and one.bytes else float("inf")
+
+
+def _choices(names: list[str], measured: list[dict[Key, Measured]], slice_of: dict[Key, str]) -> list[dict]:
+    """The choice by slice between pivot and each source, and between all models if there are several sources."""
+    numbers = range(1, len(names))
+    found = []
+    for sources in [[n] for n in numbers] + ([list(numbers)] if len(numbers) > 1 else []):
+        keys = [key for key in measured[0] if any(key in measured[n] for n in sources)]
+        if not keys:
+            continue
+        models = [measured[0], *(measured[n] for n in sources)]
+        ces = np.array([[_bits_per_byte(of.get(key)) for key in keys] for of in models])
+        own = [slice_of[key] for key in keys]
+        choice = choose_by_slice(own, ces)
+        share = float(np.mean([choice.of(name) > 0 for name in own]))
+        entry = {"sources": [names[n] for n in sources], "share": share, "table": choice.table}
+        found.append(entry | {"summary": _choice_lines(**entry)})
+    return found
+
+
+def _choice_lines(sources: list[str], share: float, table: dict[str, dict]) -> list[str]:
+    """Which slices a choice gives to its sources, and which of them cannot tell."""
+    served = [name for name, entry in table.items() if name and entry["best"] > 0]
+    unnamed = table[""]["conversations"] - sum(entry["conversations"] for name, entry in table.items() if name)
+    if unnamed and table[""]["best"] > 0:
+        served.append("what is in no slice" if len(table) > 1 else "all data")
+    what = f"serves {', '.join(served)} ({100 * share:.0f} % of the conversations)"
+    if not served:
+        what = "serves no slice: training on it by slices would equal plain fine-tuning"
+    return [f"{' or '.join(sources)} {what}", *undecided_lines(table)]
 
 
 def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
@@ -122,7 +203,10 @@ def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
 
 
 def table_lines(result: dict) -> list[str]:
-    """The comparison as a Markdown table: median bits per byte and share of wins, the best model in bold."""
+    """The comparison as a Markdown table: median bits per byte and share of wins, the best model in bold.
+
+    Below it what training by slices will take from each source and which slices cannot tell, or the best result.
+    """
     names = result["models"]
     lines = [
         "| bits per byte (wins) | conversations | " + " | ".join(names) + " |",
@@ -135,7 +219,11 @@ def table_lines(result: dict) -> list[str]:
             cell = f"{of['median']:.3f} ({100 * of['wins']:.0f} %)"
             cells.append(f"**{cell}**" if name == figures["best"] else cell)
         lines.append(f"| {slice_name} | {figures['conversations']} | " + " | ".join(cells) + " |")
-    return lines
+    lines.append("")
+    for choice in result.get("choices", []):
+        first, *undecided = choice["summary"]
+        lines += [f"- {first}", *(f"  - {line}" for line in undecided)]
+    return lines + result.get("ranking", {}).get("summary", [])
 
 
 def write(result: dict, folder: Path) -> None:

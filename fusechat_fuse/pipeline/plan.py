@@ -23,7 +23,8 @@ from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
 from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
 from fusechat_fuse.pipeline.record import RECORD_FILE, Record
-from fusechat_fuse.pipeline.steps import Step, ranks_of, steps_of
+from fusechat_fuse.pipeline.serving import steps_now
+from fusechat_fuse.pipeline.steps import Step, ranks_of
 from fusechat_fuse.text.batches import plan_batches
 
 Options = dict[str, Any]
@@ -50,7 +51,8 @@ def plan(
             `measured_disk_bytes` and `measured_memory_bytes` (main memory of its largest process). A step that will
             fail has no figures.
         totals: of `disk_bytes`, `flops`, `seconds`, and `gpu_seconds`.
-        warnings: sentences, also about steps that will fail. failing: the names of steps without figures.
+        warnings: sentences, also about steps that will fail. notes: sentences about slices, once `compare` has run.
+        failing: the names of steps without figures.
         exact: whether every conversation was encoded.
 
     Raises: InputError for a bad recipe or an unknown GPU.
@@ -65,7 +67,8 @@ def plan(
     warnings = [*planner.data.warnings, *planner.warnings]
     failing = [row["step"] for row in rows if "memory_bytes" not in row]
     exact = planner.data.exact and not failing
-    return {"gpu": gpu, "steps": rows, "totals": totals, "warnings": warnings, "failing": failing, "exact": exact}
+    found = {"gpu": gpu, "steps": rows, "totals": totals, "warnings": warnings, "notes": planner.notes}
+    return {**found, "failing": failing, "exact": exact}
 
 
 class _Planner:
@@ -74,8 +77,7 @@ class _Planner:
         self.peak_flops, self.gpu_memory = (0, 0) if gpu is None else costs.gpu_of(gpu)
         self.device = "cpu" if gpu is None else "gpu"
         self.record = Record(recipe.output_dir / RECORD_FILE)
-        self.steps = steps_of(recipe)
-        self.warnings: list[str] = []
+        self.steps, self.warnings, self.notes = steps_now(recipe, self.record)
         self.sizes: dict[str, costs.ModelSize] = {}
         self.gpus = max([len(recipe.devices), *(ranks_of(step.command)[0] for step in self.steps)])
         self.pivot = recipe.pivot.model
@@ -299,6 +301,7 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     if any("measured_disk_bytes" in row for row in found["steps"]):
         memory += "; measured values in brackets (memory: main memory of the largest process)"
     lines += ["", f"{total}; {counted}.", f"Memory: {memory}. Times: {times}."]
+    lines += [f"NOTE  {note}" for note in found["notes"]]
     return [*lines, *(f"WARNING  {warning}" for warning in found["warnings"])]
 
 

@@ -11,6 +11,7 @@
     represent: {dtype: bfloat16}            # flags of a stage without dashes; also align, combine, train
     plain: true                             # the baseline: the same training without fusion
     multi: true                             # one training on all sources, combined
+    targets: serving                        # or all: also those that would equal plain (their source serves no slice)
     merge: {sce: {select_topk: 0.1}}        # method: parameters, or NAME: {method: sce, ...}
     launcher: {train: accelerate launch --config_file fsdp.yaml}   # per stage; a single text: all that run models
     devices: [0, 1]                         # GPUs: models are represented side by side, one GPU each
@@ -35,7 +36,8 @@ FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a rec
 LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")  # stages that may have a launcher
 MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perhaps as several processes
 KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", *FLAGGED)
-KEYS += ("plain", "multi", "merge", "launcher", "devices")
+KEYS += ("plain", "multi", "targets", "merge", "launcher", "devices")
+TARGETS = ("serving", "all")
 RESERVED = {  # flags that the pipeline sets
     "represent": ("model_name_or_path", "data_path", "output_dir", "pivot_name_or_path"),
     "align": ("pivot_representation", "source_representation", "output_dir", "preset"),
@@ -70,6 +72,7 @@ class Recipe:
     flags: dict[str, dict[str, Any]]
     plain: bool
     multi: bool
+    targets: str
     merges: dict[str, tuple[str, dict[str, Any]]]
     launcher: dict[str, str]
     devices: list[str]
@@ -114,6 +117,7 @@ class _Reader:
             flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
             plain=self._get("plain", bool, "true or false", True),
             multi=self._get("multi", bool, "true or false", False),
+            targets=self._one_of("targets", TARGETS),
             merges=self._merges(),
             launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
             devices=[str(device) for device in devices],
@@ -126,6 +130,12 @@ class _Reader:
     def _get(self, key: str, kind: type, expected: str, default) -> Any:
         value = self.entries.get(key, default)
         self._check(isinstance(value, kind), key, expected, value)
+        return value
+
+    def _one_of(self, key: str, values: tuple[str, ...]) -> str:
+        """The value of a key that takes one of some words; the first of them where it is not given."""
+        value = self.entries.get(key, values[0])
+        self._check(value in values, key, f"one of {', '.join(values)}", value)
         return value
 
     def _mapping(self, key: str, value) -> dict:
@@ -147,7 +157,8 @@ class _Reader:
             self._check(valid, kind, expected, name)
 
     def _flags(self, key: str, value) -> dict[str, Any]:
-        flags, stage = self._mapping(key, value or {}), key.split(".")[-1]
+        stage = key.split(".")[-1]
+        flags = {name.replace("-", "_"): of for name, of in self._mapping(key, value or {}).items()}
         for name in flags:
             self._check(name not in RESERVED[stage], f"{key}.{name}", "no flag that the pipeline sets", flags[name])
         return flags

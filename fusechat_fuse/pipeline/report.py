@@ -35,13 +35,14 @@ _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 50, 30  # of a chart and its margins, in SVG units
 
 
-def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any]) -> dict[str, Any]:
+def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
     """Write `report.json` and `report.html` into the run's directory.
 
     Args:
         recipe, steps: of the run. record: the entries of `stages.json`, which hold the commands as they were run.
-    Returns: what `report.json` holds: pivot, sources, preset, compare, certificates, losses, slices, merges, held_out,
-        commands, seconds; without the empty ones.
+        left_out: sentences on trainings that the run left out.
+    Returns: what `report.json` holds: pivot, sources, preset, left_out, compare, certificates, losses, slices, merges,
+        held_out, commands, seconds; without the empty ones.
     """
     home = recipe.output_dir
     models = [step.output for step in steps if step.stage == "train"]
@@ -50,6 +51,7 @@ def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any]) -> d
         "pivot": recipe.pivot.model,
         "sources": {name: model.model for name, model in recipe.sources.items()},
         "preset": recipe.preset,
+        "left_out": left_out,
         "compare": read_json(home / "compare" / "compare.json", "comparison"),
         "certificates": _each({name: home / "aligned" / name for name in recipe.sources}, _certificate),
         "losses": _each({model.name: model for model in models}, _losses),
@@ -96,7 +98,8 @@ def report_page(title: str, found: dict[str, Any]) -> str:
     """
     sources = ", ".join(f"{name} ({shown_name(model)})" for name, model in found["sources"].items())
     models = f"Pivot {shown_name(found['pivot'])}; sources {sources}; preset {found['preset']}."
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(models)}</p>"]
+    best = found.get("held_out", {}).get("ranking", {}).get("summary", [])
+    parts = [f"<h1>{html.escape(title)}</h1>", *_paragraphs([*best, models, *found.get("left_out", [])])]
     for key, (heading, body, stages) in _SECTIONS.items():
         if key in found:
             commands = "\n".join(text for step, text in found["commands"].items() if step.split()[0] in stages)
@@ -124,13 +127,23 @@ def _table(head: list[str], rows: dict[str, list], best: dict[str, int] | None =
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _comparison_table(result: dict[str, Any]) -> str:
-    """Mean bits per byte: one row per slice, one column per model."""
+def _paragraphs(lines: list[str]) -> list[str]:
+    return [f"<p>{html.escape(line)}</p>" for line in lines]
+
+
+def _source_table(result: dict[str, Any]) -> str:
+    """Median bits per byte, by which the choice is made, and what training by slices will take."""
+    summaries = dict.fromkeys(line for choice in result.get("choices", []) for line in choice["summary"])
+    return "\n".join([_comparison_table(result, "median"), *_paragraphs([*summaries])])
+
+
+def _comparison_table(result: dict[str, Any], figure: str = "mean") -> str:
+    """Mean or median bits per byte: one row per slice, one column per model, the lowest in bold."""
     names, rows, best = result["models"], {}, {}
     for slice_name, figures in result["slices"].items():
-        means = [figures["models"][name]["mean"] for name in names]
-        rows[slice_name] = [figures["conversations"], *means]
-        best[slice_name] = 1 + means.index(min(means))
+        values = [figures["models"][name][figure] for name in names]
+        rows[slice_name] = [figures["conversations"], *values]
+        best[slice_name] = 1 + values.index(min(values))
     return _table(["slice", "conversations", *names], rows, best)
 
 
@@ -142,8 +155,7 @@ def _slice_table(chosen: dict[str, Any]) -> str:
         best[name or "all"] = 1 + entry["best"]
     unit = f"nats per {chosen['ce_unit']}"
     head = ["slice", "conversations", *(f"{name}, {unit}" for name in chosen["models"]), "selected"]
-    undecided = "".join(f"<p>{html.escape(line)}</p>" for line in undecided_lines(chosen["slices"]))
-    return _table(head, rows, best) + undecided
+    return "\n".join([_table(head, rows, best), *_paragraphs(undecided_lines(chosen["slices"]))])
 
 
 def _coefficient_table(summary: dict[str, Any]) -> str:
@@ -192,8 +204,12 @@ def _loss_chart(losses: dict[str, list[dict[str, float]]]) -> str:
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Any], str], tuple[str, ...]]] = {  # heading, body, stages with commands
-    "held_out": ("Held-out bits per byte (lower is better)", _comparison_table, ("evaluate",)),
-    "compare": ("Bits per byte of the training data (lower is better)", _comparison_table, ("represent", "compare")),
+    "held_out": ("Held-out bits per byte, means (lower is better)", _comparison_table, ("evaluate",)),
+    "compare": (
+        "Bits per byte of the training data, medians",
+        _source_table,
+        ("represent", "compare"),
+    ),
     "certificates": ("Alignment", _certificate_table, ("align", "combine")),
     "losses": ("Training loss", _loss_chart, ("train",)),
     "slices": ("Model selected for each slice", partial(_titled, _slice_table), ()),

@@ -24,7 +24,8 @@ from fusechat_fuse.errors import InputError, describe_error
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import RECORD_FILE, Record, inputs_of
 from fusechat_fuse.pipeline.report import write_report
-from fusechat_fuse.pipeline.steps import STAGES, Step, steps_of
+from fusechat_fuse.pipeline.serving import steps_now
+from fusechat_fuse.pipeline.steps import STAGES, Step
 from fusechat_fuse.processes import DIE_WITH_PARENT, die_with_parent
 from fusechat_fuse.store.files import write_atomic
 
@@ -60,7 +61,9 @@ def run(
     checked = read_recipe(recipe)
     stages = _chosen_stages(only, start, overwrite)
     record = Record(checked.output_dir / RECORD_FILE)
-    steps = steps_of(checked, record.source_of_plain())
+    known = steps_now(checked, record)
+    _warn_of(known.left_out)
+    steps = known.steps
     chosen = [step for step in steps if step.stage in stages]
     unfinished = [step for step in chosen if not record.is_done(step)]
     if options_of is not None:
@@ -73,17 +76,27 @@ def run(
         record = Record(record.path)  # a run that has ended meanwhile may have changed it
         current = _Run(checked.output_dir, record, unfinished, overwrite)
         for stage in stages:
-            of_stage = [step for step in chosen if step.stage == stage]
+            of_stage = [step for step in steps if step.stage == stage]
             side_by_side = [step for step in of_stage if step.parallel and checked.devices]
             if side_by_side:
                 current.perform_side_by_side(side_by_side, checked.devices)
             for step in of_stage:
                 if step not in side_by_side:
                     current.perform(step)
+            if stage == "compare":
+                before, known = known, steps_now(checked, record)
+                _warn_of([sentence for sentence in known.left_out if sentence not in before.left_out])
+                steps = known.steps
+                current.keep(steps)
         if "report" in stages:
-            write_report(checked, steps, record.entries)
+            write_report(checked, steps, record.entries, known.left_out)
             logger.info("report: %s", checked.output_dir / "report.html")
     return record.entries
+
+
+def _warn_of(sentences: list[str]) -> None:
+    for sentence in sentences:
+        logger.warning(sentence)
 
 
 @contextlib.contextmanager
@@ -153,6 +166,11 @@ class _Run:
     def __init__(self, home: Path, record: Record, unfinished: list[Step], overwrite: Sequence[str] = ()):
         self.home, self.record, self.overwrite, self.start = home, record, overwrite, time.monotonic()
         self.unfinished = {step.key: step for step in unfinished}
+
+    def keep(self, steps: list[Step]) -> None:
+        """Forget the unfinished steps that are none of these."""
+        keys = {step.key for step in steps}
+        self.unfinished = {key: step for key, step in self.unfinished.items() if key in keys}
 
     def perform(self, step: Step, device: str | None = None) -> None:
         """Run one step, unless it is finished; on a device of its own its output is only logged."""

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import sysconfig
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -55,20 +56,23 @@ class Step:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
 
 
-def steps_of(recipe: Recipe, plain_of: str | None = None) -> list[Step]:
+def steps_of(recipe: Recipe, plain_of: str | None = None, left_out: Collection[str] = ()) -> list[Step]:
     """All steps but the report, in order.
 
     Args:
         recipe: a checked recipe.
         plain_of: the source whose aligned data `plain` was trained on before, which are used again while they exist
             (the labels are the same in all sources' data).
+        left_out: names of trainings that are not made, with what would be made of them alone (`pipeline.serving`).
     """
-    return _Steps(recipe, plain_of).all()
+    return _Steps(recipe, plain_of, left_out).all()
 
 
 class _Steps:
-    def __init__(self, recipe: Recipe, plain_of: str | None):
+    def __init__(self, recipe: Recipe, plain_of: str | None, left_out: Collection[str]):
         self.recipe, self.home = recipe, recipe.output_dir
+        self.targets = [name for name in recipe.sources if f"target-{name}" not in left_out]
+        self.several = recipe.multi and len(recipe.sources) > 1 and "multi" not in left_out
         exists = plain_of is not None and (self.home / "aligned" / plain_of).exists()
         self.plain_of = plain_of if plain_of is not None and exists else next(iter(recipe.sources))
 
@@ -76,19 +80,21 @@ class _Steps:
         represented = {"pivot": self.recipe.pivot, **self.recipe.sources}
         steps = [self._represent(name, model) for name, model in represented.items()]
         folders = [self.home / "representations" / name for name in represented]
-        steps.append(self._compare("compare", "", folders, self.home / "compare"))
+        named = slice_flags(self.recipe.flags["train"])
+        steps.append(self._compare("compare", "", folders, self.home / "compare", named))
         steps += [self._align(name, model) for name, model in self.recipe.sources.items()]
-        several = self.recipe.multi and len(self.recipe.sources) > 1
-        if several:
+        if self.several:
             steps.append(self._combine())
         if self.recipe.plain:
             steps.append(self._train("plain", self.plain_of, Model("", {"train": {"lm_loss_weight": 1.0}})))
-        steps += [self._train(f"target-{name}", name, model) for name, model in self.recipe.sources.items()]
-        if several:
+        steps += [self._train(f"target-{name}", name, self.recipe.sources[name]) for name in self.targets]
+        if self.several:
             steps.append(self._train("multi", "multi", _NO_MODEL))
-        steps += [self._merge(name, *merge) for name, merge in self.recipe.merges.items()]
-        if self.recipe.held_out:
-            steps += self._evaluate([step for step in steps if step.stage in ("train", "merge")])
+        if len(self.targets) >= min(2, len(self.recipe.sources)):  # fewer are left: a target is no merge
+            steps += [self._merge(name, *merge) for name, merge in self.recipe.merges.items()]
+        results = [step for step in steps if step.stage in ("train", "merge")]
+        if self.recipe.held_out and results:
+            steps += self._evaluate(results)
         return steps
 
     def _step(self, stage: str, name: str, model: Model, arguments: list[str], output: Path, **more) -> Step:
@@ -108,8 +114,8 @@ class _Steps:
         flags = self._flags("represent", model, **models, output_dir=output)
         return self._step("represent", name, model, flags, output, parallel=True)
 
-    def _compare(self, stage: str, name: str, folders: list[Path], output: Path) -> Step:
-        arguments = ["compare", *map(str, folders), "--output_dir", str(output)]
+    def _compare(self, stage: str, name: str, folders: list[Path], output: Path, flags: dict[str, Any]) -> Step:
+        arguments = ["compare", *map(str, folders), *as_flags({"output_dir": output, **flags})]
         return self._step(stage, name, _NO_MODEL, arguments, output, made_anew=True)
 
     def _align(self, name: str, model: Model) -> Step:
@@ -130,7 +136,7 @@ class _Steps:
         return self._step("train", name, model, flags, output, made_anew=name == "multi")
 
     def _merge(self, name: str, method: str, parameters: dict[str, Any]) -> Step:
-        targets = [self.home / "models" / f"target-{source}" for source in self.recipe.sources]
+        targets = [self.home / "models" / f"target-{source}" for source in self.targets]
         parameters = dict(parameters)
         top = {key: parameters.pop(key) for key in ("dtype", "out_dtype", "tokenizer_source") if key in parameters}
         config = {"merge_method": method, "models": [{"model": str(target.resolve())} for target in targets]}
@@ -164,7 +170,15 @@ class _Steps:
             own |= {"pivot_name_or_path": self.recipe.pivot.model, "output_dir": home / name}
             flags = self._flags("represent", self.recipe.pivot, **own)
             steps.append(self._step("evaluate", name, _NO_MODEL, flags, home / name, made_anew=True, parallel=True))
-        return [*steps, self._compare("evaluate", "compare", [home / name for name in models], home / "compare")]
+        named = slice_flags(self.recipe.flags["train"])
+        named.pop("slice_pattern", None)  # of the training data's ids
+        flags = named | {"baseline": home / ("plain" if self.recipe.plain else "pivot")}
+        return [*steps, self._compare("evaluate", "compare", [home / name for name in models], home / "compare", flags)]
+
+
+def slice_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those of a stage's flags that name the slices."""
+    return {name: flags[name] for name in ("slice_column", "slice_pattern") if flags.get(name) is not None}
 
 
 def launched(launcher: str, arguments: list[str]) -> list[str]:

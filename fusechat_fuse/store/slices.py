@@ -8,11 +8,13 @@ better as well, where a choice by conversation would take the one that agrees wi
 A slice decides for itself where its conversations can tell the models apart: by a sign test of the best source against
 the pivot (`sign_test`) below SIGNIFICANT, in the direction of the medians. Else it takes the choice of all data.
 
-Slices are named by the rows' own column, by a regular expression on their ids, or found: clusters of the prompts.
+Slices are named by the rows' own column or by a regular expression on their ids; else they are found: clusters of the
+prompts (`prompt_clusters.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,13 +24,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.store.prompt_clusters import PER_CLUSTER, cluster, prompts
 
 if TYPE_CHECKING:
     from fusechat_fuse.store.shards import Representation
 
 SIGNIFICANT = 0.05
 FEW = 20  # conversations without a tie below which an undecided slice is called too few, from which on too even
-AUTO = "auto"
+COLUMNS = ("slice", "auto", "none")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,18 +123,38 @@ def name_slices(data: Representation, *, column: str = "slice", pattern: str | N
 
     Args:
         data: what represent, align or combine wrote.
-        column: slice (the one stored with the rows) or auto (clusters of the prompts; needs scikit-learn).
+        column: slice (the one stored with the rows; auto if no row names one), auto (clusters of the prompts) or none
+            (no slices: the whole data set decides).
         pattern: a regular expression on the ids instead; its first group, or else the whole match, is the name.
 
-    Raises: InputError for an unknown column, a pattern that is none or matches no id, or without scikit-learn.
+    Raises: InputError for an unknown column, or a pattern that is none or matches no id.
     """
     if pattern is not None:
         return _by_pattern(data, pattern)
-    if column == "slice":
-        return [name or "" for name in data.column("slice")]
-    if column == AUTO:
-        return cluster(prompts(data))
-    raise InputError(f"value for slice_column: expected slice or {AUTO}, got {column!r}. Use one of them.")
+    if column == "none":
+        return [""] * len(data)
+    if column == "slice" and any(names := own_slices(data)):
+        return names
+    if column in COLUMNS:
+        return _automatic(data)
+    raise InputError(f"value for slice_column: expected one of {', '.join(COLUMNS)}, got {column!r}. Use one of them.")
+
+
+def own_slices(data: Representation) -> list[str]:
+    """The slice that each row of a store names, "" where it names none."""
+    return [name or "" for name in data.column("slice")]
+
+
+def _automatic(data: Representation) -> list[str]:
+    """Clusters of the prompts."""
+    if len(data) < 2 * PER_CLUSTER:
+        return [""] * len(data)
+    names = cluster(prompts(data))
+    found = Counter(names)
+    if len(found) > 1:
+        listed = ", ".join(f"{name} ({count})" for name, count in found.most_common())
+        logger.info("%s: no slices are named; these were found among the prompts: %s", data.path, listed)
+    return names
 
 
 def _by_pattern(data: Representation, pattern: str) -> list[str]:
@@ -147,57 +171,3 @@ def _by_pattern(data: Representation, pattern: str) -> list[str]:
             f"The first id is {data.ids[0]!r}."
         )
     return [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]
-
-
-def prompts(data: Representation) -> list[str]:
-    """The text before the first answer of every conversation, as the pivot's template shows it."""
-    from fusechat_fuse.store.tokenizers import read_tokenizer
-
-    tokenizer = read_tokenizer(data)
-    ids = [row["input_ids"][: row["predicted"][0]].tolist() for row in data]
-    return tokenizer.decode_batch(ids, skip_special_tokens=True)
-
-
-def cluster(texts: Sequence[str], *, least: int = 40, most: int = 12, seed: int = 0) -> list[str]:
-    """Texts of one kind get one name: k-means on 32 directions of TF-IDF over character 2- to 4-grams.
-
-    Args:
-        texts: [N]. least: texts per cluster on average. most: clusters. seed: of the decomposition and k-means.
-    Returns: a name for each text: a number and the commonest words that tell its cluster from the others.
-    Raises: InputError without scikit-learn.
-    """
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import Normalizer
-    except ImportError as error:
-        raise InputError(
-            "clusters of the prompts for slice_column auto: expected scikit-learn, got no such package. "
-            "Run pip install 'fusechat[slices]'."
-        ) from error
-    k = min(most, len(texts) // least)
-    if k < 2:
-        return [""] * len(texts)
-    features = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), min_df=2, sublinear_tf=True).fit_transform(texts)
-    width = min(32, min(features.shape) - 1)
-    if width < 2:
-        return [""] * len(texts)
-    points = make_pipeline(TruncatedSVD(width, random_state=seed), Normalizer(copy=False)).fit_transform(features)
-    labels = KMeans(k, n_init=10, random_state=seed).fit_predict(points)  # pyright: ignore[reportArgumentType]
-    names = {label: f"{n} {words}" for n, (label, words) in enumerate(_described(texts, labels), start=1)}
-    return [names[label] for label in labels]
-
-
-def _described(texts: Sequence[str], labels: np.ndarray) -> list[tuple[int, str]]:
-    """(label, its three words of the largest lift) of every cluster, the largest cluster first."""
-    words = [set(re.findall(r"\w+", text.lower())) for text in texts]
-    overall = Counter(word for several in words for word in several)
-    found = []
-    for label, size in Counter(labels.tolist()).most_common():
-        inside = Counter(word for several, of in zip(words, labels) if of == label for word in several)
-        score = {word: count / size * (1 - overall[word] / len(texts)) for word, count in inside.items()}
-        top = sorted(score, key=lambda word: (-score[word], word))[:3]
-        found.append((label, " ".join(top)))
-    return found

@@ -9,6 +9,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import Flag, flags_of_fields
 from fusechat_fuse.presets import LOSS_KINDS, PRESETS
 from fusechat_fuse.store.cross_entropy import CE_UNITS
+from fusechat_fuse.store.slices import COLUMNS
 from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -143,7 +144,10 @@ class FusionOptions:
         "the mass of the tail; 0 is unbiased where the source itself wrote the labels.",
     )
     slice_column: str = option(
-        "slice", "Slices of avg_ce_slice and min_ce_slice: slice (the data's own column) or auto (prompt clusters)."
+        "slice",
+        "Slices of avg_ce_slice and min_ce_slice: slice (named in the data, else as auto), auto (clusters of the "
+        "prompts) or none (the data set as a whole).",
+        COLUMNS,
     )
     slice_pattern: str | None = option(
         None, "Regular expression on the ids that names the slices, in place of slice_column."

@@ -45,6 +45,7 @@ def recipe_of(models: Path, folder: Path, sources: tuple, **changes) -> Path:
         "represent": {"template": "native", "dtype": "float32"},
         "align": {"cache_dir": str(models / "cache")},
         "train": train,
+        "targets": "all",  # what tiny models serve is chance
         **changes,
     }
     return written(folder, **entries)
