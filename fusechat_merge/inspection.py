@@ -100,4 +100,7 @@ def table(summary: dict) -> str:
     for pair, value in summary["sign_agreement"].items():
         if value is not None:
             lines.append(f"same sign: {pair} {value:.1%}")
+    for pair, value in summary["cosines"].items():
+        if value is not None:
+            lines.append(f"cosine of task vectors: {pair} {value:.3f}")
     return "\n".join(lines)

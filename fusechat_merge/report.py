@@ -1,7 +1,7 @@
 """The report on a merge, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
 
-The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs are counted in
-one stretch of a tensor in 256 (in all of them by `fusechat-merge inspect`), so that only the pictures take time.
+The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs and cosines are
+taken from one stretch of a tensor in 256 (from all by `fusechat-merge inspect`), so that only the pictures take time.
 `reporting` says which merges get a report.
 
 Shape letters: M targets.
@@ -26,38 +26,41 @@ from fusechat_merge.versions import versions
 logger = logging.getLogger(__name__)
 STRETCH, LONG_STRETCH = 1 << 14, 1 << 17  # elements; long ones where all are counted: fewer calls
 SAMPLED = 256  # of so many stretches one has its signs counted
+EVEN = 0.05  # coefficients that differ by less from equal ones make a merge a mean
 LAYER = re.compile(r"\.(\d+)\.")
 
 
 def count_signs(
     pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs of the task vectors in the first of each `every` stretches of a tensor, over the elements that `keep` has.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Signs and products of the task vectors in the first of each `every` stretches of a tensor.
 
     Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
 
-    Returns:
+    Returns, over the elements that `keep` has (products: over all):
         moved: float64 [M, M], elements that both targets move (on the diagonal: that the target moves).
         agreement: float64 [M, M], of those, moved the same way minus moved opposite ways.
         erased: float64 [M], elements that the target moves against the majority.
+        products: float64 [M, M], d_i . d_j.
     """
     pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
     dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in (pivot, *targets)} else torch.float32
     length = STRETCH if every > 1 else LONG_STRETCH
 
-    def count(chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def count(chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stretch = slice(chunk.start, chunk.start + length)
         rows = torch.stack([target[stretch].to(dtype) for target in targets]).sub_(pivot[stretch].to(dtype))
+        products = rows.double() @ rows.double().T
         if keep is not None:
             rows *= keep[stretch]
         majority = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
         signs = rows.sign_().float()  # products of these are whole numbers, exact in float32
         present = signs.abs()
-        return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2
+        return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2, products
 
     counts = map_chunks(count, pivot.numel(), length * every, pivot.device)
-    moved, agreement, erased = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
-    return moved, agreement, erased
+    moved, agreement, erased, products = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
+    return moved, agreement, erased, products
 
 
 class Report:
@@ -74,6 +77,7 @@ class Report:
         self.method, self.pivot, self.targets, self.every = method, pivot, list(targets), every
         self.names = distinct_names(self.targets)
         self.rows: list[dict] = []
+        self._products = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)  # over all tensors
 
     def takes(self, method: str, pivot: str, targets: Sequence[str]) -> bool:
         """Whether it is about this method, this pivot and, among others, these targets."""
@@ -81,7 +85,7 @@ class Report:
 
     def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
         """Add the row of a merged tensor. `targets`: the names of those that have it, in the order of `tensors`."""
-        both_moved, agreement, erased = count_signs(pivot, tensors, merge.keep, self.every)
+        both_moved, agreement, erased, products = count_signs(pivot, tensors, merge.keep, self.every)
         layer = LAYER.search(tensor)
         name = tensor[layer.end() :] if layer else tensor
         row = {
@@ -92,7 +96,9 @@ class Report:
             "selected": merge.selected,
             "erased": None,
         }
-        names = [self.names[self.targets.index(target)] for target in targets]
+        places = torch.tensor([self.targets.index(target) for target in targets])
+        self._products[places[:, None], places] += products
+        names = [self.names[place] for place in places]
         for index, name in enumerate(names):
             row[f"coefficient {name}"] = float(merge.coefficients[index])
             row[f"norm {name}"] = math.sqrt(float(merge.square_sums[index]))
@@ -138,10 +144,24 @@ class Report:
                 for column in self.columns()
                 if column.startswith("agreement ")
             },
+            "cosines": self._cosines(),
             "coefficients_by_kind": {
                 kind: {name: self._mean(f"coefficient {name}", kind) for name in self.names} for kind in kinds
             },
         }
+
+    def _cosines(self) -> dict[str, float | None]:
+        """Of each pair of targets: d_i . d_j / (|d_i| |d_j|), over all tensors that both have."""
+        norms = torch.diagonal(self._products).sqrt()
+        pairs = combinations(range(len(self.names)), 2)
+        return {
+            f"{self.names[a]} | {self.names[b]}": _share(self._products[a, b], norms[a] * norms[b]) for a, b in pairs
+        }
+
+    def is_mean(self) -> bool:
+        """Whether all targets have nearly the same coefficient, on the mean over elements."""
+        found = [self._mean(f"coefficient {name}") or 0.0 for name in self.names]
+        return max(abs(coefficient * len(found) - 1) for coefficient in found) < EVEN
 
     def _mean(self, column: str, only: str | None = None) -> float | None:
         rows = [r for r in self.rows if r.get(column) is not None and (only is None or r["kind"] == only)]
@@ -162,6 +182,13 @@ class Report:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        if self.method in ("sce", "varm") and len(self.names) > 1 and self.is_mean():
+            cosines = ", ".join(f"{pair} {value:.2f}" for pair, value in self._cosines().items() if value is not None)
+            logger.warning(
+                "%s: all coefficients are within %.0f %% of equal, so this merge is nearly the mean of its targets "
+                "(cosines of task vectors: %s).",
+                *(self.method, 100 * EVEN, cosines),
+            )
         try:
             from fusechat_merge import plots
         except ImportError:

@@ -97,6 +97,9 @@ def test_inspect_writes_what_the_oracle_says(config, models, tmp_path, capsys):
     assert sum(summary["coefficients"].values()) == pytest.approx(1.0)
     assert summary["elements"] == sum(t.numel() for t in base.values())
     assert summary["signs_counted"] == "everywhere"
+    vectors = [torch.cat([(of[k].double() - base[k].double()).flatten() for k in base]) for of in moved]
+    cosine = float(torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0))
+    assert summary["cosines"]["target0 | target1"] == pytest.approx(cosine, abs=1e-6)
     for picture in ("coefficients.png", "erased.png"):
         assert (out / picture).stat().st_size > 5000
     assert not list(tmp_path.rglob("*.safetensors"))  # no model
@@ -663,16 +666,30 @@ def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     sampled, every = (report.count_signs(pivot, targets, None, step) for step in (16, 1))
     assert sampled[0].diagonal().tolist() == [4 * 1024] * 3
     assert every[0].diagonal().tolist() == [64 * 1024] * 3
-    shares = [(erased / moved.diagonal()).tolist() for moved, _, erased in (sampled, every)]
+    shares = [(erased / moved.diagonal()).tolist() for moved, _, erased, _ in (sampled, every)]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
     signs = torch.stack(targets).sign()
     majority = torch.stack(targets).sum(0).sign()
     assert every[2].tolist() == (signs != majority).sum(1).tolist()
     assert report.count_signs(torch.zeros(0), [torch.zeros(0)] * 2, None, 1)[0].tolist() == [[0, 0], [0, 0]]
     keep = (torch.arange(64 * 1024) % 4 == 0).byte()
-    moved, agreement, _ = report.count_signs(pivot, targets, keep, 1)
+    moved, agreement, *_ = report.count_signs(pivot, targets, keep, 1)
     assert agreement[0, 1] == (signs[0] * signs[1] * keep).sum()
     assert moved[0, 1] == 16 * 1024
+
+
+def test_a_merge_with_equal_coefficients_is_called_a_mean(tmp_path, caplog):
+    pivot = torch.zeros(1000)
+    parallel, longer = torch.ones(1000), torch.full((1000,), 2.0)
+    for name, targets, told in (("even", [parallel, parallel.clone()], True), ("uneven", [parallel, longer], False)):
+        caplog.clear()
+        made = report.Report("sce", "pivot", ["a", "b"], every=1)
+        made.add("w", pivot, targets, ["a", "b"], kernel.sce(pivot, targets))
+        made.write(tmp_path / name)
+        sentence = (
+            "all coefficients are within 5 % of equal, so this merge is nearly the mean of its targets (cosines of "
+        )
+        assert (sentence + "task vectors: a | b 1.00)" in caplog.text) == told
 
 
 # --- card -----------------------------------------------------------------------------------------------------------

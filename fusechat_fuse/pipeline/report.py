@@ -162,7 +162,9 @@ def _coefficient_table(summary: dict[str, Any]) -> str:
     """Mean merge coefficients: one row per kind of tensor, one column per target."""
     kinds = summary["coefficients_by_kind"]
     targets = list(next(iter(kinds.values()))) if kinds else []
-    return _table(["tensors", *targets], {kind: [of.get(name) for name in targets] for kind, of in kinds.items()})
+    rows = {kind: [of.get(name) for name in targets] for kind, of in kinds.items()}
+    pairs = {pair: [cosine] for pair, cosine in summary.get("cosines", {}).items() if cosine is not None}
+    return _table(["tensors", *targets], rows) + (_table(["task vectors", "cosine"], pairs) if pairs else "")
 
 
 def _certificate_table(certificates: dict[str, Any]) -> str:
