@@ -34,7 +34,7 @@ SWITCH = "FUSECHAT_MERGE_AUTOLOAD"
 TESTED = ("0.1.5",)  # releases of mergekit
 OWN = {"sce": "fusechat_merge.method:sce", "varm": "fusechat_merge.method:varm"}
 
-_waiting = {}  # methods whose module was itself being imported when the registry was ready
+_waiting = {}  # module -> its methods, where it was itself being imported when the registry was ready
 
 
 class Finder:
@@ -118,7 +118,7 @@ def serve(registry, also=()) -> None:
         module_name, _, attribute = place.partition(":")
         module = sys.modules.get(module_name)
         if module is not None and getattr(module.__spec__, "_initializing", False):
-            _waiting[name] = (registry, module_name, attribute)  # `register_waiting` does it
+            _waiting.setdefault(module_name, []).append((registry, name, module_name, attribute))
         else:
             _register(registry, name, module_name, attribute)
 
@@ -132,10 +132,8 @@ def declared() -> dict[str, str]:
 
 def register_waiting(module_name: str) -> None:
     """Register the methods of a module whose own import started mergekit's. Called on the module's last line."""
-    for name, (registry, waiting_for, attribute) in list(_waiting.items()):
-        if waiting_for == module_name:
-            del _waiting[name]
-            _register(registry, name, module_name, attribute)
+    for method in _waiting.pop(module_name, ()):
+        _register(*method)
 
 
 def _register(registry, name: str, module_name: str, attribute: str) -> None:

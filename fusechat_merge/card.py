@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+from huggingface_hub import metadata_load, metadata_save
 
 START, END = "<!-- fusechat-merge: start -->", "<!-- fusechat-merge: end -->"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,20 +49,11 @@ def write(merged: str | Path, report_directory: str | Path | None = None) -> Pat
         shutil.copy(picture, merged / "coefficients.png")
     readme = merged / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# {merged.name}\n"
-    metadata, body = _split(text)
     section = _section(summary, recipe_path.read_text(encoding="utf-8"), (merged / "coefficients.png").is_file())
-    body = re.sub(rf"\n*{START}.*?{END}\n*", "\n", body, flags=re.DOTALL).rstrip("\n")
-    header = yaml.safe_dump(_metadata(metadata, summary), sort_keys=False, allow_unicode=True)
-    readme.write_text(f"---\n{header}---\n{body}\n\n{START}\n{section}\n{END}\n", encoding="utf-8")
+    text = re.sub(rf"\n*{START}.*?{END}\n*", "\n", text, flags=re.DOTALL).rstrip("\n")
+    readme.write_text(f"{text}\n\n{START}\n{section}\n{END}\n", encoding="utf-8")
+    metadata_save(readme, _metadata(metadata_load(readme) or {}, summary))
     return readme
-
-
-def _split(text: str) -> tuple[dict, str]:
-    """(YAML front matter, the rest)."""
-    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    if not match:
-        return {}, text
-    return yaml.safe_load(match.group(1)) or {}, text[match.end() :]
 
 
 def _metadata(metadata: dict, summary: dict) -> dict:
@@ -94,8 +86,8 @@ def _front_matter(model: str) -> dict:
     """The metadata of a target's own card, where the target is a directory with one that can be read."""
     readme = Path(model) / "README.md"
     try:
-        return _split(readme.read_text(encoding="utf-8"))[0] if readme.is_file() else {}
-    except yaml.YAMLError:  # not our card to correct
+        return (metadata_load(readme) if readme.is_file() else None) or {}
+    except (yaml.YAMLError, ValueError):  # not our card to correct
         return {}
 
 

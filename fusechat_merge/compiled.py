@@ -83,13 +83,12 @@ class Loop:
             if call is self._uncached:
                 raise
             result = self._uncached(*arguments)
-            if self._call is not self._uncached:
-                self._call = self._uncached
-                warn_once(
-                    logger,
-                    f"numba's cache in {call.stats.cache_path} cannot be used ({error!r}): the loops are compiled "
-                    "again in every process. Delete it, free space, or name another directory in NUMBA_CACHE_DIR.",
-                )
+            self._call = self._uncached
+            warn_once(
+                logger,
+                f"numba's cache in {call.stats.cache_path} cannot be used ({error!r}): the loops are compiled "
+                "again in every process. Delete it, free space, or name another directory in NUMBA_CACHE_DIR.",
+            )
             return result
 
 
