@@ -78,3 +78,14 @@ def test_citations_of_the_method_name_its_sections_and_rules():
             assert section in sections, path
             for rule in re.findall(r"`\w+`", rules):
                 assert rule in method, (path, rule)
+
+
+def test_the_map_of_contributing_names_files_that_are_there():
+    package, named = "", []
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| to change | open, in"):
+            package = re.findall(r"`(\w+)`", line)[0]
+        elif package and line.startswith("| "):
+            named += [ROOT / package / path for path in re.findall(r"`([\w/]+\.py)`", line)]
+    assert len(named) > 20
+    assert not [path for path in named if not path.exists()]
