@@ -16,16 +16,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TopK:
-    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P], finite bool [P].
-
-    problem: why there are no finite ones, where it is not the model's numbers.
-    """
+    """Per predicted token: ids int32 [P, K], logprobs float32 [P, K] descending, ce float32 [P]."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     ce: np.ndarray
-    finite: np.ndarray
-    problem: str = ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -64,9 +59,19 @@ class BatchRunner:
         queue = plan_batches(lengths, self.budget, self.boundary)
         while queue:
             batch = queue.pop(0)
-            size = len(batch) * int(lengths[batch].max())
-            found = self._try([encoded[i] for i in batch], size)
-            if found is None:  # out of memory; the memory of the failed pass is free again
+            parts, size = [encoded[i] for i in batch], len(batch) * int(lengths[batch].max())
+            try:
+                found = self.head([one.input_ids for one in parts], [one.predicted for one in parts], self.top_k)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise InputError(
+                        f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a "
+                        "smaller max_length, a smaller dtype, or a device_map over more devices."
+                    ) from error
+                found = None
+            if found is None:  # the memory of the failed pass is free again
                 self._halve_budget(size)
                 left = np.concatenate([batch, *queue])
                 queue = [left[part] for part in plan_batches(lengths[left], self.budget, self.boundary)]
@@ -76,20 +81,6 @@ class BatchRunner:
             self.padded += size
             progress.update(len(batch))
         return results
-
-    def _try(self, batch: list[Encoded], size: int) -> list[TopK] | None:
-        """One forward pass; None where memory does not suffice."""
-        try:
-            return self.head([one.input_ids for one in batch], [one.predicted for one in batch], self.top_k)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise InputError(
-                    f"memory for a conversation of {size} tokens: expected it to fit alone, got {error}. Give a "
-                    "smaller max_length, a smaller dtype, or a device_map over more devices."
-                ) from error
-            return None
 
     def _halve_budget(self, size: int) -> None:
         import torch

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -24,19 +23,6 @@ from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EncodedShard:
-    """A shard's conversations with their token ids, and those that were skipped, with the reasons."""
-
-    conversations: list[Conversation] = field(default_factory=list)
-    encoded: list[Encoded] = field(default_factory=list)
-    skipped: list[dict] = field(default_factory=list)
-
-    def skip(self, conversation: Conversation, reason: str, detail: str) -> None:
-        entry = {"row": conversation.row, "id": conversation.id, "reason": reason, "detail": detail}
-        self.skipped.append(entry)
 
 
 class Runner(Protocol):
@@ -62,12 +48,14 @@ def write_representation(
 
     Args:
         make_runner: loads what computes the distributions; called only where a shard is missing.
+    Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
+        not fit into memory; RuntimeError where too many conversations have logits that are not finite.
     """
     found = capture.conversations
     shards = [found[n : n + shard_size] for n in range(0, len(found), shard_size)]
     try:
         if mine := writer.left(range(process.index, len(shards), process.count)):
-            compute(make_runner(), capture.encoder, shards, mine, writer, show=process.first)
+            _compute(make_runner(), capture.encoder, shards, mine, writer, process.first)
         process.wait()
         if process.first:
             finish(writer, len(shards), capture)
@@ -79,50 +67,48 @@ def write_representation(
     return load_representation(writer.path)
 
 
-def compute(
-    runner: Runner,
-    encoder: ConversationEncoder,
-    shards: list[list[Conversation]],
-    mine: list[int],
-    writer: ShardWriter,
-    *,
-    show: bool,
-) -> None:
-    """Compute and write shards.
-
-    Args:
-        runner: computes the distributions.
-        shards: the conversations of the whole run. mine: numbers of the shards to compute.
-        show: whether to show progress.
-    Raises: InputError where the tokenizer is not the model's, the template refuses too many conversations, or one does
-        not fit into memory; RuntimeError where too many conversations have logits that are not finite.
-    """
+def _compute(runner: Runner, encoder: ConversationEncoder, shards, mine: list[int], writer: ShardWriter, show: bool):
+    """Compute the shards `mine`, and write each while the next one is computed."""
     total, skipped = sum(map(len, shards)), []
     bar = progress(total=sum(len(shards[n]) for n in mine), unit="conversation", show=show)
     with bar, ThreadPoolExecutor(1) as background:
         written: Future | None = None
-        for number, shard in zip(mine, encode_ahead(encoder, (shards[n] for n in mine))):
-            check_template(skipped + shard.skipped, total)
-            _check_ids(shard.encoded, runner.vocab_size)
-            bar.update(len(shards[number]) - len(shard.encoded))
-            padded = runner.padded
-            rows = _rows(shard, runner(shard.encoded, bar))
+        for number, results in zip(mine, encode_ahead(encoder, (shards[n] for n in mine))):
+            skips, kept = [], []
+            for conversation, one in zip(shards[number], results):
+                if isinstance(one, Unusable):
+                    skips.append(_skip(conversation, one))
+                else:
+                    kept.append((conversation, one))
+            encoded = [one for _, one in kept]
+            check_template(skipped + skips, total)
+            _check_ids(encoded, runner.vocab_size)
+            bar.update(len(skips))
+            padded, rows = runner.padded, []
+            for (conversation, one), found in zip(kept, runner(encoded, bar)):
+                try:
+                    rows.append(_row(conversation, one, found))
+                except Unusable as problem:
+                    skips.append(_skip(conversation, problem))
             if number == mine[0]:
                 _warn_if_worse_than_random(rows)
-            info = _info(shard, rows, runner, padded, encoder.end_of_turn_id)
+            info = {"vocab_size": runner.vocab_size, "skipped": skips, "padded_tokens": runner.padded - padded}
+            info |= _counts(encoded, rows, encoder.end_of_turn_id)
             if written is not None:
                 written.result()
             written = background.submit(writer.write, number, rows, info)
-            skipped += shard.skipped
+            skipped += skips
             check_finite(skipped, total)
         if written is not None:
             written.result()
 
 
-def encode_ahead(encoder: ConversationEncoder, shards: Iterable[list[Conversation]]) -> Iterator[EncodedShard]:
+def encode_ahead(
+    encoder: ConversationEncoder, shards: Iterable[list[Conversation]]
+) -> Iterator[list[Encoded | Unusable]]:
     """The shards encoded, each by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as thread:
-        before: Future[EncodedShard] | None = None
+        before: Future[list[Encoded | Unusable]] | None = None
         for conversations in shards:
             following = thread.submit(_encode, encoder, conversations)
             if before is not None:
@@ -132,38 +118,26 @@ def encode_ahead(encoder: ConversationEncoder, shards: Iterable[list[Conversatio
             yield before.result()
 
 
-def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> EncodedShard:
-    shard = EncodedShard()
+def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> list[Encoded | Unusable]:
+    results = []
     for conversation in conversations:
         try:
-            one = encoder.encode(conversation.messages)
+            results.append(encoder.encode(conversation.messages))
         except Unusable as problem:
-            shard.skip(conversation, problem.reason, str(problem))
-            continue
-        shard.encoded.append(one)
-        shard.conversations.append(conversation)
-    return shard
+            results.append(problem)
+    return results
 
 
-def _info(shard: EncodedShard, rows: list[dict], runner: Runner, padded_before: int, end_of_turn_id: int) -> dict:
-    """The counts that are kept beside a shard, for the manifest."""
+def _counts(encoded: list[Encoded], rows: list[dict], end_of_turn_id: int) -> dict:
+    """The counts of a shard; ends: predicted tokens that end a turn, and of these how many are among the top k."""
+    ends = [row["input_ids"][row["predicted"]] == end_of_turn_id for row in rows]
+    kept = [(row["topk_ids"][end] == end_of_turn_id).any(1) for row, end in zip(rows, ends)]
     return {
-        "vocab_size": runner.vocab_size,
-        "skipped": shard.skipped,
-        "truncated": sum(one.truncated for one in shard.encoded),
-        "context_answers": sum(one.context_answers for one in shard.encoded),
-        "padded_tokens": runner.padded - padded_before,
-        "run_tokens": sum(len(one.input_ids) for one in shard.encoded),
-        "ends": _ends(rows, end_of_turn_id),
+        "truncated": sum(one.truncated for one in encoded),
+        "context_answers": sum(one.context_answers for one in encoded),
+        "run_tokens": sum(len(one.input_ids) for one in encoded),
+        "ends": [int(sum(each.sum() for each in of)) for of in (ends, kept)],
     }
-
-
-def _ends(rows: list[dict], end_of_turn_id: int) -> list[int]:
-    """[number of predicted tokens that end a turn, at how many of them the end of turn is among the top k]."""
-    kept = [
-        (row["topk_ids"] == end_of_turn_id).any(1)[row["input_ids"][row["predicted"]] == end_of_turn_id] for row in rows
-    ]
-    return [sum(map(len, kept)), int(sum(each.sum() for each in kept))]
 
 
 def _warn_if_worse_than_random(rows: list[dict]) -> None:
@@ -186,19 +160,18 @@ def _check_ids(encoded: list[Encoded], vocab_size: int) -> None:
         )
 
 
-def _rows(shard: EncodedShard, results: Sequence[TopK | Unusable]) -> list[dict]:
-    """The documented rows of a shard; conversations whose logits are not finite are skipped."""
-    rows = []
-    for conversation, one, found in zip(shard.conversations, shard.encoded, results):
-        if isinstance(found, Unusable):
-            shard.skip(conversation, found.reason, str(found))
-            continue
-        if not found.finite.all():
-            where = int(one.predicted[int(np.argmin(found.finite))])
-            detail = f"logits for token {where} of {len(one.input_ids)} are not finite"
-            shard.skip(conversation, "non_finite", found.problem or detail)
-            continue
-        row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
-        row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}
-        rows.append({**row, "topk_ids": found.ids, "topk_logprobs": found.logprobs, "ce": found.ce})
-    return rows
+def _skip(conversation: Conversation, problem: Unusable) -> dict:
+    return {"row": conversation.row, "id": conversation.id, "reason": problem.reason, "detail": str(problem)}
+
+
+def _row(conversation: Conversation, one: Encoded, found: TopK | Unusable) -> dict:
+    """The documented row of a conversation. Raises: Unusable where its logits are not finite."""
+    if isinstance(found, Unusable):
+        raise found
+    finite = np.isfinite(found.ce) & np.isfinite(found.logprobs).all(1)
+    if not finite.all():
+        where = int(one.predicted[int(np.argmin(finite))])
+        raise Unusable("non_finite", f"logits for token {where} of {len(one.input_ids)} are not finite")
+    row = {"id": conversation.id, "content_hash": conversation.content_hash, "slice": conversation.slice}
+    row |= {name: getattr(one, name) for name in ("input_ids", "predicted", "message", "start", "end")}
+    return {**row, "topk_ids": found.ids, "topk_logprobs": found.logprobs, "ce": found.ce}

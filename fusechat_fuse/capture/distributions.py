@@ -94,30 +94,23 @@ class PredictionHead:
         actual = ids[rows, columns]
         found = self._run(ids.to(self.device), rows, columns - 1, actual, top_k)
         top_ids, logprobs, ce = (torch.cat(parts).cpu().numpy() for parts in zip(*found))
-        finite = np.isfinite(ce) & np.isfinite(logprobs).all(1)
         ends = np.cumsum([len(p) for p in predicted])
-        return [
-            TopK(top_ids[a:b].astype(np.int32), logprobs[a:b], ce[a:b], finite[a:b])
-            for a, b in zip([0, *ends[:-1]], ends)
-        ]
+        return [TopK(top_ids[a:b].astype(np.int32), logprobs[a:b], ce[a:b]) for a, b in zip([0, *ends[:-1]], ends)]
 
     def _run(self, ids, rows, columns, actual, top_k: int) -> list[tuple[torch.Tensor, ...]]:
-        chunk = max(1, self.chunk_bytes // (4 * self.vocab_size))
+        chunk, found = max(1, self.chunk_bytes // (4 * self.vocab_size)), []
+        head = self.model.get_output_embeddings()
         if self.after is None:
             keep = torch.zeros(ids.shape, dtype=torch.bool)
             keep[rows, columns] = True
-            logits = self._own_logits(ids, keep.to(ids.device))
-            actual = actual.to(logits.device)
-            return [
-                _log_softmax_top_k(logits[n : n + chunk], actual[n : n + chunk], top_k)
-                for n in range(0, len(actual), chunk)
-            ]
-        hidden = self._backbone(ids)
-        hidden = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # [N, D]
-        head, found = self.model.get_output_embeddings(), []
+            states = self._own_logits(ids, keep.to(ids.device))  # [N, V]
+        else:
+            hidden = self._backbone(ids)
+            states = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # [N, D]
         for n in range(0, len(actual), chunk):
-            logits = head(hidden[n : n + chunk])
-            logits = self.after(logits)  # in the model's dtype, as in its own forward
+            logits = states[n : n + chunk]
+            if self.after is not None:
+                logits = self.after(head(logits))  # in the model's dtype, as in its own forward
             found.append(_log_softmax_top_k(logits, actual[n : n + chunk].to(logits.device), top_k))
         return found
 

@@ -73,7 +73,9 @@ def finish(writer: ShardWriter, num_shards: int, capture: Capture) -> None:
             f"data for {writer.path}: expected at least one usable conversation, got none ({got}). Mend the data or "
             "the options."
         )
-    _write_skipped(writer, skipped, report.repaired)
+    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in report.repaired]
+    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
+    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
     check_finite(skipped, report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
     save_tokenizer(capture.encoder.tokenizer, writer.path)
@@ -124,12 +126,6 @@ def _log_outcome(writer: ShardWriter, encoder: ConversationEncoder, skipped: lis
         rows = counts["rows_read"]
         logger.warning("%d of %d rows skipped: %s (see skipped.jsonl)", len(skipped), rows, counts["skipped"])
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * counts["padding_share"])
-
-
-def _write_skipped(writer: ShardWriter, skipped: list[dict], repaired: list[dict]) -> None:
-    entries = [{"action": "skipped", **e} for e in skipped] + [{"action": "repaired", **e} for e in repaired]
-    lines = [json.dumps(entry, ensure_ascii=True, sort_keys=True) + "\n" for entry in entries]
-    write_atomic(writer.path / "skipped.jsonl", "".join(lines).encode())
 
 
 def _manifest(identity: dict, capture: Capture, vocab_size: int) -> dict[str, Any]:

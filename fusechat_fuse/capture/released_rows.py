@@ -231,7 +231,7 @@ class ReleasedRows:
         }
         logprobs = np.maximum(logprobs[kept], np.finfo(np.float16).min).astype(np.float32)
         found = np.maximum(ids[kept], 0).astype(np.int32)
-        return TopK(found, logprobs, ce[kept].astype(np.float32), np.ones(len(kept), bool))
+        return TopK(found, logprobs, ce[kept].astype(np.float32))
 
     def source_of(self, row: dict) -> dict:
         """The fields of a source beside the pivot's."""

@@ -10,7 +10,6 @@ them the run ends with an error.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from functools import partial
@@ -138,7 +137,8 @@ def represent(
         made_from, make_runner = served.identity, lambda: served
         options |= {"dtype": "the server's", "server": server_kind}
     capture = Capture(found, report, encoder, made_from, _template_of(template, encoder, made_from["name"], pivot))
-    identity = capture.identity(options, _data_digest(found))
+    data = "".join(json.dumps([one.id, one.content_hash, one.slice]) for one in found)
+    identity = capture.identity(options, short_digest(data))
     writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
     if process.first:
         _log_settings(capture, template, pivot, max_length)
@@ -201,13 +201,6 @@ def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_p
     rows = int(model.get_input_embeddings().weight.shape[0])
     head = PredictionHead(model, np.arange(16) % rows)
     return BatchRunner(head, top_k, tokens_per_batch, rows, rope_boundary(model.config))
-
-
-def _data_digest(found: list[Conversation]) -> str:
-    digest = hashlib.sha256()
-    for conversation in found:
-        digest.update(json.dumps([conversation.id, conversation.content_hash, conversation.slice]).encode())
-    return short_digest(digest)
 
 
 def _check_template(encoder: ConversationEncoder, found: list[Conversation]) -> None:

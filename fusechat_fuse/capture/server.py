@@ -29,6 +29,7 @@ from fusechat_fuse.errors import InputError, check_integer, first_line
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.chat import Encoded
+from fusechat_fuse.text.messages import Unusable
 
 logger = logging.getLogger(__name__)
 API_KEY = "FUSECHAT_SERVER_API_KEY"  # environment variable
@@ -87,8 +88,8 @@ class ServerRunner:
         for url in urls * requests:
             self._free.put(url)
 
-    def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
-        """A TopK for each conversation, in order."""
+    def __call__(self, encoded: list[Encoded], progress) -> list[TopK | Unusable]:
+        """A TopK for each conversation, in order; Unusable for one that the servers refuse."""
         begun = time.monotonic()
         with ThreadPoolExecutor(self.requests * len(self.urls)) as pool:
             futures = [pool.submit(self._distributions, one, progress) for one in encoded]
@@ -102,13 +103,12 @@ class ServerRunner:
         progress.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-9):,.0f} tokens/s", refresh=False)
         return found
 
-    def _distributions(self, one: Encoded, progress) -> TopK:
+    def _distributions(self, one: Encoded, progress) -> TopK | Unusable:
         ids, positions = one.input_ids.tolist(), one.predicted.tolist()
         try:
             answer = self._ask(self.protocol.body(self.served, ids, positions[0], self.top_k, 0.0))
         except NotAnswered as error:
-            none = np.zeros((len(positions), self.top_k), np.float32)
-            return TopK(none.astype(np.int32), none, none[:, 0], none[:, 0] > 0, f"refused by the server: {error}")
+            return Unusable("non_finite", f"refused by the server: {error}")
         finally:
             progress.update(1)
         try:
@@ -152,19 +152,17 @@ class ServerRunner:
 
     def _is_at_fault(self, url: str, body: dict[str, Any]) -> bool:
         """Whether a server answers another prompt, and then refuses this one again."""
-        asked = self.protocol.body(self.served, self._probe_ids, 1, self.top_k, 0.0)
-        try:
-            self._request(url, self.protocol.path, asked)
-        except (httpx.TransportError, _Busy, NotAnswered):
-            return False
-        self._answered = time.monotonic()
-        try:
-            self._request(url, self.protocol.path, body)
-        except NotAnswered:
-            return True
-        except (httpx.TransportError, _Busy):
-            pass
-        return False
+        refused = []
+        for asked in (self.protocol.body(self.served, self._probe_ids, 1, self.top_k, 0.0), body):
+            try:
+                self._request(url, self.protocol.path, asked)
+                refused.append(False)
+            except NotAnswered:
+                refused.append(True)
+            except (httpx.TransportError, _Busy):
+                return False
+        self._answered = self._answered if refused[0] else time.monotonic()
+        return refused == [False, True]
 
     def _request(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that a server answers to GET, or to POST of a body.
@@ -249,7 +247,7 @@ class ServerRunner:
         self._check_texts(url, ids, answers[0], tokenizer)
         mass = np.exp(top.logprobs.astype(np.float64)).sum(1)
         altered = np.abs(top.ce - at_temperature_2.ce).max() > _TOLERANCE or mass.max() > 1 + _TOLERANCE
-        if altered or not top.finite.all():
+        if altered or not np.isfinite(top.ce).all():
             raise InputError(
                 f"server {url}: expected the model's own log-probabilities, got some that temperature or a logits "
                 "processor alters. Serve it with raw log-probabilities and without processors."
@@ -281,7 +279,7 @@ def _top_k(answer: Answer, top_k: int, vocab_size: int) -> TopK:
         )
     both = np.column_stack([logprobs, logp])
     measured = np.all((both > _NOT_MEASURED) & (both < _TOLERANCE), axis=1)
-    return TopK(ids.astype(np.int32), np.minimum(logprobs, 0), np.maximum(-logp, 0), measured)
+    return TopK(ids.astype(np.int32), np.minimum(logprobs, 0), np.where(measured, np.maximum(-logp, 0), np.nan))
 
 
 def _is_url(text: str) -> bool:
