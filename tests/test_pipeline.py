@@ -297,6 +297,12 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(
     assert all(sum(of.values()) == pytest.approx(1) for of in kinds.values())
     page = (out / "report.html").read_text()
     assert "<polyline" in page
+    best = (out / report["best"]["path"]).resolve()
+    assert (out / "best").resolve() == best
+    assert (best / "README.md").is_file()
+    assert (best / "config.json").is_file()
+    assert f"<p>{report['best']['summary'][0]}</p>" in page
+    assert "against pivot" in report["best"]["summary"][0]  # there is no plain
     row = re.search(r"mean_mapped_mass.*?</table>", page, re.DOTALL)
     assert row
     assert f"<td>{report['certificates']['one']['mean_mapped_mass']:.4f}</td>" in row[0]

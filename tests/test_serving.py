@@ -95,20 +95,57 @@ def test_a_comparison_of_other_inputs_says_nothing(known, tmp_path):
     assert steps_now(recipe, Record(tmp_path / "stages.json")).left_out == []
 
 
-def test_a_run_leaves_them_out_as_soon_as_it_knows(monkeypatch, tmp_path, recipe_models, caplog):
-    ran = []
+def recorder(ran: list[str], comparisons: dict[str, dict]):
+    """In place of a step's process: notes the step, and writes what `compare` finds, by the step's name."""
 
     def execute(step, log, environment, quiet):
         ran.append(step.key)
         Path(log).write_text("")
         step.output.mkdir(parents=True, exist_ok=True)
-        if step.stage == "compare":
-            (step.output / "compare.json").write_text(
-                json.dumps({"models": ["pivot", "one"], "slices": {}, "choices": choices(0)})
-            )
+        if step.key in comparisons:
+            found = {"models": ["pivot", "plain", "target-one", "sce"], "slices": {}, **comparisons[step.key]}
+            (step.output / "compare.json").write_text(json.dumps(found))
         return 0, 0
 
-    monkeypatch.setattr(module, "execute", execute)
+    return execute
+
+
+def test_a_run_ends_with_its_best_result(monkeypatch, tmp_path, recipe_models, caplog):
+    caplog.set_level("INFO", "fusechat_fuse")
+    ranking = {"best": "sce", "summary": ["Best result: sce.", "No result is clear of plain."]}
+    held_out = {"ranking": ranking}
+    monkeypatch.setattr(module, "execute", recorder([], {"evaluate compare": held_out}))
+    recipe, out = recipe_of(recipe_models, tmp_path, ("one",), held_out="held.json"), tmp_path / "out"
+    run(recipe)
+    link = out / "best"
+    assert link.readlink() == Path("merged/sce")
+    assert "Best result: sce.\nNo result is clear of plain." in caplog.text
+    assert f"{link} is a link to {out / 'merged' / 'sce'}" in caplog.text
+    assert json.loads((out / "report.json").read_text())["best"] == {
+        "path": "merged/sce",
+        "summary": ranking["summary"],
+    }
+    page = (out / "report.html").read_text()
+    best = "</h1>\n<p>Best result: sce.</p>\n<p>No result is clear of plain.</p>\n<p>It is in merged/sce.</p>"
+    assert best in page
+    ranking["best"] = "target-one"
+    (out / "held_out" / "compare" / "compare.json").unlink()  # made anew
+    run(recipe, overwrite=["evaluate"])
+    assert link.resolve() == (out / "models" / "target-one").resolve()
+    link.unlink()
+    link.mkdir()
+    run(recipe)
+    assert f"{link} is no link: it stays, and the best result is {out / 'models' / 'target-one'}" in caplog.text
+    caplog.clear()
+    (out / "held_out" / "compare" / "compare.json").write_text(json.dumps({"models": [], "slices": {}, **held_out}))
+    run(recipe, only="report")  # which evaluates nothing
+    assert "best" not in json.loads((out / "report.json").read_text())
+
+
+def test_a_run_leaves_them_out_as_soon_as_it_knows(monkeypatch, tmp_path, recipe_models, caplog):
+    ran = []
+
+    monkeypatch.setattr(module, "execute", recorder(ran, {"compare": {"choices": choices(0)}}))
     recipe = recipe_of(recipe_models, tmp_path, ("one",), targets="serving", held_out="held.json")
     run(recipe)
     stages = ["represent pivot", "represent one", "compare", "align one", "train plain"]

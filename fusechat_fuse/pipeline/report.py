@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusechat_fuse.pipeline.best import Best
 from fusechat_fuse.pipeline.recipe import Recipe
 from fusechat_fuse.pipeline.steps import Step
 from fusechat_fuse.store.card import shown_name
@@ -35,14 +36,16 @@ _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 50, 30  # of a chart and its margins, in SVG units
 
 
-def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
+def write_report(
+    recipe: Recipe, steps: list[Step], record: dict[str, Any], left_out: list[str], best: Best | None
+) -> dict[str, Any]:
     """Write `report.json` and `report.html` into the run's directory.
 
     Args:
         recipe, steps: of the run. record: the entries of `stages.json`, which hold the commands as they were run.
-        left_out: sentences on trainings that the run left out.
-    Returns: what `report.json` holds: pivot, sources, preset, left_out, compare, certificates, losses, slices, merges,
-        held_out, commands, seconds; without the empty ones.
+        left_out: sentences on trainings that the run left out. best: the best result, if any is known.
+    Returns: what `report.json` holds: pivot, sources, preset, best, left_out, compare, certificates, losses, slices,
+        merges, held_out, commands, seconds; without the empty ones.
     """
     home = recipe.output_dir
     models = [step.output for step in steps if step.stage == "train"]
@@ -51,6 +54,7 @@ def write_report(recipe: Recipe, steps: list[Step], record: dict[str, Any], left
         "pivot": recipe.pivot.model,
         "sources": {name: model.model for name, model in recipe.sources.items()},
         "preset": recipe.preset,
+        "best": best and {"path": str(best.output.relative_to(home)), "summary": best.summary},
         "left_out": left_out,
         "compare": read_json(home / "compare" / "compare.json", "comparison"),
         "certificates": _each({name: home / "aligned" / name for name in recipe.sources}, _certificate),
@@ -98,7 +102,7 @@ def report_page(title: str, found: dict[str, Any]) -> str:
     """
     sources = ", ".join(f"{name} ({shown_name(model)})" for name, model in found["sources"].items())
     models = f"Pivot {shown_name(found['pivot'])}; sources {sources}; preset {found['preset']}."
-    best = found.get("held_out", {}).get("ranking", {}).get("summary", [])
+    best = [*found["best"]["summary"], f"It is in {found['best']['path']}."] if "best" in found else []
     parts = [f"<h1>{html.escape(title)}</h1>", *_paragraphs([*best, models, *found.get("left_out", [])])]
     for key, (heading, body, stages) in _SECTIONS.items():
         if key in found:

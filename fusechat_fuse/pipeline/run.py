@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.errors import InputError, describe_error
+from fusechat_fuse.pipeline.best import best_of, link_best
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import RECORD_FILE, Record, inputs_of
 from fusechat_fuse.pipeline.report import write_report
@@ -89,8 +90,11 @@ def run(
                 steps = known.steps
                 current.keep(steps)
         if "report" in stages:
-            write_report(checked, steps, record.entries, known.left_out)
+            best = best_of(steps, record)
+            write_report(checked, steps, record.entries, known.left_out, best)
             logger.info("report: %s", checked.output_dir / "report.html")
+            if best is not None:
+                link_best(checked.output_dir, best)
     return record.entries
 
 
