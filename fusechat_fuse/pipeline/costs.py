@@ -33,11 +33,7 @@ GPUS = {  # dense bfloat16 FLOPs per second, memory in GiB (vendors' data sheets
     "b200": (2250e12, 180),
 }
 UTILIZATION = 0.4
-MEMORY_WITHOUT_TORCH = {
-    "align": 140 << 20,
-    "combine": 130 << 20,
-    "compare": 110 << 20,
-}  # of a process without torch, measured
+MEMORY_WITHOUT_TORCH = {"align": 140 << 20, "combine": 130 << 20, "compare": 110 << 20}  # of a process, measured
 _SHARD, _ROW, _SOURCE_ROW = 3000, 80, 70  # disk: a shard's headers; a row's id, hash and offsets; the same of a source
 _COMPACT = 0.57  # size of the compact encoding relative to plain, measured on chat data
 _STORE, _TARGET = 8000, 12000  # disk: small files of a store; of a target, besides weights and tokenizer
@@ -76,10 +72,6 @@ class ModelSize:
         """
         return 2 * (self.active * tokens + self.head * predicted)
 
-    def layer_elements(self) -> int:
-        """Activations (numbers) that one layer keeps per token for the backward pass."""
-        return 12 * self.hidden + 4 * self.intermediate
-
 
 def size_of(model, *, trust_remote_code: bool = False) -> ModelSize:
     """Count the weights of a model, built from its configuration on the meta device.
@@ -111,7 +103,6 @@ def _counted(built, config) -> ModelSize:
     embedding = built.get_input_embeddings().weight
     head = built.get_output_embeddings()
     outside = embedding.numel() + (0 if head is None or head.weight is embedding else head.weight.numel())
-    stored = getattr(config, "dtype", None) or torch.float32
     hidden = int(text.hidden_size)
     return ModelSize(
         parameters=sum(counted.values()),
@@ -122,7 +113,7 @@ def _counted(built, config) -> ModelSize:
         intermediate=int(int(getattr(text, "intermediate_size", None) or 4 * hidden) * max(1, of * share)),
         layers=int(text.num_hidden_layers),
         vocab_size=len(embedding),
-        stored_bytes=torch.empty(0, dtype=stored).element_size(),
+        stored_bytes=(getattr(config, "dtype", None) or torch.float32).itemsize,
     )
 
 
@@ -160,12 +151,10 @@ def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: 
     """
     of_weight, bf16 = bytes_of(options["dtype"]), device == "gpu" and options["bf16"] is not False
     trained = 0 if options["lora_r"] else size.parameters
-    state = (
-        _held(size, options, of_weight) + 3 * trained * of_weight + (2 * size.parameters if bf16 and shards == 1 else 0)
-    )
-    kept = size.layers * size.layer_elements()
-    if _checkpoints(options):
-        kept = size.layers * size.hidden + size.layer_elements()
+    state = _held(size, options, of_weight) + 3 * trained * of_weight
+    state += 2 * size.parameters if bf16 and shards == 1 else 0
+    of_layer = 12 * size.hidden + 4 * size.intermediate  # numbers kept per token for the backward pass
+    kept = size.layers * size.hidden + of_layer if _checkpoints(options) else size.layers * of_layer
     activations = tokens * kept * (2 if bf16 else of_weight)
     head = 2 * min(_HEAD_CHUNK["train"][device], 4 * tokens * size.vocab_size) + 4 * size.head
     return state // shards + activations + head

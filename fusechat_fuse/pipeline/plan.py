@@ -158,29 +158,23 @@ class _Planner:
 
     def _represent(self, step: Step, options: Options) -> dict[str, Any]:
         encoded, size = self.data.encodings(step.key, options), self._size(options)
-        batches = self._batches(encoded.lengths, options)
-        padded = sum(len(batch) * int(encoded.lengths[batch].max()) for batch in batches)
-        largest = max(batches, key=lambda batch: len(batch) * encoded.lengths[batch].max())
-        of_largest = len(largest) * int(encoded.lengths[largest].max()), int(encoded.predicted[largest].sum())
-        predicted, tokens = encoded.total(encoded.predicted), encoded.total(encoded.lengths)
         row = {**encoded.counts, "disk_bytes": self._representation_disk(encoded, options)}
         if options["server"]:  # its model, memory and time are not this machine's
             return row
+        batches = []  # (padded tokens, predicted tokens), made shard by shard
+        for first in range(0, len(encoded.lengths), options["shard_size"]):
+            lengths, predicted = (
+                a[first : first + options["shard_size"]] for a in (encoded.lengths, encoded.predicted)
+            )
+            for batch in plan_batches(lengths, options["tokens_per_batch"]):
+                batches.append((len(batch) * int(lengths[batch].max()), int(predicted[batch].sum())))
+        unpadded, padded = encoded.lengths.sum(), sum(tokens for tokens, _ in batches)
         return {
             **row,
-            "padding_share": 1 - encoded.lengths.sum() / padded,
-            "memory_bytes": costs.represent_memory(size, options, *of_largest, self.device),
-            "flops": size.forward_flops(tokens / encoded.lengths.sum() * padded, predicted),
+            "padding_share": 1 - unpadded / padded,
+            "memory_bytes": costs.represent_memory(size, options, *max(batches), self.device),
+            "flops": size.forward_flops(row["tokens"] / unpadded * padded, row["predicted_tokens"]),
         }
-
-    @staticmethod
-    def _batches(lengths: np.ndarray, options: Options) -> list[np.ndarray]:
-        """The batches of `represent`, which are made shard by shard."""
-        found = []
-        for first in range(0, len(lengths), options["shard_size"]):
-            part = lengths[first : first + options["shard_size"]]
-            found += [batch + first for batch in plan_batches(part, options["tokens_per_batch"])]
-        return found
 
     def _representation_disk(self, encoded: Encodings, options: Options) -> int:
         rows = costs.store_disk(encoded.conversations, encoded.total(encoded.row_bytes), options)

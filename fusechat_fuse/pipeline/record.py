@@ -69,15 +69,15 @@ class Record:
     def starts_anew(self, step: Step, overwrite: bool = False) -> bool:
         """Whether the output that an earlier start of the step left must be removed.
 
-        That is, with `overwrite`, what is stale; of a step that is `made_anew`, what was made from other options or
-        inputs (for a training: inputs); of a merge anything (mergekit needs an empty directory). What this run did not
-        write stays: the command refuses it.
+        That is anything of a merge (mergekit needs an empty directory), what is stale with `overwrite`, and what the
+        run's own steps make different. What this run did not write stays: the command refuses it.
         """
         entry = self.entries.get(step.key)
-        if entry is None or step.stage == "merge":
+        if entry is None or step.stage == "merge" or (overwrite and self.is_stale(step)):
             return entry is not None
-        changed = entry["inputs"] != inputs_of(step) if step.stage == "train" else self.is_changed(step)
-        return (step.made_anew and changed) or (overwrite and self.is_stale(step))
+        if step.key == "train multi":  # of other sources; with other options it may go on from its checkpoints
+            return entry["inputs"] != inputs_of(step)
+        return step.stage in ("compare", "combine", "evaluate") and self.is_changed(step)
 
     def begin(self, step: Step, overwrite: bool = False) -> None:
         """Enter a step that starts, with its inputs as they are now; remove its old output if it starts anew."""

@@ -78,7 +78,7 @@ def run(
         current = _Run(checked.output_dir, record, unfinished, overwrite)
         for stage in stages:
             of_stage = [step for step in steps if step.stage == stage]
-            side_by_side = [step for step in of_stage if step.parallel and checked.devices]
+            side_by_side = [step for step in of_stage if step.arguments[0] == "represent" and checked.devices]
             if side_by_side:
                 current.perform_side_by_side(side_by_side, checked.devices)
             for step in of_stage:

@@ -32,8 +32,7 @@ class Step:
 
     Attributes:
         arguments: of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models. command: what is run.
-        made_anew: what was made from other inputs is removed before the step runs again, see `Record.starts_anew`.
-        parallel: may run beside the other steps of its stage. files: path -> text, written before the step runs.
+        files: path -> text, written before the step runs.
     """
 
     stage: str
@@ -41,8 +40,6 @@ class Step:
     arguments: list[str]
     command: list[str]
     output: Path
-    made_anew: bool = False
-    parallel: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     files: dict[Path, str] = field(default_factory=dict)
 
@@ -97,43 +94,41 @@ class _Steps:
             steps += self._evaluate(results)
         return steps
 
-    def _step(self, stage: str, name: str, model: Model, arguments: list[str], output: Path, **more) -> Step:
+    def _step(self, stage: str, name: str, model: Model, output: Path, **own) -> Step:
+        return self._launched(stage, name, model, self._arguments(stage, model, output, **own), output)
+
+    def _arguments(self, stage: str, model: Model, output: Path, **own) -> list[str]:
+        """A stage's command and flags: the pipeline's own, then the recipe's, overridden by the model's."""
+        own |= {"output_dir": output, "preset": None if stage == "represent" else self.recipe.preset}
+        return [stage, *as_flags({**own, **self.recipe.flags[stage], **model.flags.get(stage, {})})]
+
+    def _launched(self, stage: str, name: str, model: Model, arguments: list[str], output: Path) -> Step:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
         launched_as = "compare" if arguments[0] == "compare" else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
-        return Step(stage, name, arguments, launched(launcher, arguments), output, **more)
-
-    def _flags(self, stage: str, model: Model, **own) -> list[str]:
-        """A stage's command and flags: the pipeline's own, then the recipe's, overridden by the model's."""
-        return [stage, *as_flags({**own, **self.recipe.flags[stage], **model.flags.get(stage, {})})]
+        return Step(stage, name, arguments, launched(launcher, arguments), output)
 
     def _represent(self, name: str, model: Model) -> Step:
-        output, pivot = self.home / "representations" / name, self.recipe.pivot.model
-        models = {"model_name_or_path": model.model, "data_path": self.recipe.data}
-        models["pivot_name_or_path"] = None if name == "pivot" else pivot
-        flags = self._flags("represent", model, **models, output_dir=output)
-        return self._step("represent", name, model, flags, output, parallel=True)
+        own = {"model_name_or_path": model.model, "data_path": self.recipe.data}
+        own["pivot_name_or_path"] = None if name == "pivot" else self.recipe.pivot.model
+        return self._step("represent", name, model, self.home / "representations" / name, **own)
 
     def _compare(self, stage: str, name: str, folders: list[Path], output: Path, flags: dict[str, Any]) -> Step:
         arguments = ["compare", *map(str, folders), *as_flags({"output_dir": output, **flags})]
-        return self._step(stage, name, _NO_MODEL, arguments, output, made_anew=True)
+        return self._launched(stage, name, _NO_MODEL, arguments, output)
 
     def _align(self, name: str, model: Model) -> Step:
-        output, represented = self.home / "aligned" / name, self.home / "representations"
-        both = {"pivot_representation": represented / "pivot", "source_representation": represented / name}
-        flags = self._flags("align", model, **both, output_dir=output, preset=self.recipe.preset)
-        return self._step("align", name, model, flags, output)
+        represented = self.home / "representations"
+        own = {"pivot_representation": represented / "pivot", "source_representation": represented / name}
+        return self._step("align", name, model, self.home / "aligned" / name, **own)
 
     def _combine(self) -> Step:
-        parts, output = [self.home / "aligned" / name for name in self.recipe.sources], self.home / "aligned" / "multi"
-        flags = self._flags("combine", _NO_MODEL, aligned=parts, output_dir=output, preset=self.recipe.preset)
-        return self._step("combine", "", _NO_MODEL, flags, output, made_anew=True)
+        parts = [self.home / "aligned" / name for name in self.recipe.sources]
+        return self._step("combine", "", _NO_MODEL, self.home / "aligned" / "multi", aligned=parts)
 
     def _train(self, name: str, data: str, model: Model) -> Step:
-        output, aligned = self.home / "models" / name, self.home / "aligned" / data
-        own = {"model_name_or_path": self.recipe.pivot.model, "data_path": aligned, "output_dir": output}
-        flags = self._flags("train", model, **own, preset=self.recipe.preset)
-        return self._step("train", name, model, flags, output, made_anew=name == "multi")
+        own = {"model_name_or_path": self.recipe.pivot.model, "data_path": self.home / "aligned" / data}
+        return self._step("train", name, model, self.home / "models" / name, **own)
 
     def _merge(self, name: str, method: str, parameters: dict[str, Any]) -> Step:
         targets = [self.home / "models" / f"target-{source}" for source in self.targets]
@@ -155,21 +150,19 @@ class _Steps:
             arguments=["merge", json.dumps(config, sort_keys=True), self.recipe.pivot.model, *map(str, targets)],
             command=[*(launcher if launcher != ["python"] else []), script, "yaml", str(file), str(output)],
             output=output,
-            made_anew=True,
             environment={"FUSECHAT_MERGE_REPORT": str(self.home / "merged" / "reports" / name)},
             files={file: json.dumps(config, indent=2) + "\n"},  # JSON is YAML
         )
 
     def _evaluate(self, results: list[Step]) -> list[Step]:
         """The held-out conversations, represented by the pivot and every result, and the comparison."""
-        models = {"pivot": self.recipe.pivot.model}
+        pivot, home, steps = self.recipe.pivot, self.home / "held_out", []
+        models = {"pivot": pivot.model}
         models |= {f"merged-{s.name}" if s.stage == "merge" else s.name: str(s.output) for s in results}
-        steps, home = [], self.home / "held_out"
         for name, model in models.items():
-            own = {"model_name_or_path": model, "data_path": self.recipe.held_out}
-            own |= {"pivot_name_or_path": self.recipe.pivot.model, "output_dir": home / name}
-            flags = self._flags("represent", self.recipe.pivot, **own)
-            steps.append(self._step("evaluate", name, _NO_MODEL, flags, home / name, made_anew=True, parallel=True))
+            own = {"model_name_or_path": model, "data_path": self.recipe.held_out, "pivot_name_or_path": pivot.model}
+            arguments = self._arguments("represent", pivot, home / name, **own)
+            steps.append(self._launched("evaluate", name, _NO_MODEL, arguments, home / name))
         named = slice_flags(self.recipe.flags["train"])
         named.pop("slice_pattern", None)  # of the training data's ids
         flags = named | {"baseline": home / ("plain" if self.recipe.plain else "pivot")}
