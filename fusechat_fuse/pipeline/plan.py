@@ -161,11 +161,10 @@ class _Planner:
         row = {**encoded.counts, "disk_bytes": self._representation_disk(encoded, options)}
         if options["server"]:  # its model, memory and time are not this machine's
             return row
-        batches = []  # (padded tokens, predicted tokens), made shard by shard
+        batches: list[tuple[int, int]] = []  # padded and predicted tokens, made shard by shard
         for first in range(0, len(encoded.lengths), options["shard_size"]):
-            lengths, predicted = (
-                a[first : first + options["shard_size"]] for a in (encoded.lengths, encoded.predicted)
-            )
+            shard = slice(first, first + options["shard_size"])
+            lengths, predicted = encoded.lengths[shard], encoded.predicted[shard]
             for batch in plan_batches(lengths, options["tokens_per_batch"]):
                 batches.append((len(batch) * int(lengths[batch].max()), int(predicted[batch].sum())))
         unpadded, padded = encoded.lengths.sum(), sum(tokens for tokens, _ in batches)
