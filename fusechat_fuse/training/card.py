@@ -44,6 +44,8 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
     metadata = _metadata(pivot.name, data, plain=config.lm_loss_weight == 1)
     source_list = ", ".join(sources)
     how = "Plain fine-tuning of" if config.lm_loss_weight == 1 else "Pairwise knowledge fusion into"
+    about_data = {"data": ", ".join(data) or "?", **_alignment(manifest)}
+    figures = {name: metrics[name] for name in FIGURES if name in metrics}
     lines = [
         f"# {title}",
         "",
@@ -51,9 +53,8 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         f"[FuseChat]({PAPER}). It has the pivot's architecture, tokenizer and vocabulary: targets of one pivot merge, "
         "for example with mergekit's `sce`.",
         "",
-        "## Loss",
-        "",
-        card_table(
+        *_section(
+            "Loss",
             {
                 "language-model weight lambda": config.lm_loss_weight,
                 "fusion loss": config.fusion_loss_type,
@@ -62,24 +63,12 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
                 "tail of the distributions": config.fusion_tail
                 + (f" (label noise {config.label_noise})" if config.fusion_tail == "label" else ""),
                 "temperature": config.fuse_temperature,
-            }
+            },
         ),
-        "",
-        "## Data and alignment",
-        "",
-        card_table(
-            {"pivot": pivot_name, "source": source_list, "data": ", ".join(data) or "?", **_alignment(manifest)}
-        ),
-        "",
+        *_section("Data and alignment", {"pivot": pivot_name, "source": source_list, **about_data}),
         *slice_lines(trainer.slices),
-        "## Training",
-        "",
-        card_table({**_training(config, trainer.state, arguments), **{k: metrics[k] for k in FIGURES if k in metrics}}),
-        "",
-        "## Versions",
-        "",
-        card_table(library_versions()),
-        "",
+        *_section("Training", _training(config, trainer.state, arguments) | figures),
+        *_section("Versions", library_versions()),
         "## Citation",
         "",
         "```bibtex",
@@ -87,6 +76,10 @@ def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metric
         "```",
     ]
     (folder / "README.md").write_text(card_text(metadata, lines), encoding="utf-8")
+
+
+def _section(title: str, rows: dict) -> list[str]:
+    return [f"## {title}", "", card_table(rows), ""]
 
 
 def _metadata(pivot: str, data: list[str], *, plain: bool) -> dict:

@@ -8,7 +8,7 @@ The only Python loop runs over the conversations of a batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
-from fusechat_fuse.training.choice import BY_SLICE, FusionDistribution, fusion_distribution
+from fusechat_fuse.training.choice import BY_SLICE, fusion_distribution
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.options import FusionOptions, check_choices
 from fusechat_fuse.training.rows import as_documented
@@ -62,7 +62,6 @@ class FusionCollator:
     packing: bool = FusionOptions.packing
     pad_to_multiple_of: int | None = None
     preset: str = FusionOptions.preset
-    _options: dict = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         names = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
@@ -74,14 +73,6 @@ class FusionCollator:
         for name in ("fuse_temperature", "max_length"):
             if not getattr(self, name) > 0:
                 raise InputError(f"value for {name}: expected more than 0, got {getattr(self, name)}. Raise it.")
-        self._options = {
-            "choice": self.fusion_function,
-            "ce_unit": self.ce_unit,
-            "fallback": self.fusion_fallback,
-            "tail": self.fusion_tail,
-            "label_noise": self.label_noise,
-            "fuse_temperature": self.fuse_temperature,
-        }
 
     def fit_vocabulary(self, vocab_size: int) -> None:
         """Check ids against a vocabulary unless one is set; a padding id outside it becomes 0."""
@@ -92,25 +83,51 @@ class FusionCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         items = [self._item(as_documented(row)) for row in rows]
         lengths = [len(item["input_ids"]) for item in items]
-        if self.packing:
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            places = [(0, offset) for offset in offsets[:-1]]
-            B, T = 1, self._round(int(offsets[-1]))
-        else:
-            places = [(b, 0) for b in range(len(items))]
-            B, T = len(items), self._round(max(lengths))
-        batch = self._empty(B, T, K=max(item["ids"].shape[1] for item in items))
-        for item, (b, offset) in zip(items, places):
-            self._place(batch, item, b, offset)
-        batch["position_ids" if self.packing else "attention_mask"] = self._positions(lengths, B, T)
+        step, longest = self.pad_to_multiple_of or 1, sum(lengths) if self.packing else max(lengths)
+        B, T = 1 if self.packing else len(items), -(-longest // step) * step
+        K = max(item["ids"].shape[1] for item in items)
+        batch = {
+            "input_ids": np.full((B, T), self.pad_token_id, np.int64),
+            "labels": np.full((B, T), IGNORED, np.int64),
+            "shift_labels": np.full((B, T), IGNORED, np.int64),
+            "target_ids": np.full((B, T, K), -1, np.int64),
+            "target_probs": np.zeros((B, T, K), np.float32),
+        }
+        for n, item in enumerate(items):
+            b, offset = (0, sum(lengths[:n])) if self.packing else (n, 0)
+            ids, at, width = item["input_ids"], item["predicted"] + offset, item["ids"].shape[1]
+            batch["input_ids"][b, offset : offset + len(ids)] = ids
+            batch["labels"][b, at] = batch["shift_labels"][b, at - 1] = ids[item["predicted"]]
+            batch["target_ids"][b, at - 1, :width] = item["ids"]
+            batch["target_probs"][b, at - 1, :width] = item["probs"]
         stats = np.array([item["stats"] for item in items], np.float32)
-        batch["conversation_stats"] = stats[None] if self.packing else stats[:, None]
+        if self.packing:
+            runs = [*lengths, T - longest]  # padding is a sequence of its own
+            batch |= {"position_ids": np.concatenate([np.arange(n) for n in runs])[None]}
+            batch |= {"conversation_stats": stats[None]}
+        else:
+            batch |= {"attention_mask": (np.arange(T) < np.array(lengths)[:, None]).astype(np.int64)}
+            batch |= {"conversation_stats": stats[:, None]}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
-        fused = fusion_distribution(row, **self._options, slice_weight=self._slice_weight(row))
-        self._check(row, fused)
+        fused = fusion_distribution(
+            row,
+            choice=self.fusion_function,
+            ce_unit=self.ce_unit,
+            fuse_temperature=self.fuse_temperature,
+            fallback=self.fusion_fallback,
+            tail=self.fusion_tail,
+            label_noise=self.label_noise,
+            slice_weight=self._slice_weight(row),
+        )
+        top = max(int(row["input_ids"].max(initial=0)), int(fused.ids.max(initial=0)))
+        if self.vocab_size is not None and top >= self.vocab_size:
+            raise InputError(
+                f"token id for conversation {row['id']!r}: expected less than the model's vocabulary of "
+                f"{self.vocab_size}, got {top}. Use data that was aligned to this model's tokenizer."
+            )
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
         mass = row.get("mapped_mass")
         return {
@@ -136,45 +153,6 @@ class FusionCollator:
                 "got none. Set it, or pass the collator to FusionTrainer, which sets it."
             )
         return self.slice_choice(row)
-
-    def _check(self, row: dict, fused: FusionDistribution) -> None:
-        if self.vocab_size is None:
-            return
-        top = max(int(row["input_ids"].max(initial=0)), int(fused.ids.max(initial=0)))
-        if top >= self.vocab_size:
-            raise InputError(
-                f"token id for conversation {row['id']!r}: expected less than the model's vocabulary of "
-                f"{self.vocab_size}, got {top}. Use data that was aligned to this model's tokenizer."
-            )
-
-    def _round(self, length: int) -> int:
-        step = self.pad_to_multiple_of or 1
-        return -(-length // step) * step
-
-    def _empty(self, B: int, T: int, K: int) -> dict[str, np.ndarray]:
-        return {
-            "input_ids": np.full((B, T), self.pad_token_id, np.int64),
-            "labels": np.full((B, T), IGNORED, np.int64),
-            "shift_labels": np.full((B, T), IGNORED, np.int64),
-            "target_ids": np.full((B, T, K), -1, np.int64),
-            "target_probs": np.zeros((B, T, K), np.float32),
-        }
-
-    @staticmethod
-    def _place(batch: dict, item: dict, b: int, offset: int) -> None:
-        at = item["predicted"] + offset  # [P]
-        ids = item["input_ids"]
-        batch["input_ids"][b, offset : offset + len(ids)] = ids
-        batch["labels"][b, at] = batch["shift_labels"][b, at - 1] = ids[item["predicted"]]
-        width = item["ids"].shape[1]
-        batch["target_ids"][b, at - 1, :width] = item["ids"]
-        batch["target_probs"][b, at - 1, :width] = item["probs"]
-
-    def _positions(self, lengths: list[int], B: int, T: int) -> np.ndarray:
-        if not self.packing:
-            return (np.arange(T) < np.array(lengths)[:, None]).astype(np.int64)
-        runs = [*lengths, T - sum(lengths)]  # padding is a sequence of its own
-        return np.concatenate([np.arange(n) for n in runs])[None]
 
 
 def collator_options(options) -> dict[str, Any]:
@@ -205,8 +183,5 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
 
 def _source_index(row: dict) -> int:
     """Index of the source that a combined row came from; 0 where there is one source, -1 where several were mixed."""
-    index = row.get("source_index")
-    if index is None:
-        return 0
-    index = np.unique(np.asarray(index))
+    index = np.unique(np.asarray(0 if row.get("source_index") is None else row["source_index"]))
     return int(index[0]) if len(index) == 1 else -1

@@ -92,10 +92,8 @@ class _GradientInForward(torch.autograd.Function):
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False), torch.no_grad():
-            work = _Chunks(hidden, weight, bias, autocast or weight.dtype)
-            work.prepare_gradients([with_gradient and need for need in ctx.needs_input_grad[:3]])
-            sums = work.run(rows)
-        ctx.gradients = work.gradients
+            needed = [with_gradient and need for need in ctx.needs_input_grad[:3]]
+            sums, ctx.gradients = _sums_and_gradients(hidden, weight, bias, rows, autocast or weight.dtype, needed)
         lm_sum, fusion_sum = sums.unbind()
         ctx.mark_non_differentiable(lm_sum, fusion_sum)
         return weighted_loss(lm_sum, fusion_sum, rows.lm_loss_weight).clone(), lm_sum, fusion_sum
@@ -109,66 +107,41 @@ class _GradientInForward(torch.autograd.Function):
         return *(None if g is None else g.mul_(grads[0]) for g in gradients), None, None
 
 
-class _Chunks:
-    """The chunk loop of `_GradientInForward`, over buffers that are allocated once."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
-        self.exact = torch.promote_types(dtype, torch.float32)  # of losses and sums
-        self.gradients: list[Tensor | None] = [None, None, None]
-        self.parts = row_chunks(len(hidden), weight.shape[0], hidden.device, _LEAST_ROWS)
-
-    def prepare_gradients(self, needed: list[bool]) -> None:
-        shapes = self.hidden.shape, self.weight.shape, (self.weight.shape[0],)
-        for n, (need, shape) in enumerate(zip(needed, shapes)):
-            if need:
-                self.gradients[n] = torch.zeros(shape, dtype=self.exact, device=self.hidden.device)
-
-    def run(self, rows: LabelledRows) -> Tensor:
-        """Sums of L_LM and L_fusion, [2]; the gradients that were prepared are filled on the way."""
-        sums = torch.zeros(2, dtype=self.exact, device=self.hidden.device)
-        hidden, weight, probs = self.hidden.to(self.dtype), self.weight.to(self.dtype), rows.probs.to(self.exact)
-        most = max((b - a for a, b in self.parts), default=0)
-        low = torch.empty(most, weight.shape[0], dtype=self.dtype, device=hidden.device)
-        buffer = low if self.dtype == self.exact else torch.empty_like(low, dtype=self.exact)
-        for a, b in self.parts:
-            z = rows.transform.apply_(self._raw_logits(hidden[a:b], weight, low[: b - a], buffer[: b - a]))
-            slope = rows.transform.slope(z)
-            chunk = rows.labels[a:b], rows.ids[a:b], probs[a:b]
-            total, lm_sum, fusion_sum = _exp_and_terms_(z, *chunk, rows.kind)
-            sums += torch.stack([lm_sum, fusion_sum])
-            if any(g is not None for g in self.gradients):
-                exp_to_gradient_(z, total, *chunk, rows.lm_loss_weight, 1 - rows.lm_loss_weight)
-                if slope is not None:
-                    z.mul_(slope)
-                self._accumulate(z, low[: b - a], hidden[a:b], weight, a, b)
-        self.gradients = [
-            None if g is None or own is None else g.to(own.dtype)
-            for g, own in zip(self.gradients, (self.hidden, self.weight, self.bias))
-        ]
-        return sums
-
-    def _raw_logits(self, hidden: Tensor, weight: Tensor, low: Tensor, z: Tensor) -> Tensor:
-        """hidden weight^T + bias; the product in `low`, the rest in `z` (one buffer where dtypes are equal)."""
-        torch.mm(hidden, weight.t(), out=low)
-        if z.dtype != low.dtype:
-            z.copy_(low)
-        return z if self.bias is None else z.add_(self.bias)
-
-    def _accumulate(self, dz: Tensor, low: Tensor, hidden: Tensor, weight: Tensor, a: int, b: int) -> None:
-        """Add d z of the rows a to b to the gradients."""
-        d_hidden, d_weight, d_bias = self.gradients
+def _sums_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: LabelledRows, dtype, needed):
+    """Sums of L_LM and L_fusion, [2], and their gradients with respect to hidden, weight and bias (None: not needed);
+    products in `dtype`, chunk by chunk, in buffers that are allocated once."""
+    exact = torch.promote_types(dtype, torch.float32)  # of losses, sums and gradients
+    given, device, V = (hidden, weight, bias), hidden.device, weight.shape[0]
+    gradients = [torch.zeros_like(x, dtype=exact) if need and x is not None else None for x, need in zip(given, needed)]
+    d_hidden, d_weight, d_bias = gradients
+    sums = torch.zeros(2, dtype=exact, device=device)
+    hidden, weight, probs = hidden.to(dtype), weight.to(dtype), rows.probs.to(exact)
+    parts = row_chunks(len(hidden), V, device, _LEAST_ROWS)
+    low = torch.empty(max((b - a for a, b in parts), default=0), V, dtype=dtype, device=device)
+    buffer = low if dtype == exact else torch.empty_like(low, dtype=exact)
+    for a, b in parts:
+        product = torch.mm(hidden[a:b], weight.t(), out=low[: b - a])
+        z = product if dtype == exact else buffer[: b - a].copy_(product)
+        z = rows.transform.apply_(z if bias is None else z.add_(bias))
+        slope = rows.transform.slope(z)
+        chunk = rows.labels[a:b], rows.ids[a:b], probs[a:b]
+        total, lm_sum, fusion_sum = _exp_and_terms_(z, *chunk, rows.kind)
+        sums += torch.stack([lm_sum, fusion_sum])
+        if not any(needed):
+            continue
+        exp_to_gradient_(z, total, *chunk, rows.lm_loss_weight, 1 - rows.lm_loss_weight)
+        if slope is not None:
+            z.mul_(slope)
         if d_bias is not None:
-            d_bias += dz.sum(0)
-        if low.dtype != dz.dtype:
-            dz = low.copy_(dz)
+            d_bias += z.sum(0)
+        dz = z if dtype == exact else low[: b - a].copy_(z)
         if d_hidden is not None:
             d_hidden[a:b] = dz @ weight
-        if d_weight is not None:
-            if d_weight.dtype == dz.dtype:
-                d_weight.addmm_(dz.t(), hidden)
-            else:
-                d_weight += dz.t() @ hidden
+        if d_weight is not None and dtype == exact:
+            d_weight.addmm_(dz.t(), hidden[a:b])
+        elif d_weight is not None:
+            d_weight += dz.t() @ hidden[a:b]
+    return sums, [None if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, given)]
 
 
 def _exp_and_terms_(z: Tensor, labels, ids, probs, kind):

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ def check_packing(model, autocast: Callable[[], AbstractContextManager] = nullco
             over float32 weights).
     """
     name = type(causal_model(model)).__name__
-    if any(_is_elsewhere(p) for p in model.parameters()):
+    if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters()):  # or ZeRO-3, FSDP2
         logger.warning("Packing was not tried on %s, whose weights are sharded. Try it once on one device.", name)
         return
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
@@ -67,11 +66,6 @@ def check_packing(model, autocast: Callable[[], AbstractContextManager] = nullco
             f"packing for {name}: expected conversations that do not see one another, got logits that change by "
             f"{difference:.1%} with the conversation before. Train without packing."
         )
-
-
-def _is_elsewhere(parameter: Any) -> bool:
-    """Whether a weight is not whole in this process (meta, ZeRO-3, fully_shard)."""
-    return parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "to_local")
 
 
 def _difference(model) -> float:

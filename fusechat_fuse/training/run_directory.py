@@ -132,9 +132,9 @@ class RunDirectory:
             )
 
     def _checkpoints(self) -> dict[int, Path]:
-        """Step -> folder, whole or not."""
-        found = ((re.fullmatch(r"checkpoint-(\d+)", entry.name), entry) for entry in self.path.glob("checkpoint-*"))
-        return {int(match[1]): entry for match, entry in found if match}
+        """Step -> folder, whole or not; the last step first."""
+        found = {int(entry.name[11:]): entry for entry in self.path.glob("checkpoint-*") if entry.name[11:].isdecimal()}
+        return dict(sorted(found.items(), reverse=True))
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue from: the one asked for, else the last whole one; None: start at the beginning."""
@@ -142,14 +142,13 @@ class RunDirectory:
             return None
         if (asked := self._asked()) is not None:
             return asked
-        steps = self._checkpoints()
-        for step in sorted(steps, reverse=True):
-            if _whole(steps[step], step):
-                logger.info("Continuing after step %d, from %s.", step, steps[step])
-                return str(steps[step])
+        for step, folder in self._checkpoints().items():
+            if _whole(folder, step):
+                logger.info("Continuing after step %d, from %s.", step, folder)
+                return str(folder)
             logger.warning(
                 "%s is not whole (stopped while it was written, or saved without its optimizer); it is left out.",
-                steps[step],
+                folder,
             )
         return None
 
