@@ -429,8 +429,8 @@ def test_mass_in_is_mass_out_plus_unmapped(two, tmp_path):
         vocab = pair.vocabularies(mapping)
         for p, s in zip(two[0], two[1]):
             batch = make_batch([p], [s], pair)
-            match, mapped, _ = align_batch(batch, pair, vocab, mapping, False)
-            source = batch.source
+            mapped = align_batch(batch, pair, vocab, mapping, False)
+            source, match = batch.source, batch.match
             for n in np.flatnonzero(match.kind == EXACT):
                 q = match.source[n]
                 given = np.exp(source.topk_logprobs[q].astype(np.float64))

@@ -123,7 +123,7 @@ def check_prefix(request, pair, pivot, source, **options):
     stats = {"tokens": 0, "answered": 0, "inside": 0}
     for p, s, contents in cases(request, pivot, source, **options):
         batch = make_batch([p], [s], pair)
-        match, mapped, safe = align_batch(batch, pair, vocab, MAPPINGS["prefix"], False)
+        mapped = align_batch(batch, pair, vocab, MAPPINGS["prefix"], False)
         pivot_tokens, source_tokens = tokens_of(p, source=False), tokens_of(s, source=True)
         texts = {m: content.encode() for m, content in enumerate(contents)}
         expected = reference.prefix(
@@ -153,9 +153,7 @@ def check_prefix(request, pair, pivot, source, **options):
             assert mapped.mass[n] < 1 + 2e-3  # the stored float16 log-probabilities may add up to a little over 1
         own = [None if a is None else a[1][t["id"]] for a, t in zip(expected, pivot_tokens)]
         bits = reference.gap(pivot_tokens, source_tokens, own)
-        counted = tally(
-            batch.pivot, batch.source, match, mapped, safe, batch.conversation, np.array([len(p["predicted"])])
-        )
+        counted = tally(batch, mapped)
         assert counted["covered_bytes"][0] == bits[2]
         assert counted["source_bits"][0] == pytest.approx(bits[0], rel=1e-9, abs=1e-9)
         assert counted["aligned_bits"][0] == pytest.approx(bits[1], rel=1e-9, abs=1e-9)
@@ -212,7 +210,7 @@ def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, cut
     vocab = pair.vocabularies(MAPPINGS[mapping], counts)
     for p, s, contents in cases(request, pivot, source, seed=5, headers=headers, cut=cut):
         batch = make_batch([p], [s], pair)
-        match, mapped, safe = align_batch(batch, pair, vocab, MAPPINGS[mapping], False)
+        mapped = align_batch(batch, pair, vocab, MAPPINGS[mapping], False)
         expected = reference.single(
             tokens_of(p, source=False),
             tokens_of(s, source=True),
@@ -231,9 +229,7 @@ def test_single_id_mappings_equal_the_loops(mapping, pivot, source, headers, cut
             for (answered, row, _), t in zip(expected, tokens_of(p, source=False))
         ]
         bits = reference.gap(tokens_of(p, source=False), tokens_of(s, source=True), own)
-        counted = tally(
-            batch.pivot, batch.source, match, mapped, safe, batch.conversation, np.array([len(p["predicted"])])
-        )
+        counted = tally(batch, mapped)
         assert counted["covered_bytes"][0] == bits[2]
         assert counted["source_bits"][0] == pytest.approx(bits[0], rel=1e-6, abs=1e-9)
         assert counted["aligned_bits"][0] == pytest.approx(bits[1], rel=1e-6, abs=1e-9)

@@ -6,6 +6,7 @@ from fusechat_fuse.alignment.candidates import SourceStream, Stream
 from fusechat_fuse.alignment.certificate import certificate, kept_mass, stretches, summary_lines, tally
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, correspond
 from fusechat_fuse.alignment.sparse_rows import Mapped
+from fusechat_fuse.alignment.streams import Batch
 
 
 def test_covered_stretches_by_hand():
@@ -38,7 +39,8 @@ def test_gaps_of_opposite_sign_do_not_cancel_in_the_mean_of_their_sizes():
         np.ones((2, 1), int), probs, np.log(probs[:, 0]), np.ones(2, bool), probs[:, 0], np.full(2, EXACT), np.zeros(2)
     )
     match = correspond(start, end, start, end)
-    counted = tally(pivot, source, match, mapped, np.ones(2, bool), np.arange(2), np.array([1, 3]))
+    both = np.ones(2, bool)
+    counted = tally(Batch(pivot, source, match, both, np.arange(2), both, predicted=np.array([1, 3])), mapped)
     assert counted["predicted"].tolist() == [1, 3]
     figures = certificate({name: float(values.sum()) for name, values in counted.items()})
     assert abs(figures["gap_bits_per_byte"]) < 1e-12

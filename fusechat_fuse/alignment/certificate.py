@@ -19,6 +19,7 @@ import numpy as np
 from fusechat_fuse.alignment.candidates import SourceStream, Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, Correspondence
 from fusechat_fuse.alignment.sparse_rows import Mapped, row_sums
+from fusechat_fuse.alignment.streams import Batch
 
 FLOOR = 1e-6
 WORST = 10  # conversations listed by id
@@ -51,27 +52,13 @@ def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np
     return of_p, of_q, covered
 
 
-def tally(
-    pivot: Stream,
-    source: SourceStream,
-    match: Correspondence,
-    mapped: Mapped,
-    safe: np.ndarray,
-    conversation: np.ndarray,
-    predicted: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """The counted quantities of each conversation.
+def tally(batch: Batch, mapped: Mapped) -> dict[str, np.ndarray]:
+    """The counted quantities of each conversation: name -> float64 [conversations].
 
-    Args:
-        pivot, source, match, mapped: of one batch.
-        safe: bool [P].
-        conversation: int [P], which conversation of the batch a pivot token belongs to.
-        predicted: int [conversations], predicted tokens of each, those of no bytes too, which are in no batch.
-
-    Returns:
-        name -> float64 [conversations]; bits and bytes over covered stretches.
+    `predicted` counts tokens of no bytes too, which are in no batch; bits and bytes are those of covered stretches.
     """
-    conversations = len(predicted)
+    pivot, source, match, conversation = batch.pivot, batch.source, batch.match, batch.conversation
+    conversations = len(batch.predicted)
 
     def per_conversation(weights, where: Any = slice(None)) -> np.ndarray:
         return np.bincount(conversation[where], weights[where].astype(np.float64), conversations)
@@ -89,11 +76,11 @@ def tally(
     source_of = np.bincount(conversation[heads], source_bits, conversations) if len(heads) else np.zeros(conversations)
     aligned_of, bytes_of = per_conversation(bits, inside), per_conversation(pivot.end - pivot.start, inside)
     return {
-        "predicted": predicted.astype(np.float64),
+        "predicted": batch.predicted.astype(np.float64),
         "answered": per_conversation(answered),
         "exact": per_conversation(answered & (mapped.kind == EXACT)),
         "inside": per_conversation(answered & (mapped.kind == INSIDE)),
-        "safe": per_conversation(answered & safe),
+        "safe": per_conversation(answered & batch.safe),
         "one_hot": per_conversation(~answered & (mapped.ids >= 0).any(1)),
         "mass": per_conversation(np.minimum(mapped.mass, 1), answered),
         "kept": per_conversation(kept_mass(source, match, mapped), answered),

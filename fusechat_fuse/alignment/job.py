@@ -17,7 +17,7 @@ import numpy as np
 
 from fusechat_fuse.alignment.candidates import Vocabularies
 from fusechat_fuse.alignment.certificate import add_counts, tally
-from fusechat_fuse.alignment.correspondence import EXACT, correspond
+from fusechat_fuse.alignment.correspondence import EXACT
 from fusechat_fuse.alignment.mappings import Mapping
 from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
@@ -81,10 +81,8 @@ class Job:
         rows, info = [], {"sums": {}, "worst": []}
         for pivot_rows, source_rows in self.batches(shard):
             batch = make_batch(pivot_rows, source_rows, self.pair)
-            match, mapped, safe = align_batch(batch, self.pair, self.vocab, self.mapping, self.safe_only)
-            predicted = np.array([len(row["predicted"]) for row in pivot_rows])
-            counted = tally(batch.pivot, batch.source, match, mapped, safe, batch.conversation, predicted)
-            add_counts(info, pivot_rows, counted)
+            mapped = align_batch(batch, self.pair, self.vocab, self.mapping, self.safe_only)
+            add_counts(info, pivot_rows, tally(batch, mapped))
             rows += _aligned_rows(pivot_rows, source_rows, batch, mapped, one_hot=self.mapping.renormalised)
         return rows, info
 
@@ -97,10 +95,9 @@ class Job:
         size, parts = len(self.pair.pivot.bytes), []
         for pivot_rows, source_rows in self.batches(shard):
             batch = make_batch(pivot_rows, source_rows, self.pair)
-            pivot, source = batch.pivot, batch.source
-            match = correspond(pivot.start, pivot.end, source.start, source.end)
-            common = match.kind == EXACT
-            parts.append(AlignedCounts.of(source.ids[match.source[common]], pivot.ids[common], size))
+            common = batch.match.kind == EXACT
+            source_ids = batch.source.ids[batch.match.source[common]]
+            parts.append(AlignedCounts.of(source_ids, batch.pivot.ids[common], size))
         return AlignedCounts.total(parts, size)
 
 
@@ -120,8 +117,7 @@ def _aligned_rows(
     if one_hot and not kept.all():
         actual = np.concatenate([row["input_ids"][row["predicted"]] for row in pivot_rows])
         columns["source_ids"][~kept, 0], columns["source_probs"][~kept, 0] = actual[~kept], 1
-    cuts = np.cumsum([len(row["predicted"]) for row in pivot_rows])[:-1]
-    parts = zip(*(np.split(array, cuts) for array in columns.values()))
+    parts = zip(*(np.split(array, np.cumsum(batch.predicted)[:-1]) for array in columns.values()))
     return [
         {
             **pivot,

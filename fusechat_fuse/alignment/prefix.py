@@ -42,15 +42,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusechat_fuse.alignment.candidates import (
-    Candidates,
-    Placement,
-    SourceStream,
-    Stream,
-    Vocabularies,
-    candidates_of,
-    place,
-)
+from fusechat_fuse.alignment.candidates import Candidates, SourceStream, Stream, Vocabularies, candidates_of, place
 from fusechat_fuse.alignment.correspondence import NONE, Correspondence
 from fusechat_fuse.alignment.sparse_rows import Mapped, add_up_equal_ids, row_sums
 
@@ -88,7 +80,8 @@ def prefix_rows(pivot: Stream, source: SourceStream, match: Correspondence, voca
         last = np.maximum(np.searchsorted(source.start, pivot.end[p], side="left") - 1, q)  # the source token y reaches
         of_kept = np.where(pivot.end[p] < source.end[q], row_sums(probs * lands), 0)  # what y has from kept ones
         out.label_tail[p] = np.where(unkept[last + 1] > unkept[q], np.where(common & (c == 0), 1 + of_kept, -1), 0)
-        on = _goes_on(pivot, placement, p, q, c)
+        on = placement.inside[q] > c + 1  # another pivot token starts in q, and
+        on[on] = pivot.start[p[on] + 1] == pivot.end[p[on]]  # right where p ends: after a hole there is no answer
         alive = lands[on]  # [n', C] those that begin with y too
         q, p, rows, common, c = q[on], p[on] + 1, rows[on], common[on], c + 1
         probs = np.where(alive, probs[on], 0)
@@ -151,10 +144,3 @@ def _fill(out: Mapped, pivot: Stream, p, slot, log_actual, others, probs) -> Non
     out.ids[p, slot] = pivot.ids[p]
     out.probs[p, slot] = np.exp(log_actual)
     out.log_actual[p] = log_actual
-
-
-def _goes_on(pivot: Stream, placement: Placement, p: np.ndarray, q: np.ndarray, c: int) -> np.ndarray:
-    """Whether another pivot token starts in q right where p ends (bool [n]); after a hole there is no answer."""
-    on = placement.inside[q] > c + 1
-    on[on] = pivot.start[p[on] + 1] == pivot.end[p[on]]
-    return on

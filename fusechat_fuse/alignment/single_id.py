@@ -43,7 +43,10 @@ def single_id_rows(pivot: Stream, source: SourceStream, match: Correspondence, v
     mass = row_sums(probs)  # [n]
     out.label_tail[p] = np.where(came, 0, 1 + row_sums(probs * (ids == pivot.ids[p, None])))
     out.ids[p], out.probs[p], out.mass[p] = ids, probs / np.where(mass > 0, mass, 1)[:, None], mass
-    out.log_actual[p] = _log_actual(pivot, source, vocab, p, q)
+    candidates = candidates_of(pivot, source, place(pivot, source), vocab)
+    lands = vocab.table.at(candidates.rows[q], 0) == pivot.ids[p, None]  # [n, C]
+    D = np.ones(len(p))  # as in the prefix equations at c = 0
+    out.log_actual[p] = log_p_actual(pivot, source, candidates, p, q, candidates.probs[q] * lands, D)
     out.answered[p] = mass > 0
     out.kind = np.where(out.answered, match.kind, NONE).astype(np.uint8)
     out.leave_out(~out.answered, one_hot=pivot.ids)
@@ -65,10 +68,3 @@ def _pivot_ids(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.n
                 rest = put + piece[len(read) :]
                 ids[n, k] = vocab.by_bytes.get(rest, -1) if piece.startswith(read) else -1
     return ids
-
-
-def _log_actual(pivot: Stream, source: SourceStream, vocab: Vocabularies, p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The source's log-probability of the actual pivot token, float64 [n]: p(y) of the prefix equations at c = 0."""
-    candidates = candidates_of(pivot, source, place(pivot, source), vocab)
-    lands = vocab.table.at(candidates.rows[q], 0) == pivot.ids[p, None]  # [n, C]
-    return log_p_actual(pivot, source, candidates, p, q, candidates.probs[q] * lands, np.ones(len(p)))

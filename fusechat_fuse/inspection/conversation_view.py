@@ -15,7 +15,7 @@ from fusechat_fuse.alignment.candidates import Stream
 from fusechat_fuse.alignment.correspondence import EXACT, INSIDE, message_of
 from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.alignment.run import origin
-from fusechat_fuse.alignment.streams import align_batch, make_batch
+from fusechat_fuse.alignment.streams import Batch, align_batch, make_batch
 from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair, load_counts
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import Representation, load_representation
@@ -79,8 +79,8 @@ def conversation_view(opened: Representation, number: int, source_representation
     if mapping.needs_counts and not pair.identity:
         counts = load_counts(manifest["inputs"]["counts"] or opened.path, pair)
     vocab = pair.vocabularies(mapping, counts)
-    match, mapped, safe = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
-    outcomes = mapping.outcomes(batch.pivot, batch.source, match, vocab)
+    mapped = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
+    outcomes = mapping.outcomes(batch.pivot, batch.source, batch.match, vocab)
     pivot_name = names_of(pair.pivot.pieces, pair.pivot.bytes)
     source_name = names_of(pair.source.pieces, pair.source.bytes)
     source_tokens = [
@@ -91,10 +91,10 @@ def conversation_view(opened: Representation, number: int, source_representation
         {
             "text": _own_text(pair.pivot, batch.pivot, p, pivot_name),
             "class": CLASSES.get(int(mapped.kind[p]), "none"),
-            "safe": bool(safe[p]),
+            "safe": bool(batch.safe[p]),
             "mass": float(mapped.mass[p]),
             "unmapped": sum(c.probability for c in outcomes[p] if c.pivot_id < 0),
-            "answer": int(match.source[p]),
+            "answer": int(batch.match.source[p]),
             "candidates": [
                 {
                     "token": source_name(c.id),
@@ -109,7 +109,7 @@ def conversation_view(opened: Representation, number: int, source_representation
         }
         for p in range(len(batch.pivot))
     ]
-    messages = _stretches(batch, match, pivot_tokens, source_tokens)
+    messages = _stretches(batch, pivot_tokens, source_tokens)
     return view | {"messages": messages, "tokens": pivot_tokens, "source_tokens": source_tokens}
 
 
@@ -164,9 +164,9 @@ def stored_tokens(row: dict, name: Names) -> list[dict]:
     ]
 
 
-def _stretches(batch, match, pivot_tokens, source_tokens) -> list[list[dict]]:
+def _stretches(batch: Batch, pivot_tokens, source_tokens) -> list[list[dict]]:
     """Tokens grouped by message, then into stretches from one common start to the next."""
-    common = set(batch.pivot.start[match.kind == EXACT].tolist())
+    common = set(batch.pivot.start[batch.match.kind == EXACT].tolist())
     sides = (("pivot", batch.pivot, pivot_tokens), ("source", batch.source, source_tokens))
     items = sorted((int(stream.start[n]), side, n) for side, stream, tokens in sides for n in range(len(tokens)))
     messages: list[list[dict]] = []

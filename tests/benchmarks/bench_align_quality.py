@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from fusechat_fuse.alignment.certificate import certificate, tally
-from fusechat_fuse.alignment.correspondence import correspond
 from fusechat_fuse.alignment.run import align
 from fusechat_fuse.alignment.sparse_rows import Mapped
 from fusechat_fuse.alignment.streams import make_batch
@@ -126,8 +125,7 @@ def released(pivot_rows, source_rows, pair: TokenizerPair, tokenizers, marks) ->
             p["input_ids"], s["input_ids"], warped, base, source, after_ids, after_logs, same, chosen
         )
         batch = make_batch([p], [s], pair)
-        match = correspond(batch.pivot.start, batch.pivot.end, batch.source.start, batch.source.end)
-        P = len(batch.pivot)
+        match, P = batch.match, len(batch.pivot)
         ids, probs = np.full((P, K), -1, np.int32), np.zeros((P, K))
         answered = np.zeros(P, bool)
         for n, t in enumerate(p["predicted"].tolist()):
@@ -140,8 +138,7 @@ def released(pivot_rows, source_rows, pair: TokenizerPair, tokenizers, marks) ->
         mapped = Mapped(
             ids, probs, np.full(P, -np.inf), answered, probs.sum(1), np.where(answered, match.kind, 0), np.zeros(P)
         )
-        part = tally(batch.pivot, batch.source, match, mapped, np.zeros(P, bool), batch.conversation, np.array([P]))
-        sums.update({name: float(value[0]) for name, value in part.items()})
+        sums.update({name: float(value[0]) for name, value in tally(batch, mapped).items()})
     return certificate(dict(sums))
 
 
