@@ -16,6 +16,8 @@ from fusechat_fuse.capture.server_protocols import PROTOCOLS
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_fast_tokenizer
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.steps import steps_of
 from tests.helpers.inference_server import LONGEST, InferenceServer
 from tests.helpers.recipes import CHATS
 from tests.helpers.tiny_runs import pivot_directory
@@ -311,6 +313,14 @@ def test_the_model_is_asked_for_by_name_with_the_key(
     assert served.names_asked == {"served" if kind == "vllm" else None}
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()).decode(errors="replace")
     assert not [key for key in ("secret-key", "another-key") if key in caplog.text + written]
+
+
+def test_a_recipe_names_a_sources_served_model(tmp_path):
+    source = {"model": "org/tuned", "represent": {"server": "http://one:8000", "server_model": "tuned"}}
+    recipe = {"output_dir": str(tmp_path / "out"), "pivot": "org/pivot", "sources": {"tuned": source}, "data": "d.json"}
+    (tmp_path / "r.yml").write_text(json.dumps(recipe))
+    step = next(step for step in steps_of(read_recipe(tmp_path / "r.yml")) if step.key == "represent tuned")
+    assert step.shell.endswith("--server http://one:8000 --server_model tuned")
 
 
 def test_a_key_that_cannot_be_sent_is_not_quoted(pivot, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -108,14 +109,10 @@ def encode_ahead(
 ) -> Iterator[list[Encoded | Unusable]]:
     """The shards encoded, each by a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as thread:
-        before: Future[list[Encoded | Unusable]] | None = None
-        for conversations in shards:
-            following = thread.submit(_encode, encoder, conversations)
-            if before is not None:
-                yield before.result()
-            before = following
-        if before is not None:
-            yield before.result()
+        begun = (thread.submit(_encode, encoder, conversations) for conversations in shards)
+        for one, _ in pairwise(chain(begun, [None])):
+            if one is not None:  # none comes after the last
+                yield one.result()
 
 
 def _encode(encoder: ConversationEncoder, conversations: list[Conversation]) -> list[Encoded | Unusable]:

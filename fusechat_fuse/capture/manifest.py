@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.identity import Identity, library_versions
 from fusechat_fuse.store.files import write_atomic
@@ -79,26 +81,9 @@ def finish(writer: ShardWriter, num_shards: int, capture: Capture) -> None:
     check_finite(skipped, report.rows - len(report.skipped))
     check_template(skipped, report.rows - len(report.skipped))
     save_tokenizer(capture.encoder.tokenizer, writer.path)
-    counts = _counts(infos, report, by_reason)
-    manifest = _manifest(writer.identity, capture, infos[0]["vocab_size"])
-    writer.finish(num_shards, {**manifest, "versions": library_versions(), "counts": counts})
-    _log_outcome(writer, capture.encoder, skipped, counts)
-
-
-def _counts(infos: list[dict], report: ReadReport, skipped: dict[str, int]) -> dict[str, Any]:
-    """The manifest's counts; infos: as kept beside each shard."""
-    ends, ends_kept = (sum(info.get("ends", (0, 0))[n] for info in infos) for n in (0, 1))
-    run, padded = (sum(info[name] for info in infos) for name in ("run_tokens", "padded_tokens"))
-    return {
-        "rows_read": report.rows,
-        "skipped": skipped,
-        "repaired": count_reasons(report.repaired),
-        "truncated": sum(info["truncated"] for info in infos),
-        "context_answers": sum(info.get("context_answers", 0) for info in infos),
-        "ends": ends,
-        "ends_kept": ends_kept,
-        "padding_share": round(1 - run / max(padded, 1), 4),
-    }
+    manifest = _manifest(writer.identity, capture, infos, by_reason)
+    writer.finish(num_shards, manifest)
+    _log_outcome(writer, capture.encoder, skipped, manifest["counts"])
 
 
 def _log_outcome(writer: ShardWriter, encoder: ConversationEncoder, skipped: list[dict], counts: dict) -> None:
@@ -128,12 +113,15 @@ def _log_outcome(writer: ShardWriter, encoder: ConversationEncoder, skipped: lis
     logger.info("%s: padding %.1f %% of the tokens run", writer.path, 100 * counts["padding_share"])
 
 
-def _manifest(identity: dict, capture: Capture, vocab_size: int) -> dict[str, Any]:
-    """What made the representation, in the manifest's form."""
-    encoder, tokenizer = capture.encoder, capture.encoder.tokenizer
+def _manifest(identity: dict, capture: Capture, infos: list[dict], skipped: dict[str, int]) -> dict[str, Any]:
+    """What made the representation, and counts; infos: as kept beside each shard."""
+    encoder, tokenizer, report = capture.encoder, capture.encoder.tokenizer, capture.report
+    ends, ends_kept = np.sum([info["ends"] for info in infos], axis=0).tolist()
+    sums = {name: sum(info[name] for info in infos) for name in ("truncated", "context_answers")}
+    run, padded = (sum(info[name] for info in infos) for name in ("run_tokens", "padded_tokens"))
     return {
         "options": {**identity["options"], "template": identity["template"]["name"]},
-        "model": {**capture.model, "vocab_size": vocab_size},
+        "model": {**capture.model, "vocab_size": infos[0]["vocab_size"]},
         "tokenizer": {
             "sha256": identity["tokenizer"],
             "class": type(tokenizer).__name__,
@@ -148,5 +136,15 @@ def _manifest(identity: dict, capture: Capture, vocab_size: int) -> dict[str, An
             "source": encoder.template.source,
         },
         "data": identity["data"],
-        "datasets": capture.report.data,
+        "datasets": report.data,
+        "versions": library_versions(),
+        "counts": {
+            "rows_read": report.rows,
+            "skipped": skipped,
+            "repaired": count_reasons(report.repaired),
+            **sums,
+            "ends": ends,
+            "ends_kept": ends_kept,
+            "padding_share": round(1 - run / max(padded, 1), 4),
+        },
     }

@@ -30,7 +30,7 @@ from fusechat_fuse.models.files import (
     rope_boundary,
     with_gguf,
 )
-from fusechat_fuse.models.identity import Identity, identify
+from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import check_causal, load_in_of, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
@@ -128,9 +128,11 @@ def represent(
     _refuse_unusable(encoder, found, report)
     _check_template(encoder, found)
     if server is None:
-        made_from = _made_from(model, loading["load_in"])
+        made_from = identify(model)
+        if is_named(model) and (quantization := quantization_of(model, load_in)):
+            made_from["quantization"] = quantization
         make_runner = partial(_batch_runner, model, process.device, loading, top_k, tokens_per_batch)
-        options |= {"load_in": loading["load_in"]} if loading["load_in"] else {}
+        options |= {"load_in": load_in} if load_in else {}
     else:
         asked = {"server": server, "kind": server_kind, "model": server_model, "requests": server_requests}
         served = _connect(model, encoder, loading, gguf_file, {**asked, "top_k": top_k})
@@ -183,13 +185,6 @@ def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
     max_length = min(options["max_length"], positions_of(config) or options["max_length"])
     return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), max_length)
-
-
-def _made_from(model, load_in: str | None) -> Identity:
-    found = identify(model)
-    if is_named(model) and (quantization := quantization_of(model, load_in)):
-        found["quantization"] = quantization
-    return found
 
 
 def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_per_batch: int) -> Runner:

@@ -244,7 +244,13 @@ class ServerRunner:
                 f"server {url}: expected log-probabilities of the prompt, got an answer without them (llama.cpp's "
                 "server gives none: take --gguf_file). Serve the model with vLLM or SGLang."
             ) from error
-        self._check_texts(url, ids, answers[0], tokenizer)
+        for token, text in zip(ids[1:], answers[0].texts):
+            own = tokenizer.decode([token])
+            if text is not None and text.strip() != own.strip():
+                raise InputError(
+                    f"server {url}: expected the given model's tokenizer, got one where token {token} is {text!r} and "
+                    f"not {own!r}. Give --model_name_or_path of the model that is served."
+                )
         mass = np.exp(top.logprobs.astype(np.float64)).sum(1)
         altered = np.abs(top.ce - at_temperature_2.ce).max() > _TOLERANCE or mass.max() > 1 + _TOLERANCE
         if altered or not np.isfinite(top.ce).all():
@@ -254,16 +260,6 @@ class ServerRunner:
             )
         answered = [self.protocol.kind, self.served.name, self.served.version, ids, top.ids[:, 0].tolist()]
         return {"name": self.served.name, "fingerprint": short_digest(json.dumps(answered))}, self.served.max_length
-
-    def _check_texts(self, url: str, ids: list[int], answer: Answer, tokenizer) -> None:
-        """The server's tokens must be the tokenizer's."""
-        for position, text in zip(range(1, len(ids)), answer.texts):
-            own = tokenizer.decode([ids[position]])
-            if text is not None and text.strip() != own.strip():
-                raise InputError(
-                    f"server {url}: expected the given model's tokenizer, got one where token {ids[position]} is "
-                    f"{text!r} and not {own!r}. Give --model_name_or_path of the model that is served."
-                )
 
 
 def _top_k(answer: Answer, top_k: int, vocab_size: int) -> TopK:

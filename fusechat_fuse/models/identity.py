@@ -24,7 +24,8 @@ class Identity(TypedDict):
 def identify(model) -> Identity:
     """A model's identity, as representations and training runs record it.
 
-    A Hub name is identified by its cached commit, a directory by its files' content, a loaded model by its weights.
+    A Hub name is identified by its cached commit, a loaded model by its weights, files by their content: config.json
+    (of adapters: their own, and the base's fingerprint) and samples of each weight file.
 
     Args:
         model: directory, Hub name, GGUF file or loaded model.
@@ -32,37 +33,25 @@ def identify(model) -> Identity:
     Raises: InputError where there is no such model.
     """
     if not is_named(model):
-        return {
-            "name": getattr(model, "name_or_path", "") or type(model).__name__,
-            "fingerprint": weight_fingerprint(model),
-        }
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        return {"name": name, "fingerprint": _weight_fingerprint(model)}
     folder = Path(model)
+    name = folder.resolve().name
     if is_gguf(model) and folder.is_file():
-        digest = hashlib.sha256()
-        add_samples(digest, folder)
-        return {"name": folder.name, "fingerprint": digest.hexdigest()[:16]}
-    if folder.is_dir() and (base := adapter_base(model)):
-        digest = hashlib.sha256(identify(base)["fingerprint"].encode())
-        digest.update((folder / "adapter_config.json").read_bytes())
-        for file in sorted(folder.glob("adapter_model.*")):
-            add_samples(digest, file)
-        return {"name": folder.resolve().name, "fingerprint": digest.hexdigest()[:16]}
-    if folder.is_dir():
-        return {"name": folder.resolve().name, "fingerprint": file_fingerprint(folder)}
-    file = model_file(model, "config.json")
-    if file is None:
+        name, content, files = folder.name, b"", [folder]
+    elif folder.is_dir() and (base := adapter_base(model)):
+        content = identify(base)["fingerprint"].encode() + (folder / "adapter_config.json").read_bytes()
+        files = folder.glob("adapter_model.*")
+    elif folder.is_dir():
+        content, files = (folder / "config.json").read_bytes(), [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    elif file := model_file(model, "config.json"):
+        return {"name": str(model), "fingerprint": file.parent.name[:16]}  # .../snapshots/COMMIT/config.json
+    else:
         raise InputError(f"model for {model}: expected a model directory or a Hub name, got neither. Check the name.")
-    return {"name": str(model), "fingerprint": file.parent.name[:16]}  # .../snapshots/COMMIT/config.json
-
-
-def file_fingerprint(folder: Path) -> str:
-    """A model directory's content in 16 hexadecimal digits: config.json, and of each weight file its size, its first
-    64 KiB and 64 samples of 4 KiB. Reads a few MiB whatever the model's size; the directory's name does not count."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for path in weights:
-        add_samples(digest, path)
-    return digest.hexdigest()[:16]
+    digest = hashlib.sha256(content)
+    for file in sorted(files):
+        add_samples(digest, file)
+    return {"name": name, "fingerprint": digest.hexdigest()[:16]}
 
 
 def add_samples(digest, path: Path) -> None:
@@ -76,7 +65,7 @@ def add_samples(digest, path: Path) -> None:
             digest.update(file.read(4096))
 
 
-def weight_fingerprint(model) -> str:
+def _weight_fingerprint(model) -> str:
     """A loaded model's content in 16 hexadecimal digits: names, shapes, and 64 values of each parameter."""
     import torch
 

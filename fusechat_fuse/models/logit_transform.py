@@ -58,21 +58,19 @@ class LogitTransform:
         return slope if factor == 1 else slope * factor
 
 
-def _identity(config) -> LogitTransform:
-    return LogitTransform()
-
-
-FAMILIES = {  # configuration -> transform, by the class of the model
-    "LlamaForCausalLM": _identity,
-    "MistralForCausalLM": _identity,
-    "MixtralForCausalLM": _identity,
-    "GemmaForCausalLM": _identity,
-    "Gemma2ForCausalLM": lambda config: LogitTransform(cap=config.final_logit_softcapping),
-    "Phi3ForCausalLM": _identity,
-    "Qwen2ForCausalLM": _identity,
-    "Qwen3ForCausalLM": _identity,
-    "CohereForCausalLM": lambda config: LogitTransform(scale=config.logit_scale),
-    "GraniteForCausalLM": lambda config: LogitTransform(divisor=config.logits_scaling),
+FAMILIES: dict[
+    str, dict[str, str]
+] = {  # by the class of the model: parts of its transform -> their names in the configuration
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "MixtralForCausalLM": {},
+    "GemmaForCausalLM": {},
+    "Gemma2ForCausalLM": {"cap": "final_logit_softcapping"},
+    "Phi3ForCausalLM": {},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {},
+    "CohereForCausalLM": {"scale": "logit_scale"},
+    "GraniteForCausalLM": {"divisor": "logits_scaling"},
 }
 
 
@@ -81,7 +79,7 @@ def transform_of(model) -> LogitTransform | None:
     kind = type(model)
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
         return None
-    return FAMILIES[kind.__name__](model.config)
+    return LogitTransform(**{part: getattr(model.config, name) for part, name in FAMILIES[kind.__name__].items()})
 
 
 def possible_transforms(config) -> list[LogitTransform]:
