@@ -9,6 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+import fusechat_merge
+from fusechat_merge import _autoload
+from fusechat_merge.versions import versions
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
@@ -19,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     arguments.raw = words[words.index(arguments.command) + 1 :]
     try:
+        if arguments.command != "doctor":  # which reports what is served without that
+            fusechat_merge.register()
         return arguments.run(arguments) or 0
     except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
@@ -94,9 +100,6 @@ def _yaml(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    import fusechat_merge
-
-    fusechat_merge.register()
     from mergekit.options import MergeOptions
 
     from fusechat_merge import inspection
@@ -111,9 +114,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    import fusechat_merge
-
-    fusechat_merge.register()
     from fusechat_merge import card
 
     print(card.write(arguments.merged, arguments.report))
@@ -121,9 +121,6 @@ def _card(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Print which implementation serves each method; 1 where the hook is not active or one is not ours."""
-    from fusechat_merge import _autoload
-    from fusechat_merge.versions import versions
-
     active = _autoload.installed()
     switch = os.environ.get(_autoload.SWITCH)
     ours, theirs = versions()
@@ -150,8 +147,6 @@ def _served_for_certain() -> bool:
     mergekit is a published release that the hook was tested with (not a fork, not a working copy).
     """
     import importlib.metadata
-
-    from fusechat_merge import _autoload
 
     mergekit = importlib.metadata.distribution("mergekit")
     published = mergekit.version in _autoload.TESTED and mergekit.read_text("direct_url.json") is None

@@ -29,7 +29,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,26 +37,21 @@ from numba import config, njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from fusechat_merge.chunks import map_chunks
 from fusechat_merge.once import warn_once
 from fusechat_merge.passes import Passes
 
 logger = logging.getLogger(__name__)
 BLOCK = 1024  # elements whose squares are added first; defined here: numba checks the date of this file only
-CHUNK = 1 << 18  # elements of a chunk: large beside Python's cost of a call
 MOST_TARGETS = 16  # beyond, the compiler no longer vectorises
 STORED = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 TINY = np.finfo(np.float32).tiny
 
-Result = TypeVar("Result")
-
 
 def supports(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether the loops can read these tensors and write a result of this dtype."""
-    if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]  # NUMBA_DISABLE_JIT=1
-        return False
+    compiles = not config.DISABLE_JIT  # pyright: ignore[reportAttributeAccessIssue]  # NUMBA_DISABLE_JIT=1
     here = all(tensor.device.type == "cpu" and tensor.dtype in STORED for tensor in tensors)
-    return here and dtype in STORED and len(tensors) <= 1 + MOST_TARGETS
+    return compiles and here and dtype in STORED and len(tensors) <= 1 + MOST_TARGETS
 
 
 class Loop:
@@ -296,19 +291,12 @@ def varm_element_loop(pivot, rows, priors, out):
         out[i] = round_to(np.float32(np.float64(base) + (cubes / squares if squares > 0 else 0.0)), out)
 
 
-# --- passes --------------------------------------------------------------------------------------------------------
-
-
 class Compiled(Passes):
-    """The passes as compiled loops, over tensors in a CPU's memory.
-
-    Args:
-        pivot: float32, bfloat16 or float16; borrowed.
-        targets: M tensors of the pivot's shape, of any of these dtypes; borrowed.
-    """
+    """The passes as compiled loops, over float32, bfloat16 and float16 tensors in a CPU's memory (see `supports`)."""
 
     largest_mean_square = 2.0**90  # beyond, products of float32 task vectors may leave float32
     smallest_coefficient = float(TINY)
+    cpu_chunk = 1 << 18  # large beside Python's cost of a call
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
         super().__init__(pivot, targets)
@@ -352,9 +340,6 @@ class Compiled(Passes):
 
     def _inputs(self, chunk: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         return self._base[chunk], tuple(row[chunk] for row in self._rows)
-
-    def _run(self, step: Callable[[slice], Result]) -> list[Result]:
-        return map_chunks(step, self.numel, CHUNK, self.device)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -83,19 +83,16 @@ def table(summary: dict) -> str:
     width = max([len("tensors of this kind"), *(len(k) for k in summary["coefficients_by_kind"])])
     names = list(summary["targets"])
     columns = [max(len(name), 8) for name in names]
-    lines = [" " * width + "  " + "  ".join(f"{name:>{size}}" for name, size in zip(names, columns))]
-
-    def line(title: str, values: dict, pattern: str) -> None:
+    rows = [("", dict(zip(names, names)), "")]
+    rows += [(kind, values, ".4f") for kind, values in summary["coefficients_by_kind"].items()]
+    rows.append(("all coefficients", summary["coefficients"], ".4f"))
+    rows.append(("update norm", summary["update_norms"], ".4g"))
+    rows.append(("erased share", summary["erased_shares"], ".1%"))
+    lines = []
+    for title, values, pattern in rows:
         cells = ["-" if values.get(name) is None else format(values[name], pattern) for name in names]
         lines.append(f"{title:<{width}}  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(cells, columns)))
-
-    for kind, values in summary["coefficients_by_kind"].items():
-        line(kind, values, ".4f")
-    line("all coefficients", summary["coefficients"], ".4f")
-    line("update norm", summary["update_norms"], ".4g")
-    line("erased share", summary["erased_shares"], ".1%")
-    lines.append("")
-    lines.append(f"{summary['method']}: {summary['tensors']} tensors, {summary['elements']:,} elements")
+    lines += ["", f"{summary['method']}: {summary['tensors']} tensors, {summary['elements']:,} elements"]
     lines.append(f"selected share {summary['selected_share']:.1%}")
     for pair, value in summary["sign_agreement"].items():
         if value is not None:

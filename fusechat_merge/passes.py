@@ -19,7 +19,6 @@ from torch import Tensor
 from fusechat_merge.chunks import map_chunks
 
 BLOCK = 1024  # elements whose squares are added first
-CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 14, 1 << 22  # elements of a chunk, a few hundred bytes each while in work
 
 Result = TypeVar("Result")
 
@@ -38,10 +37,12 @@ class Passes:
         device: where all of them are.
         largest_mean_square: largest sum(d_j^2) / n whose merge is exact here.
         smallest_coefficient: smallest eta or W above 0 that keeps its meaning here.
+        cpu_chunk, accelerator_chunk: elements of a chunk, a few hundred bytes each while in work.
     """
 
     largest_mean_square = math.inf
     smallest_coefficient = 0.0
+    cpu_chunk, accelerator_chunk = 1 << 14, 1 << 22
 
     def __init__(self, pivot: Tensor, targets: Sequence[Tensor]):
         self.pivot = pivot.detach().reshape(-1)
@@ -167,7 +168,7 @@ class Passes:
         return values.to(self.device, torch.float64).unsqueeze(1)
 
     def _run(self, step: Callable[[slice], Result]) -> list[Result]:
-        size = CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK
+        size = self.cpu_chunk if self.device.type == "cpu" else self.accelerator_chunk
         return map_chunks(step, self.numel, size, self.device)
 
 

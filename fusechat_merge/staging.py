@@ -15,15 +15,12 @@ LORA_CACHE = "--lora-merge-cache"
 
 
 def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
-    """Register our methods, check the recipe, run mergekit-yaml with `flags` and put the result at `out_path`.
+    """Check the recipe, run mergekit-yaml with `flags` and put the result at `out_path`.
 
     Raises:
         ValueError: see `recipe.load`; `out_path` exists and is not an empty directory, or is one that nothing can be
             renamed to; the merge report would lie in it.
     """
-    import fusechat_merge
-
-    fusechat_merge.register()
     from mergekit.scripts import run_yaml
     from safetensors import SafetensorError
 

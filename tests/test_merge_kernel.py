@@ -292,8 +292,8 @@ def test_same_bits_on_any_number_of_threads_and_any_chunk_size(monkeypatch, set_
     expected = [function() for function in functions]
     for count, size in ((1, 1 << 16), (2, 1 << 14), (3, 3 * 1024), (2, 1 << 20), (5, 1 << 15)):
         set_threads(count)
-        monkeypatch.setattr(compiled, "CHUNK", size)
-        monkeypatch.setattr("fusechat_merge.passes.CPU_CHUNK", size)
+        monkeypatch.setattr(compiled.Compiled, "cpu_chunk", size)
+        monkeypatch.setattr(Passes, "cpu_chunk", size)
         for function, first in zip(functions, expected):
             assert torch.equal(function(), first)
         assert torch.get_num_threads() == count

@@ -54,14 +54,6 @@ def _steps(node: dict) -> list[dict]:
     return [node] if node else []
 
 
-def _family(kinds: set[str], replacing: list[dict]) -> str:
-    """'byte_level', 'metaspace' or 'plain'. `kinds`: of all steps; `replacing`: the steps that may replace a '▁'."""
-    if "ByteLevel" in kinds:
-        return "byte_level"
-    marks = any(s["type"] == "Replace" and MARK in json.dumps(s, ensure_ascii=False) for s in replacing)
-    return "metaspace" if marks or {"Metaspace", "Prepend"} & kinds else "plain"
-
-
 def _insertion(normalizers: list[dict], pre: list[dict]) -> str | None:
     """When a '▁' is inserted before a stretch of text (see `Pipeline.insert`)."""
     if any(step["type"] == "Prepend" and step["prepend"] == MARK for step in normalizers):
@@ -102,8 +94,10 @@ class Pipeline:
             _steps(component(part)) for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder)
         )
         kinds = {step["type"] for step in (*normalizers, *pre, *decoders)}
+        replaced = [json.dumps(s, ensure_ascii=False) for s in (*normalizers, *decoders) if s["type"] == "Replace"]
+        marked = {"Metaspace", "Prepend"} & kinds or any(MARK in step for step in replaced)
         return cls(
-            family=_family(kinds, [*normalizers, *decoders]),
+            family="byte_level" if "ByteLevel" in kinds else "metaspace" if marked else "plain",
             byte_fallback="ByteFallback" in kinds or bool(getattr(backend.model, "byte_fallback", False)),
             insert=_insertion(normalizers, pre),
             continuing_prefix=getattr(backend.model, "continuing_subword_prefix", None) or "",
