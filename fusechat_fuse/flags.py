@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -51,25 +50,27 @@ def flags_of_function(function: Callable, help_texts: dict[str, str], parameters
     """
     signature, found = inspect.signature(function).parameters, []
     for written, text in help_texts.items():
-        name, several = written.removesuffix(" ..."), "+" if written.endswith(" ...") else None
+        name = written.removesuffix(" ...")
         parameter = signature[parameters.get(name, name)]
-        required = parameter.default is parameter.empty
-        default = None if required else parameter.default
-        kind = _kind_of(parameter.annotation, default)
-        found.append(Flag(name, text, kind, default, required, several))
+        flag = _flag(name, text, parameter.annotation, parameter.default, parameter.empty)
+        found.append(flag if name == written else replace(flag, several="+"))
     return found
 
 
 def flags_of_fields(fields_of: type) -> list[Flag]:
     """The flags of a dataclass: types and defaults of its fields, `help` and `choices` from their metadata."""
     found = []
-    for field in dataclasses.fields(fields_of):
-        required = field.default is dataclasses.MISSING
-        default = None if required else field.default
-        choices = tuple(field.metadata.get("choices", ()))
-        kind = _kind_of(field.type, default)
-        found.append(Flag(field.name, as_phrase(field.metadata["help"]), kind, default, required, choices=choices))
+    for field in fields(fields_of):
+        flag = _flag(field.name, as_phrase(field.metadata["help"]), field.type, field.default, MISSING)
+        found.append(replace(flag, choices=tuple(field.metadata.get("choices", ()))))
     return found
+
+
+def _flag(name: str, text: str, annotation, default, missing) -> Flag:
+    """A flag of one value; it is required where its default is `missing`."""
+    words = re.findall(r"\w+", str(annotation))
+    kind = next((kind for kind in _KINDS if kind in words), "str")
+    return Flag(name, text, kind, None if default is missing else default, default is missing)
 
 
 def as_phrase(sentence: str) -> str:
@@ -79,12 +80,6 @@ def as_phrase(sentence: str) -> str:
         words[0] = words[0].lower()
     text = " ".join(words)
     return text if text.endswith("...") else text.removesuffix(".")
-
-
-def _kind_of(annotation, default) -> str:
-    words = re.findall(r"\w+", str(annotation))
-    named = next((kind for kind in _KINDS if kind in words), "str")
-    return type(default).__name__ if annotation is inspect.Parameter.empty and default is not None else named
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -108,7 +103,6 @@ class FlagParser(argparse.ArgumentParser):
         )
         self._rare: list[tuple[argparse.Action, str | None]] = []  # with their help texts
         self._switches: set[str] = set()
-        self.positionals = [flag.name for flags in sections.values() for flag in flags if not flag.name.islower()]
         for title, flags in sections.items():
             group = self.add_argument_group(title)
             for action in [self._add(group, flag) for flag in flags]:
@@ -121,7 +115,8 @@ class FlagParser(argparse.ArgumentParser):
             last.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if self._rare:
             last.add_argument("--help-all", action="store_true", help="show all flags, the rare ones too")
-        self.usage = f"%(prog)s{''.join(f' {name}' for name in self.positionals)} [flags]"
+        positionals = [flag.name for flags in sections.values() for flag in flags if not flag.name.islower()]
+        self.usage = " ".join(["%(prog)s", *positionals, "[flags]"])
 
     @property
     def flags(self) -> list[str]:

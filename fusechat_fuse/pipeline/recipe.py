@@ -106,6 +106,8 @@ class _Reader:
         for name, model in models.items():
             same = os.path.abspath(model.model) == os.path.abspath(pivot.model) and model.flags == pivot.flags
             self._check(not same, f"sources.{name}", "another model than the pivot", model.model)
+        targets = self.entries.get("targets", TARGETS[0])
+        self._check(targets in TARGETS, "targets", f"one of {', '.join(TARGETS)}", targets)
         devices = self._get("devices", list, "a list of GPUs such as [0, 1]", [])
         return Recipe(
             output_dir=Path(self._get("output_dir", str, "text", None)),
@@ -117,7 +119,7 @@ class _Reader:
             flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
             plain=self._get("plain", bool, "true or false", True),
             multi=self._get("multi", bool, "true or false", False),
-            targets=self._one_of("targets", TARGETS),
+            targets=targets,
             merges=self._merges(),
             launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
             devices=[str(device) for device in devices],
@@ -130,12 +132,6 @@ class _Reader:
     def _get(self, key: str, kind: type, expected: str, default) -> Any:
         value = self.entries.get(key, default)
         self._check(isinstance(value, kind), key, expected, value)
-        return value
-
-    def _one_of(self, key: str, values: tuple[str, ...]) -> str:
-        """The value of a key that takes one of some words; the first of them where it is not given."""
-        value = self.entries.get(key, values[0])
-        self._check(value in values, key, f"one of {', '.join(values)}", value)
         return value
 
     def _mapping(self, key: str, value) -> dict:
