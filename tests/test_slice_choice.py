@@ -48,6 +48,31 @@ def test_a_slice_takes_its_best_model_for_wrong_answers_too(data, how):
     assert (weight.sharpness, source_by_slice(data, ce_unit="byte", **how).sharpness) == (1, 4)
 
 
+def test_rows_in_python_have_the_slices_that_are_asked_for(data, caplog):
+    rows = [row | {"slice": "good"} for row in data]
+    by_id = source_by_slice(rows, ce_unit="token", pattern="^[a-z]+")
+    assert by_id.choice == source_by_slice(data, ce_unit="token").choice
+    assert [by_id(row) > 0 for row in rows] == [False, True] * 20
+    assert set(source_by_slice(rows, ce_unit="token").choice.table) == {"", "good"}
+    whole = source_by_slice(rows, ce_unit="token", column="none").choice
+    assert list(whole.table) == [""]
+    with pytest.raises(InputError, match="slice_column for rows in Python: expected slice or none, got 'auto'"):
+        source_by_slice(rows, ce_unit="token", column="auto")
+    with pytest.raises(InputError, match="slice_pattern: expected one that matches ids of the training data"):
+        source_by_slice(rows, ce_unit="token", pattern="zzz")
+    assert "No row names a slice" not in caplog.text
+    source_by_slice([row | {"slice": None} for row in rows], ce_unit="token")
+    assert "No row names a slice, and slices are found in directories of align and combine alone." in caplog.text
+
+
+def test_a_source_that_gives_nothing_is_said(data):
+    worse = [row | {"source_ce": 99.0} for row in data]
+    said = "no slice takes anything from a source: with the label as fallback this is plain fine-tuning"
+    log = format_slice_choice(source_by_slice(worse, ce_unit="token"), ["pivot", "source"], "token")
+    assert log.splitlines()[-1] == f"  {said}"
+    assert said not in format_slice_choice(source_by_slice(data, ce_unit="token"), ["pivot", "source"], "token")
+
+
 @pytest.mark.parametrize(("unit", "sharpness"), [("token", 1), ("byte", 4)])
 def test_data_combined_by_slice_bring_their_choice_and_its_unit(tmp_path, unit, sharpness):
     table = {  # against what these rows say

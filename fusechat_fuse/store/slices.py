@@ -130,7 +130,7 @@ def name_slices(data: Representation, *, column: str = "slice", pattern: str | N
     Raises: InputError for an unknown column, or a pattern that is none or matches no id.
     """
     if pattern is not None:
-        return _by_pattern(data, pattern)
+        return names_by_pattern(data.ids, pattern, str(data.path))
     if column == "none":
         return [""] * len(data)
     if column == "slice" and any(names := own_slices(data)):
@@ -157,17 +157,23 @@ def _automatic(data: Representation) -> list[str]:
     return names
 
 
-def _by_pattern(data: Representation, pattern: str) -> list[str]:
+def names_by_pattern(ids: Sequence[str], pattern: str, where: str) -> list[str]:
+    """The first group, or else the whole match, of a regular expression in each id; "" where it does not match.
+
+    Args:
+        where: what the ids are of, for errors.
+    Raises: InputError for a pattern that is none or matches no id.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(
             f"value for slice_pattern: expected a regular expression, got {pattern!r} ({error})."
         ) from error
-    found = [compiled.search(name) for name in data.ids]
+    found = [compiled.search(name) for name in ids]
     if not any(found):
         raise InputError(
-            f"value for slice_pattern: expected one that matches ids of {data.path}, got {pattern!r}. "
-            f"The first id is {data.ids[0]!r}."
+            f"value for slice_pattern: expected one that matches ids of {where}, got {pattern!r}. "
+            f"The first id is {ids[0]!r}."
         )
     return [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]

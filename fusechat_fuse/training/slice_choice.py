@@ -12,9 +12,10 @@ from itertools import chain, islice
 
 import numpy as np
 
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
 from fusechat_fuse.store.shards import Representation
-from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, undecided_lines
+from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, names_by_pattern, undecided_lines
 from fusechat_fuse.training.choice import require_columns
 from fusechat_fuse.training.dataset import bounded, check_not_empty
 from fusechat_fuse.training.rows import as_documented
@@ -59,8 +60,8 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     """Choose pivot or source for every slice of aligned data.
 
     Args:
-        data: a Representation of aligned or combined data, or rows in another form, or a dict of these (then `column`
-            must be slice); of an iterable without a length the first MAX_SAMPLED_ROWS rows.
+        data: a Representation of aligned or combined data, or rows in another form, or a dict of these (which have no
+            automatic slices); of an iterable without a length the first MAX_SAMPLED_ROWS rows.
         ce_unit: token or byte. column, pattern: as `store.slices.name_slices` takes them.
     Raises: InputError for a column or pattern that names nothing, or a row without a column that the CE needs.
     """
@@ -80,7 +81,25 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
             sharpness, models = SHARPNESS[data.manifest["options"]["ce_unit"]], data.manifest["slice_models"]
             return SourceBySlice(SliceChoice(table), dict(zip(keys, own)), sharpness, models=models)
         own = name_slices(data, column=column, pattern=pattern)
+    else:
+        own = _names_of_rows([name for name, _ in keys], own, column, pattern)
     return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
+
+
+def _names_of_rows(ids: list[str], own: list[str], column: str, pattern: str | None) -> list[str]:
+    """The slices of rows that are no store's, which have no prompts to find any in."""
+    if pattern is not None:
+        return names_by_pattern(ids, pattern, "the training data")
+    if column == "none":
+        return [""] * len(ids)
+    if column != "slice":
+        raise InputError(
+            f"slice_column for rows in Python: expected slice or none, got {column!r}. Use one of them, or train on a "
+            "directory that align or combine wrote."
+        )
+    if not any(own):
+        logger.warning("No row names a slice, and slices are found in directories of align and combine alone.")
+    return own
 
 
 def format_slice_choice(chosen: SourceBySlice, models: list[str], ce_unit: str) -> str:
@@ -91,4 +110,6 @@ def format_slice_choice(chosen: SourceBySlice, models: list[str], ce_unit: str) 
         medians = ", ".join(f"{median:.4f}" for median in entry["medians"])
         lines.append(f"  {name or 'all'}: {medians} -> {models[entry['best']]}, {entry['conversations']} conversations")
     lines += [f"  {line}" for line in undecided_lines(choice.table)]
+    if not any(entry["best"] for entry in choice.table.values()):
+        lines.append("  no slice takes anything from a source: with the label as fallback this is plain fine-tuning")
     return "\n".join(lines)
