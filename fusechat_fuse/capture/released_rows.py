@@ -14,6 +14,7 @@ import numpy as np
 from fusechat_fuse.capture.batches import TopK
 from fusechat_fuse.capture.manifest import MAX_NON_FINITE_SHARE
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.progress import progress
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.messages import Unusable
 
@@ -74,13 +75,12 @@ class ReleasedRows:
 
     def conversations(self):
         """Rows {id, messages} of what the template renders to the released ids; the others go to `skipped`."""
-        from tqdm.auto import tqdm
-
         own = next((name for name in ("id", "conv_id") if name in self.data.column_names), None)
         wanted = [name for columns in (PIVOT, self.source) if columns for name in (columns.mean, columns.by_token)]
         columns = ["input_ids", "attention_mask", "labels", *wanted, *([own] if own else [])]
         columns = [name for name in columns if name in self.data.column_names]
-        for number, row in enumerate(tqdm(self.data.select_columns(columns), unit="row", disable=None)):
+        data = self.data.select_columns(columns)
+        for number, row in enumerate(progress(data, total=len(data), unit="row")):
             name = str(row[own]) if own else str(number)
             try:
                 key, messages = self._conversation(number, row)

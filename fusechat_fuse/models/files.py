@@ -198,29 +198,26 @@ def load_fast_tokenizer(name_or_path, trust_remote_code: bool = False) -> Any:
         return load_fast_tokenizer(base, trust_remote_code)
     if folder.is_dir() and not [*folder.glob("*tokenizer*"), *folder.glob("*.tiktoken"), *folder.glob("tekken.json")]:
         raise InputError(f"tokenizer for {folder}: expected tokenizer.json in it, got no tokenizer. Copy one there.")
-    if model_file(name_or_path, "tokenizer.json"):
-        try:
-            return _must_be_fast(PreTrainedTokenizerFast.from_pretrained(str(name_or_path)), name_or_path)
-        except Exception as error:  # the tokenizers library raises Exception itself
-            raise InputError(
-                f"tokenizer for {name_or_path}: expected a readable tokenizer.json, got {first_line(error)}."
-            ) from error
+    own = model_file(name_or_path, "tokenizer.json") is not None
     try:
-        place, more = for_transformers(name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
-    except Exception as error:
+        if own:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(name_or_path))
+        else:
+            place, more = for_transformers(name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **more)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        expected = "a readable tokenizer.json" if own else "a model directory or a Hub name with a tokenizer"
+        advice = "" if own else " Check the name."
         raise InputError(
-            f"tokenizer for {name_or_path}: expected a model directory or a Hub name with a tokenizer, got "
-            f"{first_line(error)}. Check the name."
+            f"tokenizer for {name_or_path}: expected {expected}, got {first_line(error)}.{advice}"
         ) from error
     tokenizer = _must_be_fast(tokenizer, name_or_path)
-    if is_gguf(name_or_path):
-        return tokenizer
-    logger.warning(
-        "%s has no tokenizer.json: transformers rebuilt the tokenizer from its vocabulary file, and ids of white space "
-        "may differ from the original's. Put the original tokenizer.json beside it.",
-        name_or_path,
-    )
+    if not own and not is_gguf(name_or_path):
+        logger.warning(
+            "%s has no tokenizer.json: transformers rebuilt the tokenizer from its vocabulary file, and ids of white "
+            "space may differ from the original's. Put the original tokenizer.json beside it.",
+            name_or_path,
+        )
     return tokenizer
 
 
