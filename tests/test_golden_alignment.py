@@ -219,7 +219,7 @@ def exact_rows(p: Side, s: Side, to_pivot, by_bytes) -> dict[int, set[int]]:
     shifted = np.concatenate([s.topk[:1], s.topk[:-1]])  # a recorded row stands at the position before its prediction
     logs = np.tile(np.log(np.full(10, 0.05)), (len(s.ids), 1))
     _, source = stream(s, ce=np.full(len(s.ids), 3.0), topk_ids=shifted, topk_logprobs=logs)
-    table = PathTable([[] for _ in s.bytes])
+    table = PathTable.of([[] for _ in s.bytes])
     vocab = Vocabularies(p.bytes, s.bytes, to_pivot, table, lambda pieces: [[] for _ in pieces], by_bytes)
     match = correspond(pivot.start, pivot.end, source.start, source.end)
     mapped = single_id_rows(pivot, source, match, vocab)

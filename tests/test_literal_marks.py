@@ -18,7 +18,7 @@ def pivot_of(pieces: list[tuple[int, bytes | None, int]]) -> tuple[Stream, Vocab
     start = np.array(starts)
     header = np.array([max(len(piece or b"") - width, 0) for piece, width in zip(spelled, widths)])
     stream = Stream(np.arange(len(pieces)), start, start + np.array(widths), header)
-    return stream, Vocabularies(list(spelled), [], None, PathTable(), lambda pieces: [])
+    return stream, Vocabularies(list(spelled), [], None, PathTable.of([]), lambda pieces: [])
 
 
 @pytest.mark.parametrize("blanks", [2, 9, 16, 400])

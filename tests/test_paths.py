@@ -61,18 +61,18 @@ def test_paths_spell_their_bytes(pivot, request, llama3):
 
 
 def test_path_table_is_ragged_and_grows():
-    table = PathTable([[5, 6], [], [7]])
+    table = PathTable.of([[5, 6], [], [7]])
     rows = np.array([[0, 1], [2, 0]])
     assert table.at(rows, 0).tolist() == [[5, -1], [7, 5]]
     assert table.at(rows, 1).tolist() == [[6, -1], [-1, 6]]
     assert table.extend([[8, 9, 10], []]) == 3
     assert [table.path(row) for row in range(5)] == [[5, 6], [], [7], [8, 9, 10], []]
     assert table.at(np.array([3, 4]), 2).tolist() == [10, -1]
-    assert PathTable([]).extend([[1]]) == 0
+    assert PathTable.of([]).extend([[1]]) == 0
 
 
 def test_rows_of_a_path_table_can_be_replaced():
-    table = PathTable([[5, 6], [], [7]])
+    table = PathTable.of([[5, 6], [], [7]])
     table.replace({2: [8, 9, 10], 0: []})
     table.extend([[4]])
     assert [table.path(row) for row in range(4)] == [[], [], [8, 9, 10], [4]]
@@ -82,7 +82,7 @@ def test_rows_of_a_path_table_can_be_replaced():
 
 
 def test_a_path_table_from_its_stored_arrays():
-    table = PathTable([[5, 6], [], [7]])
-    again = PathTable.from_flat(table.flat.astype(np.int64), np.append(table.length, 0))
+    table = PathTable.of([[5, 6], [], [7]])
+    again = PathTable(table.flat.astype(np.int64), np.append(table.length, 0))
     assert [again.path(row) for row in range(4)] == [[5, 6], [], [7], []]
     assert again.first.tolist() == [5, -1, 7, -1]

@@ -37,7 +37,7 @@ def spell(pieces):
 
 def toy_streams(pivot, source, tables, headers=(0, 0)):
     """pivot, source: [(id, start, end)]; tables: per source token ({id: P}, P(actual))."""
-    table = PathTable([[END_P] if piece is None else spell([piece])[0] for piece in SOURCE])
+    table = PathTable.of([[END_P] if piece is None else spell([piece])[0] for piece in SOURCE])
     vocab = Vocabularies(PIVOT, SOURCE, None, table, spell)
 
     def stream(tokens, header, **more):

@@ -31,7 +31,7 @@ def row_of_label(actual: int, mapping: str) -> dict:
     pivot = Stream(np.array(path), lengths[:-1], lengths[1:], none)
     own = {"ce": -np.log(FULL[[actual]]), "topk_ids": kept[None], "topk_logprobs": np.log(FULL[kept])[None]}
     source = SourceStream(np.array([actual]), np.array([0]), lengths[-1:], np.array([0]), **own)
-    vocab = Vocabularies(PIVOT, SOURCE, TO_PIVOT, PathTable(PATHS), spell=lambda pieces: [[] for _ in pieces])
+    vocab = Vocabularies(PIVOT, SOURCE, TO_PIVOT, PathTable.of(PATHS), spell=lambda pieces: [[] for _ in pieces])
     match = correspond(pivot.start, pivot.end, source.start, source.end)
     mapped = {"prefix": prefix_rows, "single": single_id_rows}[mapping](pivot, source, match, vocab)
     row = aligned_row(actual, vocab_size=7, tokens=len(path) + 1, predicted=len(path))

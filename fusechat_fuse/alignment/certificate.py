@@ -38,9 +38,7 @@ def stretches(pivot: Stream, source: Stream, match: Correspondence, answered: np
     heads_p, heads_q = np.flatnonzero(exact), match.source[exact]
     S = len(heads_p)
     of_p = np.cumsum(exact) - 1
-    marks = np.zeros(len(source), np.int64)
-    marks[heads_q] = 1
-    of_q = np.cumsum(marks) - 1
+    of_q = np.searchsorted(heads_q, np.arange(len(source)), side="right") - 1
     covered = np.ones(S, bool)
     for of, stream in ((of_p, pivot), (of_q, source)):
         broken = (stream.start[1:] != stream.end[:-1]) & (of[1:] == of[:-1]) & (of[1:] >= 0)

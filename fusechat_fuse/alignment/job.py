@@ -131,8 +131,6 @@ def _aligned_rows(
 
 
 def _scatter(values: np.ndarray, kept: np.ndarray, fill: float) -> np.ndarray:
-    if kept.all():
-        return values
     full = np.full((len(kept), *values.shape[1:]), fill, values.dtype)
     full[kept] = values
     return full

@@ -17,20 +17,16 @@ class PathTable:
     flat int32 [N], offset int64 [R], length int32 [R], first int32 [R] (-1 for an empty path).
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]] = ()):
-        self.flat = np.fromiter(chain.from_iterable(paths), np.int32)
-        self.length = np.array([len(path) for path in paths], np.int32)
-        self.offset = np.cumsum(self.length, dtype=np.int64) - self.length
+    def __init__(self, flat: np.ndarray, length: np.ndarray):
+        """Paths that lie one after the other in `flat`; how long each is stands in `length`. Both are copied."""
+        self.flat, self.length = flat.astype(np.int32), length.astype(np.int32)
+        self.offset = np.cumsum(length, dtype=np.int64) - length
         self._index_first()
 
     @classmethod
-    def from_flat(cls, flat: np.ndarray, length: np.ndarray) -> PathTable:
-        """A table of paths that lie one after the other in `flat`; how long each is stands in `length`."""
-        table = cls()
-        table.flat, table.length = flat.astype(np.int32), length.astype(np.int32)
-        table.offset = np.cumsum(length, dtype=np.int64) - length
-        table._index_first()
-        return table
+    def of(cls, paths: Sequence[Sequence[int]]) -> PathTable:
+        """A table of these paths."""
+        return cls(np.fromiter(chain.from_iterable(paths), np.int32), np.array([len(path) for path in paths], np.int32))
 
     def _index_first(self) -> None:
         padded = np.append(self.flat, -1)
@@ -45,7 +41,7 @@ class PathTable:
 
     def extend(self, paths: Sequence[Sequence[int]]) -> int:
         """Add rows; returns the number of the first one."""
-        more, first = PathTable(paths), len(self)
+        more, first = PathTable.of(paths), len(self)
         self.offset = np.concatenate([self.offset, more.offset + len(self.flat)])
         self.length = np.concatenate([self.length, more.length])
         self.flat = np.concatenate([self.flat, more.flat])
@@ -54,7 +50,7 @@ class PathTable:
 
     def replace(self, paths: Mapping[int, Sequence[int]]) -> None:
         """Give rows other paths: {row: path}. The rest keeps its place."""
-        rows, more = list(paths), PathTable(list(paths.values()))
+        rows, more = list(paths), PathTable.of(list(paths.values()))
         self.offset[rows], self.length[rows] = more.offset + len(self.flat), more.length
         self.flat = np.concatenate([self.flat, more.flat])
         self._index_first()

@@ -19,7 +19,7 @@ as " th", "e", "n", and would spell the others " th", "e" and " th", "e", "y".
     >>> from fusechat_fuse.alignment.correspondence import correspond
     >>> from fusechat_fuse.alignment.paths import PathTable
     >>> pivot_bytes, source_bytes = [b" th", b"e", b"n", b"y"], [b" then", b" the", b" they"]
-    >>> table = PathTable([[0, 1, 2], [0, 1], [0, 1, 3]])
+    >>> table = PathTable.of([[0, 1, 2], [0, 1], [0, 1, 3]])
     >>> pivot = Stream(*np.array([[0, 1, 2], [0, 3, 4], [3, 4, 5], [0, 0, 0]]))  # ids, start, end, header
     >>> own = {"ce": -np.log([0.5]), "topk_ids": np.array([[0, 1, 2]]), "topk_logprobs": np.log([[0.5, 0.2, 0.1]])}
     >>> source = SourceStream(*np.array([[0], [0], [5], [0]]), **own)

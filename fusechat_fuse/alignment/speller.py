@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from fusechat_fuse.text.tokens import CHARACTER_OF_BYTE, MARK, backend_of, component, token_table
@@ -20,7 +21,7 @@ class Speller:
     def __init__(self, tokenizer):
         table = token_table(tokenizer)
         self.bytes, self.pipeline = table.bytes, table.pipeline
-        self.is_byte_piece = [piece is not None and _is_byte_piece(piece) for piece in table.pieces]
+        self.is_byte_piece = [bool(re.fullmatch("<0x..>", piece or "")) for piece in table.pieces]
         self.unk_id = table.unk_id
         self._copy, self._merges_only, self._replaces_blanks = _stripped(tokenizer)
         self._byte_ids = {}
@@ -63,10 +64,6 @@ class Speller:
                 continue
             at += len(own)
         return path
-
-
-def _is_byte_piece(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _split_utf8(piece: bytes) -> tuple[bytes, bytes, bytes]:

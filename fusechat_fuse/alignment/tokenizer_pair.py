@@ -112,7 +112,7 @@ class TokenizerPair:
         mine, theirs = self.pivot, self.source
         if self.identity:
             same = [i < len(mine.pieces) and p is not None and mine.pieces[i] == p for i, p in enumerate(theirs.pieces)]
-            table = PathTable([[i] if equal else [] for i, equal in enumerate(same)])
+            table = PathTable.of([[i] if equal else [] for i, equal in enumerate(same)])
             single = table.first.copy()
         else:
             table, single = self._paths(), self._ids(mapping, counts, workers)
@@ -141,10 +141,10 @@ class TokenizerPair:
 
     def _paths(self) -> PathTable:
         def build() -> dict[str, np.ndarray]:
-            table = PathTable(self.speller.paths([piece or b"" for piece in self.source.bytes]))
+            table = PathTable.of(self.speller.paths([piece or b"" for piece in self.source.bytes]))
             return {"flat": table.flat, "length": table.length}
 
-        return PathTable.from_flat(**self._cached("prefix", build))
+        return PathTable(**self._cached("prefix", build))
 
     def _cached(self, kind: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """What `build` makes, from the cache if it is there; named by the bytes of both vocabularies and all that

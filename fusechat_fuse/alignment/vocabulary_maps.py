@@ -9,6 +9,7 @@ Here -1 is "no pivot token". Special tokens are mapped by role, by the caller, n
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,13 +73,12 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
             mapping[i] = nearest
             del texts[i]
             bar.update()
-        by_length: dict[int, list[tuple[str, int]]] = {}
+        by_length, queries = defaultdict(list), defaultdict(list)
         for text, i in ascending:
-            by_length.setdefault(len(text), []).append((text, i))
+            by_length[len(text)].append((text, i))
         pivot = {n: ([text for text, _ in some], np.array([i for _, i in some])) for n, some in by_length.items()}
-        queries: dict[int, list[int]] = {}
         for i, text in texts.items():
-            queries.setdefault(len(text), []).append(i)
+            queries[len(text)].append(i)
         for length, group in queries.items():
             for at in range(0, len(group), 2048):
                 ids = group[at : at + 2048]

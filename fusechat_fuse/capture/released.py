@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,19 @@ class _Writer(ShardWriter):
         self.rows = rows
 
     def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
-        counted = [self.rows.counts[key_of(row["input_ids"])] for row in rows]
-        totals = {name: sum(one[name] for one in counted) for name in (counted[0] if counted else ())}
+        totals = Counter()
+        for row in rows:
+            totals.update(self.rows.counts[key_of(row["input_ids"])])
         if self.rows.source:
             rows = [{**row, **self.rows.source_of(row)} for row in rows]
             totals["answered_tokens"] = int(sum((row["mapped_mass"] > 0).sum() for row in rows))
         super().write(shard, rows, {**(info or {}), "released": totals})
 
     def finish(self, num_shards: int, manifest: dict) -> None:
-        infos = [self.info(n)["info"].get("released", {}) for n in range(num_shards)]
-        totals = {name: sum(one.get(name, 0) for one in infos) for one in infos for name in one}
-        manifest = {**manifest, "released": totals}
+        totals = Counter()
+        for shard in range(num_shards):
+            totals.update(self.info(shard)["info"]["released"])
+        manifest = {**manifest, "released": dict(totals)}
         if self.rows.source:
             tokens = totals["exact_tokens"] + totals["renormalised_tokens"]
             coverage = totals["answered_tokens"] / max(tokens, 1)
@@ -217,7 +220,7 @@ class _Writer(ShardWriter):
             manifest |= {"certificate": {"all": {"coverage": coverage}}, "source": origin}
             manifest["pivot"] = self.identity["pivot"]
         super().finish(num_shards, manifest)
-        if totals.get("renormalised_tokens"):
+        if totals["renormalised_tokens"]:
             logger.warning(
                 "%(renormalised_tokens)d predicted tokens have no normaliser in the released data: their probabilities "
                 "are those of the listed entries alone (%(exact_tokens)d are exact; %(estimated_ce)d cross-entropies "

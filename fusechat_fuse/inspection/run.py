@@ -54,22 +54,18 @@ def inspect_path(
         view = conversation_view(opened, number, source_representation, required=html is not None)
         lines += [f"conversation {view['id']}, {view['mapping']} mapping", *_token_lines(view["tokens"], tokens)]
         if html is not None:
-            _write_page(Path(html), view, opened)
+            from fusechat_fuse.inspection.page import page
+
+            if Path(html).exists() and not Path(html).is_file():
+                raise InputError(f"page for {opened.path}: expected a file's name, got {html}. Choose another.")
+            try:
+                write_atomic(Path(html), page(view, summary_lines(opened.manifest["certificate"])).encode())
+            except OSError as error:
+                raise InputError(describe_os_error(error)) from error
             lines.append(f"page written to {html}")
         return "\n".join(lines)
     of_kind = _combined_lines if kind == "combined" else _representation_lines
     return "\n".join([*lines, *of_kind(opened, opened[number], tokens)])
-
-
-def _write_page(file: Path, view: dict, opened: Representation) -> None:
-    from fusechat_fuse.inspection.page import page
-
-    if file.exists() and not file.is_file():
-        raise InputError(f"page for {opened.path}: expected a file's name, got {file}. Choose another.")
-    try:
-        write_atomic(file, page(view, summary_lines(opened.manifest["certificate"])).encode())
-    except OSError as error:
-        raise InputError(describe_os_error(error)) from error
 
 
 def _row_number(opened: Representation, row) -> int:

@@ -162,6 +162,8 @@ class ShardWriter:
 
         Raises: InputError if no shard has a row; RuntimeError if a shard is missing.
         """
+        import pyarrow as pa
+
         missing = [shard for shard in range(num_shards) if not self._file(shard, "json").exists()]
         if missing:
             raise RuntimeError(f"{self.path}: shards {missing[:5]} of {num_shards} are missing")
@@ -183,7 +185,7 @@ class ShardWriter:
         places = [self.path / name for name in ("dataset_info.json", "state.json", "README.md", "manifest.json")]
         if all(place.exists() for place in places) and places[-1].read_bytes() == json_bytes(manifest):
             return
-        schema = _schema(self.path / files[0][0])
+        schema = pa.ipc.open_stream(pa.memory_map(str(self.path / files[0][0]))).schema
         for name, content in _for_datasets(shards, schema).items():
             write_atomic(self.path / name, json_bytes(content))
         write_atomic(self.path / "README.md", dataset_card(manifest, schema.names).encode())
@@ -233,10 +235,3 @@ def _arrow_stream(encoded: list[dict]) -> bytes:
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
-
-
-def _schema(file: Path):
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_stream(source).schema

@@ -131,7 +131,7 @@ def vocabulary_maps(pair: TokenizerPair, min_edit: bool) -> dict[str, float]:
     pieces = [piece or b"" for piece in pair.source.bytes]
     seconds = {
         "exact": median(lambda: exact_map(pair.source.bytes, pair.by_bytes), 3, time.process_time),
-        "prefix": median(lambda: PathTable(pair.speller.paths(pieces)), 1),
+        "prefix": median(lambda: PathTable.of(pair.speller.paths(pieces)), 1),
     }
     if min_edit:
         workers = len(os.sched_getaffinity(0))
