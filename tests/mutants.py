@@ -88,8 +88,8 @@ MUTANTS = [
     ),
     Mutant(
         "choice: label noise has no effect",
-        "tail / np.maximum(tail + noise,",
-        "tail / np.maximum(tail,",
+        "tail / (tail + noise) if noise",
+        "tail / tail if noise",
         "tests/test_tail.py",
     ),
     Mutant(

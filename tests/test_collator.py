@@ -132,7 +132,11 @@ IMPOSSIBLE = {  # what is changed of a column, and what is said of it
     "percent": ("mapped_mass", lambda x: x * 100, "expected probabilities from 0 to 1, got "),
     "negative ce": ("ce", np.negative, "expected nats, at least 0, got -"),
     "ids as numbers with a point": ("topk_ids", lambda x: x * 1.0, "expected integers of shape .*, got float64"),
-    "ragged lists": ("topk_ids", lambda x: [[1], [1, 2]], r"expected an array \[P, K\], got lists that make none"),
+    "ragged lists": (
+        "topk_ids",
+        lambda x: [[1], [1, 2]],
+        r"expected integers of shape \[P, K\], got lists that make no array",
+    ),
     "one list for all": (
         "topk_ids",
         lambda x: x[0].tolist(),

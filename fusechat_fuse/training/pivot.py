@@ -34,11 +34,6 @@ class PivotFiles:
         self.name, self.trust_remote_code = name, trust_remote_code
         self.config = load_config(name, trust_remote_code=trust_remote_code)
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return self.config.get_text_config().vocab_size
-
     @cached_property
     def tokenizer(self):
         """The fast tokenizer, as its tokenizer.json says where it has one."""
@@ -56,10 +51,10 @@ class PivotFiles:
             data: aligned or combined data.
         """
         made_with = data.manifest.get("model") or {}
-        there = made_with.get("vocab_size")
-        if there and there > self.vocab_size:
+        there, rows = made_with.get("vocab_size"), self.config.get_text_config().vocab_size
+        if there and there > rows:
             raise InputError(
-                f"vocabulary for {data.path}: expected ids below {self.vocab_size} (rows of {self.name}), got data of "
+                f"vocabulary for {data.path}: expected ids below {rows} (rows of {self.name}), got data of "
                 f"a pivot with {there}. Train the pivot that the data was aligned to."
             )
         hashed = data.manifest["tokenizer"]["sha256"]

@@ -76,17 +76,16 @@ def _array(name: str, column: str, value) -> np.ndarray | None:
     spec = COLUMNS[column]
     if isinstance(value, torch.Tensor):
         value = (value.float() if value.is_floating_point() else value).numpy(force=True)
+    kinds, what = ("iu", "integers") if spec.dtype is np.int32 else ("f", "floating-point numbers")
     try:
         array = np.asarray(value, spec.dtype if isinstance(value, list) else None)
     except (ValueError, TypeError):
-        raise _refused(name, column, f"an array [{', '.join(spec.shape)}]", "lists that make none") from None
+        array = np.array(None)  # lists that make none
     if array.ndim < len(spec.shape) and array.size == 0:  # lists without entries
         array = array.reshape(len(array), 0)
-    kinds = "iu" if spec.dtype is np.int32 else "f"
     if array.ndim != len(spec.shape) or array.dtype.kind not in kinds:
-        kind = "integers" if kinds == "iu" else "floating-point numbers"
-        got = f"{array.dtype} of shape {array.shape}"
-        raise _refused(name, column, f"{kind} of shape [{', '.join(spec.shape)}]", got)
+        got = f"{array.dtype} of shape {array.shape}" if array.ndim else "lists that make no array"
+        raise _refused(name, column, f"{what} of shape [{', '.join(spec.shape)}]", got)
     inside = (array >= spec.least) & (array <= spec.most)
     if not inside.all() and spec.expected and not (column == "ce" and np.isnan(array[~inside]).all()):
         raise _refused(name, column, spec.expected, f"{array[~inside][0]:.6g}")

@@ -117,9 +117,8 @@ class FusionTrainer(Trainer):
         if isinstance(self.data_collator, FusionCollator):
             for data, size in ((self.train_dataset, args.train_batch_size), (self.eval_dataset, args.eval_batch_size)):
                 check_rows(data, self.data_collator)
-                check_rope(
-                    causal_model(self.model).config, data, max_length=self.data_collator.max_length, batch_size=size
-                )
+                max_length = self.data_collator.max_length
+                check_rope(causal_model(self.model).config, data, max_length=max_length, batch_size=size)
 
     # -- model and collator -------------------------------------------------------------------------------------------
 
@@ -163,20 +162,13 @@ class FusionTrainer(Trainer):
         is_users = collator.slice_choice is not None and self._slice_options is None
         if collator.fusion_function not in BY_SLICE or data is None or is_users:
             return
-        options = {
-            "ce_unit": collator.ce_unit,
-            "column": self.args.slice_column,
-            "pattern": self.args.slice_pattern,
-        }
+        options = {"ce_unit": collator.ce_unit, "column": self.args.slice_column, "pattern": self.args.slice_pattern}
         if self._slice_options != options:
             self._slice_options, collator.slice_choice = options, source_by_slice(data, **options)
             models = collator.slice_choice.models or ["pivot", *self.sources]
             logger.info(format_slice_choice(collator.slice_choice, models, collator.ce_unit))
-            self.slices = {
-                "ce_unit": collator.ce_unit,
-                "models": models,
-                "slices": collator.slice_choice.choice.table,
-            }
+            table = collator.slice_choice.choice.table
+            self.slices = {"ce_unit": collator.ce_unit, "models": models, "slices": table}
 
     # -- training -----------------------------------------------------------------------------------------------------
 
