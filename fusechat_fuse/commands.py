@@ -22,6 +22,13 @@ LOADING = {
     "load_in_8bit": "quantise the weights to 8 bits while loading (bitsandbytes)",
     "trust_remote_code": TRUST,
 }
+READING = {
+    "split": "split to read",
+    "limit": "stop after this number of usable conversations",
+    "shuffle_seed": "shuffle the conversations with this seed, before --limit counts them",
+    "messages_column": "column with the messages, if not `messages` or `conversations`",
+    "strict": "treat rows that would be skipped or repaired as errors",
+}
 SHARD = "conversations per shard (the most that are computed again if the run is killed)"
 SLICES = "slice (named in the data, else as auto), auto (clusters of the prompts) or none (the data set as a whole)"
 SLICE_PATTERN = "regular expression that takes the slice's name from the id instead"
@@ -67,7 +74,8 @@ COMMANDS = {
         {
             "input and output": {
                 "RECIPE.yml": "models, data and options of the whole fusion",
-                "only": "the one stage to run: represent, compare, align, combine, train, merge, evaluate or report",
+                "only": "the one stage to run: answer, represent, compare, align, combine, train, merge, evaluate, "
+                "report",
                 "from": "the first stage to run; the results of earlier stages must be there",
                 "overwrite ...": "stages whose steps start anew if their options, inputs or output have changed",
                 "dry_run": "print what would run and its commands, without running them",
@@ -89,7 +97,7 @@ COMMANDS = {
             }
         },
         parameters={"RECIPE.yml": "recipe"},
-        text_of=lambda found: _lines("pipeline.plan.plan_lines", found),
+        text_of=lambda found: _lines("pipeline.plan_text.plan_lines", found),
     ),
     "represent": Command(
         "Run a model once over chat data and store its top-k next-token distributions.",
@@ -121,13 +129,7 @@ COMMANDS = {
                 "server_model": "name of the served model, if a server has several (such as adapters)",
                 "server_requests": "concurrent requests to each server",
             },
-            "reading the data": {
-                "split": "split to read",
-                "limit": "stop after this number of usable conversations",
-                "shuffle_seed": "shuffle the conversations with this seed, before --limit counts them",
-                "messages_column": "column with the messages, if not `messages` or `conversations`",
-                "strict": "treat rows that would be skipped or repaired as errors",
-            },
+            "reading the data": READING,
         },
         parameters={"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"},
         text_of=lambda representation: representation.manifest["counts"],
@@ -168,6 +170,25 @@ COMMANDS = {
         },
         parameters={"R": "representation_dirs"},
         text_of=lambda result: _lines("evaluation.comparison.table_lines", result),
+    ),
+    "assign": Command(
+        "Divide chat data among pivot and sources, by the model that is selected for each slice.",
+        "evaluation.assignment.assign",
+        "assign representations/pivot representations/source --data_path chats.jsonl --output_dir assigned",
+        {
+            "input and output": {
+                "R ...": "two or more directories that represent wrote, the pivot's first",
+                "data_path ...": "chat data that was represented",
+                "output_dir": "directory for a file of conversations for each R, and assignment.json",
+            },
+            "slices": {
+                "slice_column": "slices: slice (named in the data, else as auto), auto (clusters of prompts) or none",
+                "slice_pattern": "regular expression that takes the slice's name from the id instead",
+            },
+            "reading the data": READING,
+        },
+        parameters={"R": "representation_dirs", "data_path": "conversations"},
+        text_of=lambda result: result["conversations"],
     ),
     "align": Command(
         "Map a source's distributions to the pivot's tokens and vocabulary.",

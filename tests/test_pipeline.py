@@ -132,7 +132,7 @@ def test_dry_run_does_nothing_and_an_unknown_stage_is_refused(tmp_path, caplog):
     assert not (tmp_path / "out").exists()
     assert "train target-b: run" in caplog.text
     assert "align a" not in caplog.text
-    with pytest.raises(InputError, match=r"stage for run: expected one of represent, .*, got 'trian'"):
+    with pytest.raises(InputError, match=r"stage for run: expected one of answer, represent, .*, got 'trian'"):
         run(recipe, only="trian")
     with pytest.raises(InputError, match="expected --only or --from, got both"):
         run(recipe, only="represent", start="train")

@@ -10,14 +10,14 @@ import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import load_config, load_fast_tokenizer, positions_of
+from fusechat_fuse.pipeline.recipe import READING
 from fusechat_fuse.store.rows import encode_row
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.conversations import Conversation, read_conversations
 from fusechat_fuse.text.messages import Unusable
 from fusechat_fuse.text.templates import check_template, resolve_template
 
-_READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
-_DECISIVE = ("model_name_or_path", "data_path", *_READING, "pivot_name_or_path", "template", "max_length", "top_k")
+_DECISIVE = ("model_name_or_path", "data_path", *READING, "pivot_name_or_path", "template", "max_length", "top_k")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DataReader:
         return self._encoded[key]
 
     def _conversations(self, options: dict[str, Any]) -> list[Conversation]:
-        reading = {name: options[name] for name in _READING}
+        reading = {name: options[name] for name in READING}
         key = (*options["data_path"], *reading.values())
         if key not in self._read:
             self._read[key] = read_conversations(options["data_path"], **reading)[0]

@@ -17,15 +17,17 @@ import numpy as np
 import yaml
 
 from fusechat_fuse.errors import InputError, check_integer
-from fusechat_fuse.models.files import load_config, model_file, with_gguf
+from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_file, with_gguf
 from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
-from fusechat_fuse.pipeline.recipe import Recipe, read_recipe
+from fusechat_fuse.pipeline.recipe import READING, Recipe, read_recipe
 from fusechat_fuse.pipeline.record import RECORD_FILE, Record
 from fusechat_fuse.pipeline.serving import steps_now
 from fusechat_fuse.pipeline.steps import Step, ranks_of
+from fusechat_fuse.store.files import read_json
 from fusechat_fuse.text.batches import plan_batches
+from fusechat_fuse.text.templates import native_template
 
 Options = dict[str, Any]
 _COUNTS = ("top_k", "max_length", "shard_size", "tokens_per_batch", "per_device_train_batch_size", "total_batch_size")
@@ -108,6 +110,8 @@ class _Planner:
         row: dict[str, Any] = {}
         if step.arguments[0] == "represent":
             row = self._represent(step, options)
+        elif step.arguments[0] == "answer":
+            row = self._answer(step, options)
         elif step.stage in ("align", "combine"):
             row = self._aligned(step)
         elif step.stage == "train":
@@ -136,11 +140,19 @@ class _Planner:
         options = {} if step.stage == "merge" else self.options_of(step.arguments)
         for name in _COUNTS:
             check_integer(f"value for {name}", options.get(name, 1))
+        if step.stage == "represent" and self.recipe.answers == "sources":  # the data's own stand for answers to come
+            first = self._options(self._step(f"answer represent-{step.name}"))
+            options |= {name: first[name] for name in ("data_path", *READING)}
+        if "model" in options:
+            options["model_name_or_path"] = options["model"]
         if "model_name_or_path" in options:
             model = str(with_gguf(options["model_name_or_path"], options.get("gguf_file")))
             made_here = Path(model).is_relative_to(self.recipe.output_dir)
             options["model_name_or_path"] = self.pivot if made_here else model
         return options
+
+    def _step(self, key: str) -> Step:
+        return next(step for step in self.steps if step.key == key)
 
     def _size(self, options: Options) -> costs.ModelSize:
         model, trust = options["model_name_or_path"], options["trust_remote_code"]
@@ -152,7 +164,7 @@ class _Planner:
     @cached_property
     def pivot_data(self) -> tuple[Encodings, Options]:
         """The training conversations in the pivot's tokens, which aligned data and trainings consist of."""
-        step = next(step for step in self.steps if step.key == "represent pivot")
+        step = self._step("represent pivot")
         options = self._options(step)
         return self.data.encodings(step.key, options), options
 
@@ -173,6 +185,25 @@ class _Planner:
             "padding_share": 1 - unpadded / padded,
             "memory_bytes": costs.represent_memory(size, options, *max(batches), self.device),
             "flops": size.forward_flops(row["tokens"] / unpadded * padded, row["predicted_tokens"]),
+        }
+
+    def _answer(self, step: Step, options: Options) -> dict[str, Any]:
+        """As if the answers were as long as the data's own; of all conversations until they are assigned."""
+        model, source = options["model_name_or_path"], self._step(f"answer represent-{step.name}")
+        native_template(load_fast_tokenizer(model, options["trust_remote_code"]), step.name)
+        encoded, size = self.data.encodings(source.key, self._options(source)), self._size(options)
+        assigned = read_json(self.recipe.output_dir / "answers" / "assigned" / "assignment.json", "assignment")
+        count = assigned["conversations"][step.name] if assigned else encoded.conversations
+        share = count * options["samples"] / encoded.conversations
+        tokens, predicted = encoded.total(encoded.lengths) * share, encoded.total(encoded.predicted) * share
+        cached = options["batch_size"] * int(encoded.lengths.max()) * size.layers * 2 * size.hidden * size.stored_bytes
+        return {
+            "conversations": count,
+            "predicted_tokens": round(predicted),
+            "tokens": round(tokens),
+            "disk_bytes": round(8 * tokens),
+            "memory_bytes": costs.represent_memory(size, options, options["batch_size"], 1, self.device) + cached,
+            "flops": size.forward_flops(tokens, predicted),
         }
 
     def _representation_disk(self, encoded: Encodings, options: Options) -> int:
@@ -269,52 +300,3 @@ class _Planner:
 def _tokenizer_bytes(model: str) -> int:
     file = model_file(model, "tokenizer.json")
     return file.stat().st_size if file else 0
-
-
-def plan_lines(found: dict[str, Any]) -> list[str]:
-    """What `plan` returns as text: a table with one row per step, the totals, how they were obtained, the warnings."""
-    head = ["step", "conversations", "predicted", "padding", "disk", "memory/rank", "FLOPs", "time", "GPU hours"]
-    table = [[*cells[: len(head) - (found["gpu"] is None)]] for cells in (head, *map(_cells, found["steps"]))]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in table]
-    totals, gpu = found["totals"], found["gpu"]
-    total = "total" + (f" without {len(found['failing'])} steps that have no figures" if found["failing"] else "")
-    total += f": {totals['disk_bytes'] / 1e9:.2f} GB on disk, {totals['flops']:.1e} FLOPs"
-    if totals["seconds"]:
-        total += f", {totals['seconds'] / 3600:.2f} hours"
-    if gpu:
-        total += f" ({totals['gpu_seconds'] / 3600:.2f} GPU hours)"
-    counted = "every conversation was encoded" if found["exact"] else "estimated from a sample of the conversations"
-    if found["failing"]:
-        counted = "not of every data set"
-    times = "* measured"
-    if gpu:
-        times += f"; others at {costs.UTILIZATION:.0%} of the bfloat16 peak of {gpu}, one stage after the other"
-    memory = f"of {gpu} if the step runs a model, else main memory" if gpu else "without a GPU; --gpu NAME for one"
-    if any("measured_disk_bytes" in row for row in found["steps"]):
-        memory += "; measured values in brackets (memory: main memory of the largest process)"
-    lines += ["", f"{total}; {counted}.", f"Memory: {memory}. Times: {times}."]
-    lines += [f"NOTE  {note}" for note in found["notes"]]
-    return [*lines, *(f"WARNING  {warning}" for warning in found["warnings"])]
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    def cell(key: str, form: str, scale: int | float = 1) -> str:
-        return form.format(row[key] / scale) if row.get(key) else "-"
-
-    def size(key: str, form: str, scale: int | float) -> str:
-        measured = f"measured_{key}"
-        return cell(key, form, scale) + (f" ({cell(measured, form, scale)})" if measured in row else "")
-
-    hours = row.get("seconds", 0) * row["gpus"] / 3600
-    return [
-        f"{row['step']} x {row['ranks']}" if row["ranks"] > 1 else row["step"],
-        cell("conversations", "{:,.0f}"),
-        cell("predicted_tokens", "{:,.0f}"),
-        cell("padding_share", "{:.1%}"),
-        size("disk_bytes", "{:,.2f}", 1e6) + " MB",
-        size("memory_bytes", "{:.2f}", 2**30) + " GiB",
-        cell("flops", "{:.1e}"),
-        cell("seconds", "{:,.0f} s") + ("*" if row["measured"] else ""),
-        f"{hours:.2f}" if hours else "-",
-    ]

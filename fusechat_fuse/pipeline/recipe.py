@@ -8,7 +8,8 @@
     data: mixture.json                      # one or a list, as --data_path takes them
     held_out: held-out.json                 # optional: evaluates the pivot and every result
     preset: fusechat                        # or paper
-    represent: {dtype: bfloat16}            # flags of a stage without dashes; also align, combine, train
+    answers: data                           # or sources: each slice's prompts are answered anew by its best source
+    represent: {dtype: bfloat16}            # flags of a stage without dashes; also answer, align, combine, train
     plain: true                             # the baseline: the same training without fusion
     multi: true                             # one training on all sources, combined
     targets: serving                        # or all: also those that would equal plain (their source serves no slice)
@@ -32,14 +33,19 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
 from fusechat_fuse.store.files import read_yaml
 
-FLAGGED = ("represent", "align", "combine", "train")  # stages whose flags a recipe may set
+FLAGGED = ("represent", "answer", "align", "combine", "train")  # stages whose flags a recipe may set
 LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")  # stages that may have a launcher
 MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perhaps as several processes
-KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", *FLAGGED)
+KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", "answers", *FLAGGED)
 KEYS += ("plain", "multi", "targets", "merge", "launcher", "devices")
-TARGETS = ("serving", "all")
+TARGETS, ANSWERS = ("serving", "all"), ("data", "sources")
+# flags of represent: how data are read, and how a model is loaded
+READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
+LOADING = ("dtype", "device_map", "attn_implementation", "gguf_file", "load_in_4bit", "load_in_8bit")
+LOADING += ("trust_remote_code",)
 RESERVED = {  # flags that the pipeline sets
     "represent": ("model_name_or_path", "data_path", "output_dir", "pivot_name_or_path"),
+    "answer": ("benchmark", "model", "questions", "output", "pivot_name_or_path"),
     "align": ("pivot_representation", "source_representation", "output_dir", "preset"),
     "combine": ("aligned", "output_dir", "preset"),
     "train": ("model_name_or_path", "data_path", "output_dir", "preset", "overwrite"),
@@ -60,6 +66,7 @@ class Recipe:
     """A checked recipe, made by `read_recipe`.
 
     Attributes:
+        answers: whose answers the data have in training: data (their own) or sources.
         flags, launcher: by stage. merges: name -> (method, parameters).
     """
 
@@ -69,6 +76,7 @@ class Recipe:
     data: list[str]
     held_out: list[str]
     preset: str
+    answers: str
     flags: dict[str, dict[str, Any]]
     plain: bool
     multi: bool
@@ -100,14 +108,12 @@ class _Reader:
         preset = self._get("preset", str, "text", "fusechat")
         or_preset(preset)
         sources = self._mapping("sources", self.entries["sources"])
-        self._check_names("source", sources, ("pivot", "plain", "multi", "compare"))
+        self._check_names("source", sources, ("pivot", "plain", "multi", "compare", "assigned", "representations"))
         pivot = self._model("pivot", self.entries["pivot"])
         models = {name: self._model(f"sources.{name}", value) for name, value in sources.items()}
         for name, model in models.items():
             same = os.path.abspath(model.model) == os.path.abspath(pivot.model) and model.flags == pivot.flags
             self._check(not same, f"sources.{name}", "another model than the pivot", model.model)
-        targets = self.entries.get("targets", TARGETS[0])
-        self._check(targets in TARGETS, "targets", f"one of {', '.join(TARGETS)}", targets)
         devices = self._get("devices", list, "a list of GPUs such as [0, 1]", [])
         return Recipe(
             output_dir=Path(self._get("output_dir", str, "text", None)),
@@ -119,7 +125,8 @@ class _Reader:
             flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
             plain=self._get("plain", bool, "true or false", True),
             multi=self._get("multi", bool, "true or false", False),
-            targets=targets,
+            targets=self._one_of("targets", TARGETS),
+            answers=self._one_of("answers", ANSWERS),
             merges=self._merges(),
             launcher=self._launcher("launcher", self.entries.get("launcher", "python")),
             devices=[str(device) for device in devices],
@@ -132,6 +139,12 @@ class _Reader:
     def _get(self, key: str, kind: type, expected: str, default) -> Any:
         value = self.entries.get(key, default)
         self._check(isinstance(value, kind), key, expected, value)
+        return value
+
+    def _one_of(self, key: str, values: tuple[str, ...]) -> str:
+        """The value of a key that takes one of some words; the first of them where it is not given."""
+        value = self.entries.get(key, values[0])
+        self._check(value in values, key, f"one of {', '.join(values)}", value)
         return value
 
     def _mapping(self, key: str, value) -> dict:

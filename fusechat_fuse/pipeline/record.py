@@ -25,10 +25,12 @@ from fusechat_fuse.store.files import file_sha256, json_bytes, short_digest, wri
 RECORD_FILE = "stages.json"
 _NOTES = {"", *".md .rst .org .txt .pdf .doc .docx .odt .png .jpg .jpeg .gif .svg .html .log .bak".split()}  # suffixes
 _NO_NOTES = ("vocab.txt", "merges.txt")
-_PATHS = ("model_name_or_path", "pivot_name_or_path", "data_path", "pivot_representation", "source_representation")
-_PATHS += ("aligned", "baseline", "eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
-_NO_EFFECT = ("output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to", "run_name")
-_NO_EFFECT += ("tokens_per_batch", "activation_checkpointing", "gradient_checkpointing", "save_total_limit")
+_MODELS = ("model", "model_name_or_path", "pivot_name_or_path")
+_PATHS = (*_MODELS, "data_path", "questions", "pivot_representation", "source_representation", "aligned", "baseline")
+_PATHS += ("eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
+_NO_EFFECT = ("output", "output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to")
+_NO_EFFECT += ("run_name", "tokens_per_batch", "activation_checkpointing", "gradient_checkpointing", "save_total_limit")
+_ANEW = ("compare", "assign", "answer")  # commands
 _NO_EFFECT_PREFIXES = ("logging_", "log_", "dataloader_num_workers", "dataloader_p")  # pin_memory, prefetch_factor, ...
 
 
@@ -75,9 +77,10 @@ class Record:
         entry = self.entries.get(step.key)
         if entry is None or step.stage == "merge" or (overwrite and self.is_stale(step)):
             return entry is not None
-        if step.key == "train multi":  # of other sources; with other options it may go on from its checkpoints
-            return entry["inputs"] != inputs_of(step)
-        return step.stage in ("compare", "combine", "evaluate") and self.is_changed(step)
+        if step.key == "train multi" or (step.derived and step.stage == "train"):
+            return entry["inputs"] != inputs_of(step)  # with other options it may go on from its checkpoints
+        anew = step.derived or step.stage in ("combine", "evaluate") or step.arguments[0] in _ANEW
+        return anew and self.is_changed(step)
 
     def begin(self, step: Step, overwrite: bool = False) -> None:
         """Enter a step that starts, with its inputs as they are now; remove its old output if it starts anew."""
@@ -125,12 +128,12 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def inputs_of(step: Step) -> dict[str, str | None]:
     """Path or Hub name -> digest, of all files, directories and Hub names among a step's arguments."""
-    options, represents = options_by_name(step), step.arguments[0] == "represent"
+    options, reads = options_by_name(step), step.arguments[0] in ("represent", "assign")
     return {
-        value: content_digest(Path(value), data=represents and name == "data_path")
+        value: content_digest(Path(value), data=reads and name == "data_path")
         for name in _PATHS
         for value in options.get(name, ())
-        if os.path.isabs(value) or name in ("model_name_or_path", "pivot_name_or_path", "data_path")
+        if os.path.isabs(value) or name in (*_MODELS, "data_path")
     }
 
 

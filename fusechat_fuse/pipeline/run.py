@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,8 @@ def run(
         record = Record(record.path)  # a run that has ended meanwhile may have changed it
         current = _Run(checked.output_dir, record, unfinished, overwrite)
         for stage in stages:
-            of_stage = [step for step in steps if step.stage == stage]
-            side_by_side = [step for step in of_stage if step.arguments[0] == "represent" and checked.devices]
-            if side_by_side:
-                current.perform_side_by_side(side_by_side, checked.devices)
-            for step in of_stage:
-                if step not in side_by_side:
-                    current.perform(step)
+            for command, group in groupby([s for s in steps if s.stage == stage], key=lambda step: step.arguments[0]):
+                current.perform_all([*group], checked.devices if command in ("represent", "answer") else [])
             if stage == "compare":
                 before, known = known, steps_now(checked, record)
                 _warn_of([sentence for sentence in known.left_out if sentence not in before.left_out])
@@ -199,8 +195,15 @@ class _Run:
         self.record.end(step, time.monotonic() - started, peak_bytes)
         self._log(step, f"done in {_clock(time.monotonic() - started)}")
 
-    def perform_side_by_side(self, steps: list[Step], devices: list[str]) -> None:
-        """Run independent steps, one per device at a time; a failure is raised once the running steps have ended."""
+    def perform_all(self, steps: list[Step], devices: list[str]) -> None:
+        """Run independent steps, one per device at a time; without devices, one after the other.
+
+        A failure is raised once the running steps have ended.
+        """
+        if not devices:
+            for step in steps:
+                self.perform(step)
+            return
         free, own = iter(devices), threading.local()
 
         def take_device() -> None:

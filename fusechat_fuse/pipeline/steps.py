@@ -2,6 +2,9 @@
 
 represent (pivot, sources) -> compare -> align (each source) -> combine -> train (plain, targets, multi)
 -> merge -> evaluate (the results represent the held-out data) -> report
+
+With `answers: sources` a stage comes first: answer (pivot and sources represent the data, `assign` divides them by
+slice, each source answers its part). The other stages then use these answers as the data.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from fusechat_fuse.flags import as_flags
-from fusechat_fuse.pipeline.recipe import Model, Recipe
+from fusechat_fuse.pipeline.recipe import LOADING, READING, Model, Recipe
 from fusechat_fuse.store.files import read_yaml
 
 _NO_MODEL = Model("")  # without flags and launchers of its own
 _SHARDING = ("use_fsdp", "use_deepspeed")  # flags of accelerate
-STAGES = ("represent", "compare", "align", "combine", "train", "merge", "evaluate", "report")
+STAGES = ("answer", "represent", "compare", "align", "combine", "train", "merge", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Step:
 
     Attributes:
         arguments: of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models. command: what is run.
-        files: path -> text, written before the step runs.
+        files: path -> text, written before the step runs. derived: made from answers that the run itself made.
     """
 
     stage: str
@@ -42,6 +45,7 @@ class Step:
     output: Path
     environment: dict[str, str] = field(default_factory=dict)
     files: dict[Path, str] = field(default_factory=dict)
+    derived: bool = False
 
     @property
     def key(self) -> str:
@@ -67,7 +71,8 @@ def steps_of(recipe: Recipe, plain_of: str | None = None, left_out: Collection[s
 
 class _Steps:
     def __init__(self, recipe: Recipe, plain_of: str | None, left_out: Collection[str]):
-        self.recipe, self.home = recipe, recipe.output_dir
+        self.recipe, self.home, self.data = recipe, recipe.output_dir, recipe.data
+        self.derived = recipe.answers == "sources"
         self.targets = [name for name in recipe.sources if f"target-{name}" not in left_out]
         self.several = recipe.multi and len(recipe.sources) > 1 and "multi" not in left_out
         exists = plain_of is not None and (self.home / "aligned" / plain_of).exists()
@@ -75,7 +80,8 @@ class _Steps:
 
     def all(self) -> list[Step]:
         represented = {"pivot": self.recipe.pivot, **self.recipe.sources}
-        steps = [self._represent(name, model) for name, model in represented.items()]
+        steps = self._answer(represented) if self.derived else []
+        steps += [self._represent(name, model) for name, model in represented.items()]
         folders = [self.home / "representations" / name for name in represented]
         named = slice_flags(self.recipe.flags["train"])
         steps.append(self._compare("compare", "", folders, self.home / "compare", named))
@@ -106,12 +112,42 @@ class _Steps:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
         launched_as = "compare" if arguments[0] == "compare" else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
-        return Step(stage, name, arguments, launched(launcher, arguments), output)
+        derived = self.derived and stage in ("represent", "align", "train")
+        return Step(stage, name, arguments, launched(launcher, arguments), output, derived=derived)
+
+    def _answer(self, represented: dict[str, Model]) -> list[Step]:
+        """The steps that replace the data by the answers of the model that is selected for each slice."""
+        home, common, steps = self.home / "answers", self.recipe.flags["represent"], []
+        for name, model in represented.items():
+            output = home / "representations" / name
+            words = self._arguments("represent", model, output, **self._represented(name, model))
+            steps.append(self._launched("answer", f"represent-{name}", model, words, output))
+        own = {"data_path": self.recipe.data, "output_dir": home / "assigned"}
+        own |= _only(READING, common) | slice_flags(self.recipe.flags["train"])
+        words = ["assign", *(str(step.output) for step in steps), *as_flags(own)]
+        steps.append(self._launched("answer", "assign", _NO_MODEL, words, home / "assigned"))
+        self.data = [str(home / "assigned" / "pivot.jsonl")]  # keeps the data's answers
+        for name, model in self.recipe.sources.items():
+            self.data.append(str(home / name / "answers.jsonl"))
+            own = {"benchmark": "data", "model": model.model, "questions": home / "assigned" / f"{name}.jsonl"}
+            own |= {"output": self.data[-1], "pivot_name_or_path": self.recipe.pivot.model}
+            own |= _only(LOADING, {**common, **model.flags.get("represent", {})})
+            words = ["answer", *as_flags({**own, **self.recipe.flags["answer"], **model.flags.get("answer", {})})]
+            steps.append(self._launched("answer", name, model, words, home / name))
+        return steps
 
     def _represent(self, name: str, model: Model) -> Step:
-        own = {"model_name_or_path": model.model, "data_path": self.recipe.data}
-        own["pivot_name_or_path"] = None if name == "pivot" else self.recipe.pivot.model
-        return self._step("represent", name, model, self.home / "representations" / name, **own)
+        output = self.home / "representations" / name
+        words = self._arguments("represent", model, output, **self._represented(name, model))
+        if self.derived:  # the data were read before
+            flags = {**self.recipe.flags["represent"], **model.flags.get("represent", {})}
+            kept = {flag: value for flag, value in flags.items() if flag not in READING}
+            words = ["represent", *as_flags({**self._represented(name, model), "output_dir": output, **kept})]
+        return self._launched("represent", name, model, words, output)
+
+    def _represented(self, name: str, model: Model) -> dict[str, Any]:
+        pivot = None if name == "pivot" else self.recipe.pivot.model
+        return {"model_name_or_path": model.model, "data_path": self.data, "pivot_name_or_path": pivot}
 
     def _compare(self, stage: str, name: str, folders: list[Path], output: Path, flags: dict[str, Any]) -> Step:
         arguments = ["compare", *map(str, folders), *as_flags({"output_dir": output, **flags})]
@@ -167,6 +203,10 @@ class _Steps:
         named.pop("slice_pattern", None)  # of the training data's ids
         flags = named | {"baseline": home / ("plain" if self.recipe.plain else "pivot")}
         return [*steps, self._compare("evaluate", "compare", [home / name for name in models], home / "compare", flags)]
+
+
+def _only(names: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: flags[name] for name in names if name in flags}
 
 
 def slice_flags(flags: dict[str, Any]) -> dict[str, Any]:

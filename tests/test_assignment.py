@@ -1,0 +1,156 @@
+"""`assign`, and a recipe with `answers: sources`: who answers what, what stays, kills, and what is refused."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fusechat_fuse.cli import main, options_of
+from fusechat_fuse.errors import InputError
+from fusechat_fuse.evaluation.assignment import assign
+from fusechat_fuse.pipeline.plan import plan
+from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.steps import steps_of
+from fusechat_fuse.text.messages import content_hash
+from tests.helpers.recipes import recipe_of, written
+from tests.test_compare import row, write
+
+SLICES = ["chinese"] * 12 + ["maths"] * 12 + [None] * 4
+
+
+def chats(folder, slices=SLICES):
+    rows = []
+    for n, name in enumerate(slices):
+        messages = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]
+        rows.append({"id": f"c{n}", "messages": messages, **({"slice": name} if name else {})})
+    (folder / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return rows
+
+
+def represented(folder, rows, **bits):
+    """A representation per model; bits per byte of each conversation."""
+    return [
+        write(
+            folder / name,
+            name,
+            [
+                row(one["id"], one.get("slice"), 4 * bit, content_hash=content_hash(one["messages"]))
+                for one, bit in zip(rows, costs)
+            ],
+        )
+        for name, costs in bits.items()
+    ]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_conversation_goes_to_the_model_that_is_selected_for_its_slice(tmp_path, capsys):
+    rows = chats(tmp_path)
+    folders = represented(
+        tmp_path,
+        rows[:-1],  # the last could not be represented
+        pivot=[2.0] * 12 + [1.0] * 12 + [1.0] * 4,
+        one=[1.0] * 12 + [3.0] * 12 + [3.0] * 4,
+        two=[3.0] * 28,
+    )
+    command = ["assign", *map(str, folders), "--data_path", str(tmp_path / "chats.jsonl")]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"pivot": 16, "one": 12, "two": 0}
+    assert lines(tmp_path / "out" / "one.jsonl") == [
+        {"id": f"c{n}", "slice": "chinese", "messages": rows[n]["messages"]} for n in range(12)
+    ]
+    assert [one["id"] for one in lines(tmp_path / "out" / "pivot.jsonl")] == [f"c{n}" for n in range(12, 28)]
+    assert (tmp_path / "out" / "two.jsonl").read_text() == ""
+    table = json.loads((tmp_path / "out" / "assignment.json").read_text())["slices"]
+    assert {name: entry["best"] for name, entry in table.items()} == {"": 0, "chinese": 1, "maths": 0}
+
+
+def test_a_pattern_names_the_slices_and_equal_directories_are_refused(tmp_path):
+    rows = chats(tmp_path, [None] * 20)
+    for n, one in enumerate(rows):
+        one["id"] = f"{'ab'[n % 2]}-{n}"
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    folders = represented(tmp_path, rows, pivot=[2.0] * 20, one=[1.0, 3.0] * 10)
+    assign(folders, str(tmp_path / "chats.jsonl"), tmp_path / "out", slice_pattern="^([a-z])-")
+    assert {one["slice"] for one in lines(tmp_path / "out" / "one.jsonl")} == {"a"}
+    assert len(lines(tmp_path / "out" / "pivot.jsonl")) == 10
+    twice = represented(tmp_path / "x", rows, pivot=[2.0] * 20)
+    with pytest.raises(
+        InputError, match="representations for assign: expected directories of different names, got piv"
+    ):
+        assign([folders[0], *twice], str(tmp_path / "chats.jsonl"), tmp_path / "out")
+
+
+def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path):
+    represent = {"limit": 9, "dtype": "bfloat16", "load_in_4bit": True, "messages_column": "m"}
+    more = {
+        "answers": "sources",
+        "represent": represent,
+        "answer": {"max_new_tokens": 5},
+        "train": {"slice_pattern": "^x"},
+    }
+    steps = {step.key: step for step in steps_of(read_recipe(written(tmp_path, **more)))}
+    assert [key for key in steps if key.startswith("answer")] == [
+        *("answer represent-pivot", "answer represent-a", "answer represent-b", "answer assign", "answer a", "answer b")
+    ]
+    first, then = (steps[key].arguments for key in ("answer represent-a", "represent a"))
+    assert first[first.index("--data_path") + 1] == "d.json"
+    assert {"--limit", "--messages_column"} <= {*first}
+    place = then.index("--data_path")
+    assert then[place + 1 : place + 4] == [
+        f"out/answers/{name}" for name in ("assigned/pivot.jsonl", "a/answers.jsonl", "b/answers.jsonl")
+    ]
+    assert not {"--limit", "--messages_column"} & {*then}
+    words = steps["answer assign"].arguments
+    assert words[:4] == ["assign", *(f"out/answers/representations/{name}" for name in ("pivot", "a", "b"))]
+    assert words[-6:] == ["--limit", "9", "--messages_column", "m", "--slice_pattern", "^x"]
+    words = steps["answer b"].arguments
+    assert words[: words.index("--questions")] == ["answer", "--benchmark", "data", "--model", "two"]
+    assert words[-6:] == ["--dtype", "bfloat16", "--load_in_4bit", "true", "--max_new_tokens", "5"]
+    assert all(steps[key].derived for key in ("represent a", "align b", "train plain", "train target-a"))
+    for key in steps:
+        if not key.startswith("merge"):
+            options_of(steps[key].arguments)
+    with pytest.raises(InputError, match=r"key answers in .*: expected one of data, sources, got 'source'"):
+        read_recipe(written(tmp_path, answers="source"))
+    with pytest.raises(InputError, match=r"key answer\.model in .*: expected no flag that the pipeline sets"):
+        read_recipe(written(tmp_path, answer={"model": "x"}))
+
+
+@pytest.mark.slow
+def test_a_run_with_answers_by_sources_killed_in_the_stage_ends_with_the_same_files(recipe_models, forked, tmp_path):
+    more = {"answers": "sources", "answer": {"max_new_tokens": 8, "batch_size": 4}, "plain": False, "merge": {}}
+    home = {name: tmp_path / name for name in ("whole", "killed")}
+    for folder in home.values():
+        folder.mkdir()
+    recipes = {name: recipe_of(recipe_models, folder, ("one",), **more) for name, folder in home.items()}
+    commands = {name: [sys.executable, "-m", "fusechat_fuse", "run", str(file)] for name, file in recipes.items()}
+    planned = plan(recipes["whole"], options_of=options_of)
+    assert not planned["failing"]
+    done = forked.run(commands["whole"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    moments = np.random.default_rng(3)
+    for key in ("answer-represent-one", "answer-assign", "answer-one", "answer-one", "represent-pivot"):
+        process = forked.Popen(commands["killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (home["killed"] / "out" / "logs" / f"{key}.log").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        forked.wait_until_idle()
+    done = forked.run(commands["killed"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ("answers/one/answers.jsonl", "answers/assigned/one.jsonl", "answers/assigned/assignment.json")
+    for name in (*names, "models/target-one/model.safetensors"):
+        whole, killed = ((folder / "out" / name).read_bytes() for folder in home.values())
+        assert whole == killed
+    assigned = json.loads((home["whole"] / "out" / names[2]).read_text())["conversations"]
+    assert sum(assigned.values()) == 24
+    after = {row["step"]: row for row in plan(recipes["whole"], options_of=options_of)["steps"]}
+    assert after["answer one"]["conversations"] == assigned["one"]
