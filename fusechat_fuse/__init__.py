@@ -10,33 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusechat_fuse.alignment.combination import combine
-    from fusechat_fuse.alignment.run import align
-    from fusechat_fuse.capture.released import import_released
-    from fusechat_fuse.capture.run import represent
-    from fusechat_fuse.evaluation.answers import answer
-    from fusechat_fuse.evaluation.comparison import compare
-    from fusechat_fuse.store.shards import load_representation
-    from fusechat_fuse.text.conversations import load_conversations
-    from fusechat_fuse.training.collator import FusionCollator
-    from fusechat_fuse.training.config import FusionConfig
-    from fusechat_fuse.training.loss import fusion_loss
-    from fusechat_fuse.training.trainer import FusionTrainer
+    from fusechat_fuse.alignment.combination import combine as combine
+    from fusechat_fuse.alignment.run import align as align
+    from fusechat_fuse.capture.released import import_released as import_released
+    from fusechat_fuse.capture.run import represent as represent
+    from fusechat_fuse.evaluation.answers import answer as answer
+    from fusechat_fuse.evaluation.comparison import compare as compare
+    from fusechat_fuse.store.shards import load_representation as load_representation
+    from fusechat_fuse.text.conversations import load_conversations as load_conversations
+    from fusechat_fuse.training.collator import FusionCollator as FusionCollator
+    from fusechat_fuse.training.config import FusionConfig as FusionConfig
+    from fusechat_fuse.training.loss import fusion_loss as fusion_loss
+    from fusechat_fuse.training.trainer import FusionTrainer as FusionTrainer
 
-__all__ = [
-    "FusionCollator",
-    "FusionConfig",
-    "FusionTrainer",
-    "align",
-    "answer",
-    "combine",
-    "compare",
-    "fusion_loss",
-    "import_released",
-    "load_conversations",
-    "load_representation",
-    "represent",
-]
 _HOME = {
     "load_conversations": "text.conversations",
     "represent": "capture.run",
@@ -51,6 +37,7 @@ _HOME = {
     "FusionCollator": "training.collator",
     "FusionTrainer": "training.trainer",
 }
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name):

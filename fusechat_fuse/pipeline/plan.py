@@ -7,6 +7,7 @@ peak.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cached_property
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_file, with_gguf
@@ -247,7 +247,7 @@ class _Planner:
 
     def _merge(self, step: Step) -> dict[str, Any]:
         size = self._size(self.pivot_data[1])
-        config = next(iter(yaml.safe_load(text) for text in step.files.values()))
+        config = json.loads(step.arguments[1])
         dtype = config.get("out_dtype") or config["dtype"]
         models = len(config["models"]) + 1
         return {

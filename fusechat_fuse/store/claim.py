@@ -34,7 +34,7 @@ def check_claim(path: Path, identity: dict, found: Callable[[], dict | None], *,
         identity: what makes this run this run, JSON-able; the error joins nested names by dots.
         found: reads the directory's identity, None if it has none. Then it must be empty, apart from unfinished files
             of a killed run (`*.tmp`).
-        remedy: what the user can do besides choosing another directory, e.g. " or the same options".
+        remedy: what the user can do besides choosing another directory, e.g. " or the same data and options".
     """
     check_is_directory(path)
     # listed before the identity is read: a process beside this one may write it in between

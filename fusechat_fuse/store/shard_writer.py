@@ -70,7 +70,7 @@ class ShardWriter:
         if of_another and self._remove_empty_shards():
             write_atomic(file, json_bytes(self.identity))
         for _ in range(2):  # once more after writing: another run may have claimed it meanwhile
-            check_claim(self.path, self.identity, self._claimed_identity, remedy=" or the same options")
+            check_claim(self.path, self.identity, self._claimed_identity, remedy=" or the same data and options")
             if file.exists():
                 return
             self.path.mkdir(parents=True, exist_ok=True)
