@@ -76,8 +76,8 @@ MUTANTS = [
     ),
     Mutant(
         "cross-entropy: bytes forgotten",
-        "return ce_per_token * tokens / num_bytes if",
-        "return ce_per_token * tokens if",
+        'return ce * int(row["source_tokens"]) / num_bytes if',
+        'return ce * int(row["source_tokens"]) if',
         "tests/test_choice.py tests/test_slice_choice.py",
     ),
     Mutant(

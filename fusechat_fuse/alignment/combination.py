@@ -74,7 +74,14 @@ def combine(
 
     Source: FuseChat (arXiv 2408.07990) section 3.2 (MinCE), FuseLLM (arXiv 2401.10491) equation 7 (AvgCE).
     """
-    options = _options(preset, function, ce_unit, slice_column, slice_pattern)
+    function, ce_unit = or_preset(preset, combination=function, ce_unit=ce_unit).values()
+    if function not in COMBINATIONS:
+        raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
+    if ce_unit not in CE_UNITS:
+        raise InputError(f"value for ce_unit: expected {' or '.join(CE_UNITS)}, got {ce_unit!r}. Use one of them.")
+    options = {"function": function, "ce_unit": ce_unit}
+    if function == "min_ce_slice":
+        options |= {"slice_column": slice_column, "slice_pattern": slice_pattern}
     combination = Combination(_open_all(aligned_dirs, options), options)
     writer = ShardWriter(output_dir, combination.identity, kind="combined")
     copy_tokenizer(combination.parts[0], writer.path)
@@ -86,18 +93,6 @@ def combine(
     infos = [writer.info(shard)["info"] for shard in range(len(shards))]
     writer.finish(len(shards), combination.manifest(sum((Counter(info["taken"]) for info in infos), Counter())))
     return load_representation(writer.path).manifest
-
-
-def _options(preset: str, function: str | None, ce_unit: str | None, slice_column: str, slice_pattern) -> dict:
-    function, ce_unit = or_preset(preset, combination=function, ce_unit=ce_unit).values()
-    if function not in COMBINATIONS:
-        raise InputError(f"value for function: expected one of {', '.join(COMBINATIONS)}, got {function!r}. Use one.")
-    if ce_unit not in CE_UNITS:
-        raise InputError(f"value for ce_unit: expected {' or '.join(CE_UNITS)}, got {ce_unit!r}. Use one of them.")
-    options = {"function": function, "ce_unit": ce_unit}
-    if function == "min_ce_slice":
-        options |= {"slice_column": slice_column, "slice_pattern": slice_pattern}
-    return options
 
 
 def _open_all(aligned_dirs, options: dict) -> list[Representation]:

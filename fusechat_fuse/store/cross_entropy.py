@@ -24,7 +24,8 @@ def pivot_cross_entropy(row: dict, ce_unit: str) -> float:
     ce = float(np.mean(row["ce"], dtype=np.float64))
     if ce_unit == "token":
         return ce
-    return _per_byte(ce, len(row["ce"]), int(np.sum(row["end"] - row["start"], dtype=np.int64)))
+    num_bytes = int(np.sum(row["end"] - row["start"], dtype=np.int64))
+    return ce * len(row["ce"]) / num_bytes if num_bytes else float("nan")
 
 
 def source_cross_entropy(row: dict, ce_unit: str) -> float:
@@ -40,8 +41,5 @@ def source_cross_entropy(row: dict, ce_unit: str) -> float:
             f"cross-entropy per byte for conversation {row.get('id')!r}: expected source_tokens and source_bytes, got "
             "a row without them (imported data do not hold the number of the source's tokens). Set ce_unit to token."
         )
-    return _per_byte(ce, int(row["source_tokens"]), int(row["source_bytes"]))
-
-
-def _per_byte(ce_per_token: float, tokens: int, num_bytes: int) -> float:
-    return ce_per_token * tokens / num_bytes if num_bytes else float("nan")
+    num_bytes = int(row["source_bytes"])
+    return ce * int(row["source_tokens"]) / num_bytes if num_bytes else float("nan")
