@@ -48,6 +48,8 @@ class BatchRunner:
 
     def __call__(self, encoded: list[Encoded], progress) -> list[TopK]:
         """A TopK for each conversation, in order; `progress.update` is called for each batch."""
+        import torch
+
         highest = max((int(one.input_ids[one.predicted].max()) for one in encoded), default=0)
         if highest >= self.head.vocab_size:  # which may be below that of the embedding
             raise InputError(
@@ -72,7 +74,10 @@ class BatchRunner:
                     ) from error
                 found = None
             if found is None:  # the memory of the failed pass is free again
-                self._halve_budget(size)
+                self.budget = size // 2
+                logger.warning("Out of memory at %d tokens per batch; going on with %d.", size, self.budget)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 left = np.concatenate([batch, *queue])
                 queue = [left[part] for part in plan_batches(lengths[left], self.budget, self.boundary)]
                 continue
@@ -81,11 +86,3 @@ class BatchRunner:
             self.padded += size
             progress.update(len(batch))
         return results
-
-    def _halve_budget(self, size: int) -> None:
-        import torch
-
-        self.budget = size // 2
-        logger.warning("Out of memory at %d tokens per batch; going on with %d.", size, self.budget)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
