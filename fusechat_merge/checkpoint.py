@@ -79,13 +79,7 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def check_precision(model: str, stored: dict[str, str], config: dict) -> None:
-    """Raises ValueError for quantised weights.
-
-    Args:
-        model: its name in the error.
-        stored: see `stored_dtypes`; empty where the dtypes are unknown.
-        config: the contents of config.json.
-    """
+    """Raises ValueError for quantised weights, by the `stored_dtypes` ({} if unknown) and what config.json holds."""
     settings = config.get("quantization_config")
     narrow = (f"{d} in {n}" for n, d in stored.items() if d in NARROW or (d in BYTES and n.endswith("weight")))
     shown = next(narrow, None)

@@ -13,15 +13,10 @@ from fusechat_merge.reporting import reporter
 
 
 def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> Report:
-    """Write coefficients.csv, summary.json and the pictures for a configuration.
+    """Write coefficients.csv, summary.json and the pictures of a recipe for sce or varm to a new or empty directory.
 
     Args:
-        config_path: a mergekit configuration with merge_method sce or varm.
-        directory: output directory, new or empty.
         options: mergekit.options.MergeOptions; None: mergekit's defaults.
-
-    Returns:
-        The finished report.
 
     Raises:
         ValueError: see `recipe.load`; another merge method; a directory with files.

@@ -9,13 +9,7 @@ OUTSIDE = "outside"  # column of the tensors that belong to no layer: embeddings
 
 
 def draw(rows: Sequence[dict], names: Sequence[str], directory: Path) -> list[Path]:
-    """Write coefficients.png and, where anything was erased, erased.png.
-
-    Args:
-        rows: rows of `report.Report`.
-        names: short names of the targets.
-        directory: where to.
-    """
+    """Write coefficients.png and, where anything was erased, erased.png, from `rows` and `names` of a report."""
     paths = [directory / "coefficients.png"]
     _coefficients(rows, names).savefig(paths[0], dpi=130)
     if any(row.get("erased") is not None for row in rows):

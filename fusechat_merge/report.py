@@ -76,6 +76,7 @@ class Report:
     def __init__(self, method: str, pivot: str, targets: Sequence[str], every: int = SAMPLED):
         self.method, self.pivot, self.targets, self.every = method, pivot, list(targets), every
         self.names = distinct_names(self.targets)
+        self.pairs = [f"{a} | {b}" for a, b in combinations(self.names, 2)]
         self.rows: list[dict] = []
         self._products = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)  # over all tensors
 
@@ -117,7 +118,7 @@ class Report:
         columns = ["tensor", "layer", "kind", "elements", "selected", "erased"]
         for quantity in ("coefficient", "norm", "erased"):
             columns += [f"{quantity} {name}" for name in self.names]
-        return columns + [f"agreement {a} | {b}" for a, b in combinations(self.names, 2)]
+        return columns + [f"agreement {pair}" for pair in self.pairs]
 
     def summary(self) -> dict:
         """Means over the tensors, weighted by their elements, and the norms of whole models."""
@@ -139,11 +140,7 @@ class Report:
             "selected_share": self._mean("selected"),
             "erased_share": self._mean("erased"),
             "erased_shares": {name: self._mean(f"erased {name}") for name in self.names},
-            "sign_agreement": {
-                column.removeprefix("agreement "): self._mean(column)
-                for column in self.columns()
-                if column.startswith("agreement ")
-            },
+            "sign_agreement": {pair: self._mean(f"agreement {pair}") for pair in self.pairs},
             "cosines": self._cosines(),
             "coefficients_by_kind": {
                 kind: {name: self._mean(f"coefficient {name}", kind) for name in self.names} for kind in kinds
@@ -153,10 +150,8 @@ class Report:
     def _cosines(self) -> dict[str, float | None]:
         """Of each pair of targets: d_i . d_j / (|d_i| |d_j|), over all tensors that both have."""
         norms = torch.diagonal(self._products).sqrt()
-        pairs = combinations(range(len(self.names)), 2)
-        return {
-            f"{self.names[a]} | {self.names[b]}": _share(self._products[a, b], norms[a] * norms[b]) for a, b in pairs
-        }
+        places = combinations(range(len(self.names)), 2)
+        return {p: _share(self._products[a, b], norms[a] * norms[b]) for p, (a, b) in zip(self.pairs, places)}
 
     def is_mean(self) -> bool:
         """Whether all targets have nearly the same coefficient, on the mean over elements."""
@@ -179,10 +174,9 @@ class Report:
         try:
             partial.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
             partial.replace(path)  # complete or not at all
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
-        if self.method in ("sce", "varm") and len(self.names) > 1 and self.is_mean():
+        if len(self.names) > 1 and self.is_mean():
             cosines = ", ".join(f"{pair} {value:.2f}" for pair, value in self._cosines().items() if value is not None)
             logger.warning(
                 "%s: all coefficients are within %.0f %% of equal, so this merge is nearly the mean of its targets "
