@@ -23,7 +23,7 @@ import numpy as np
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.store.card import shown_name
 from fusechat_fuse.store.files import short_digest
-from fusechat_fuse.text.data_files import Source, data_sources
+from fusechat_fuse.text.data_files import Source, data_sources, names_in
 from fusechat_fuse.text.messages import Unusable, canonical_json, check_unicode, clean_messages, row_name, slice_of
 from fusechat_fuse.text.spool import Spool
 
@@ -114,7 +114,7 @@ def read_conversations(
         check_integer("limit for chat data", limit)
     if shuffle_seed is not None:
         check_integer("shuffle_seed for chat data", shuffle_seed, least=0)
-    names = [str(name) for name in _paths(data)]
+    names = names_in(data)
     name = f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}" if names else "the given rows"
     report = ReadReport(name, strict, data=[shown_name(name) for name in names])
     usable = _usable(_sources(data, split), report, messages_column, prompts)
@@ -170,22 +170,16 @@ def _unique_id(given: str, seen: Counter) -> str:
     return name
 
 
-def _paths(data) -> list[str | Path]:
-    """The paths and Hub names that are to be read; none of rows."""
-    entries = data if isinstance(data, list | tuple) else [data]
-    return list(entries) if all(isinstance(entry, str | Path) for entry in entries) else []
-
-
 def _sources(data, split: str) -> list[tuple[str | None, Source]]:
     """Sources of rows, each with the slice of those rows that name none: with several files, the file's name.
 
     Files whose names differ only in numbers (train-00001-of-00008) are one slice.
     """
-    paths = _paths(data)
-    names = [re.sub(r"[-_.]*\d+([-_.]of[-_.]\d+)?$", "", Path(path).name.split(".")[0]) for path in paths]
-    if len(set(names)) < 2:
+    paths = names_in(data)
+    slices = [re.sub(r"[-_.]*\d+([-_.]of[-_.]\d+)?$", "", Path(path).name.split(".")[0]) for path in paths]
+    if len(set(slices)) < 2:
         return [(None, source) for source in data_sources(data, split)]
-    return [(name or None, source) for path, name in zip(paths, names) for source in data_sources(path, split)]
+    return [(each or None, source) for path, each in zip(paths, slices) for source in data_sources(path, split)]
 
 
 def _numbered(sources: list[tuple[str | None, Source]], report: ReadReport) -> Iterator[tuple[str | None, int, Any]]:

@@ -35,6 +35,12 @@ Source = tuple[str, Iterable[Any]]  # the name that errors use, and the rows
 logger = logging.getLogger(__name__)
 
 
+def names_in(data) -> list[str]:
+    """The paths and Hub names that are to be read; none of rows."""
+    entries = data if isinstance(data, list | tuple) else [data]
+    return [str(entry) for entry in entries] if all(isinstance(entry, str | Path) for entry in entries) else []
+
+
 def data_sources(data, split: str) -> list[Source]:
     """The rows of a data set, unchecked, each file's with its name.
 
@@ -44,14 +50,12 @@ def data_sources(data, split: str) -> list[Source]:
         split: split to read.
     Raises: InputError where nothing is there or it cannot be read; for a file, while its rows are read.
     """
-    if isinstance(data, str | Path):
-        return _named(str(data), split)
+    if names := names_in(data):
+        return [source for name in names for source in _named(name, split)]
     if isinstance(data, Mapping):
         if _CHAT_COLUMNS & set(data):
             raise InputError("data for the given rows: expected a list of rows, got a single one. Put it into a list.")
         return [("the given rows", _of_split("the given rows", data, split))]
-    if isinstance(data, list | tuple) and data and all(isinstance(entry, str | Path) for entry in data):
-        return [source for entry in data for source in _named(str(entry), split)]
     try:
         return [("the given rows", iter(data))]
     except TypeError as error:

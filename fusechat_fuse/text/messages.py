@@ -24,17 +24,9 @@ import numpy as np
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import short_digest
 
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-}
+ROLES: dict[str, str] = dict.fromkeys(("user", "human"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+ROLES |= dict.fromkeys(("system", "developer"), "system")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 UNUSED_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
