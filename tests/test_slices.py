@@ -181,7 +181,7 @@ def test_clusters_are_of_one_skill_each_and_have_their_words(monkeypatch, fitted
         assert len({skill for skill, of in zip(skills, names) if of == name}) == 1, name
     for word in ("what", "reverse", "capitals", "翻译"):  # the last: a pair of characters
         assert any(word in name.split() for name in names), word
-    assert cluster([KINDS[skill]() for skill in skills[:79]]) == [""] * 79  # too few to divide
+    assert cluster([KINDS[skill]() for skill in skills[:119]]) == [""] * 119  # too few to divide
 
 
 def test_equal_names_are_numbered_and_digits_name_nothing():
@@ -205,7 +205,7 @@ def test_prompts_that_are_all_alike_are_no_slices(text):
 
 def test_data_that_name_no_slice_get_automatic_ones(tmp_path, caplog):
     caplog.set_level("INFO", "fusechat_fuse")
-    rows = aligned_rows(90, vocab_size=500)
+    rows = aligned_rows(130, vocab_size=500)
     for n, row in enumerate(rows):
         ids = tokenizer().encode(["What is 2 plus 3?", "Reverse the words: sun"][n % 2])
         row["input_ids"] = np.array([*ids, *row["input_ids"]], np.int32)
@@ -213,11 +213,11 @@ def test_data_that_name_no_slice_get_automatic_ones(tmp_path, caplog):
     unnamed = load_representation(aligned_directory(tmp_path / "a", rows))
     names = name_slices(unnamed)
     assert len(set(names)) == 2
-    assert names == names[:2] * 45
-    assert f"{unnamed.path}: no slices are named; these were found among the prompts: {names[0]} (45), " in caplog.text
+    assert names == names[:2] * 65
+    assert f"{unnamed.path}: no slices are named; these were found among the prompts: {names[0]} (65), " in caplog.text
     assert name_slices(unnamed, column="auto") == names
-    assert name_slices(unnamed, column="none") == [""] * 90
+    assert name_slices(unnamed, column="none") == [""] * 130
     rows[7]["slice"] = "own"
     named = load_representation(aligned_directory(tmp_path / "b", rows))
-    assert name_slices(named) == [""] * 7 + ["own"] + [""] * 82  # what is named is the user's
+    assert name_slices(named) == [""] * 7 + ["own"] + [""] * 122  # what is named is the user's
     assert name_slices(named, column="auto") == names

@@ -1,8 +1,9 @@
 """Slices of data that name none: clusters of the prompts, named by their most telling words.
 
 features   TF-IDF of character 2- to 4-grams, the first 32 directions, normalised
-clusters   k-means; their number is N / 40, at most 12
-name       the three words of largest s log(s / S): s, S the shares of the cluster's and of all prompts with the word
+clusters   k-means; their number is N / 60, at most 12
+name       the three words of largest s log(s / S), none below a quarter of the largest; s: share of the cluster's
+           prompts with the word, S: of all prompts
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 if TYPE_CHECKING:
     from fusechat_fuse.store.shards import Representation
 
-PER_CLUSTER = 40  # conversations, on average
+PER_CLUSTER = 60  # conversations, on average: of so many, the sign test sees a majority of two thirds
 MAX_CLUSTERS, MAX_DIRECTIONS = 12, 32
 READ = 500  # characters of a prompt that are looked at, its last
 FITTED = 5000  # prompts, evenly spaced, from which features and clusters are learned
@@ -91,7 +92,8 @@ def _names(texts: Sequence[str], labels: Sequence[int]) -> dict[int, str]:
     names: dict[int, str] = {}
     for label, size in sizes.most_common():
         gain = {w: n / size * log(n * len(texts) / (size * overall[w])) for w, n in inside[label].items()}
-        telling = sorted((word for word in gain if gain[word] > 0), key=lambda word: (-gain[word], word))
+        least = max(gain.values(), default=0) / 4
+        telling = sorted((w for w in gain if gain[w] > 0 and gain[w] >= least), key=lambda word: (-gain[word], word))
         name = " ".join(telling[:3]) or "others"
         equal = sum(other.partition(" #")[0] == name for other in names.values())
         names[label] = f"{name} #{equal + 1}" if equal else name
