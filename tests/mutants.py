@@ -178,8 +178,8 @@ MUTANTS = [
     ),
     Mutant(
         "recipe: sources are not shown the pivot's template",
-        'if name != "pivot":',
-        'if name == "pivot":',
+        'None if name == "pivot" else self.recipe.pivot.model',
+        'None if name != "pivot" else self.recipe.pivot.model',
         "tests/test_pipeline.py -k becomes_commands",
     ),
     Mutant(
