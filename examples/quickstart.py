@@ -7,7 +7,8 @@ Then the public commands run, as they would for 7B models:
 
     represent x3  ->  align x2  ->  combine  ->  train (plain, targets, multi)  ->  mergekit-yaml (SCE)  ->  evaluation
 
-Fusion is done twice, with the paper's settings and with ours, so that the table shows what the settings do.
+Fusion is done twice, with the paper's settings and with ours, so that the table shows what the settings do. Then the
+sources answer the prompts of the data themselves (assign, answer), and one more `multi` is trained on these answers.
 
     python examples/quickstart.py [--output DIR] [--seed N] [--fast]
 
@@ -51,6 +52,7 @@ START = time.monotonic()
 MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data with the answer of another question
 SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, with which ids begin; without it slices are found
+MODELS = ("pivot", "source-numbers", "source-words")
 REPRESENT = {"template": "native", "dtype": "float32"}
 
 
@@ -132,20 +134,51 @@ def write_questions(output: Path, questions: dict[str, list[tuple[str, str]]]) -
     (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def represent_and_align(output: Path, data: list[Path], folder: Path, preset: str = "fusechat") -> None:
+    """Represent data by pivot and sources, and align both sources, below a folder."""
+    for name in MODELS:
+        if not (folder / "representations" / name).exists():
+            flags = ("--output_dir", folder / "representations" / name, *as_flags(REPRESENT))
+            fuse("represent", "--model_name_or_path", output / "models" / name, "--data_path", *data, *flags)
+    for name in ("numbers", "words"):
+        pair = ("--pivot_representation", folder / "representations" / "pivot")
+        pair += ("--source_representation", folder / "representations" / f"source-{name}")
+        fuse("align", *pair, "--output_dir", folder / "aligned" / f"{preset}-{name}", "--preset", preset)
+
+
+def combine(folder: Path) -> None:
+    """Both aligned sources as one data set: the better of each slice."""
+    both = [folder / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
+    fuse("combine", "--aligned", *both, "--output_dir", folder / "aligned" / "multi", *as_flags(SLICES))
+
+
+def answer(output: Path, folder: Path) -> list[Path]:
+    """Let the source that is selected for each slice answer its prompts; return the files of the answered data."""
+    assigned, data = folder / "assigned", output / "conversations.json"
+    representations = [output / "representations" / name for name in MODELS]
+    fuse("assign", *representations, "--data_path", data, "--output_dir", assigned, *as_flags(SLICES))
+    files = [assigned / "pivot.jsonl"]  # keeps the data's answers
+    for name in MODELS[1:]:
+        files.append(folder / f"{name}.jsonl")
+        paths = ("--questions", assigned / f"{name}.jsonl", "--output", files[-1])
+        paths += ("--pivot_name_or_path", output / "models" / "pivot", "--max_new_tokens", 32, "--batch_size", 64)
+        fuse("answer", "--benchmark", "data", "--model", output / "models" / name, *paths)
+    return files
+
+
+def train_arguments(output: Path, aligned: Path, name: str, more, train: dict) -> tuple:
+    """The arguments of a training of the pivot into the model of this name."""
+    paths = ("--model_name_or_path", output / "models" / "pivot", "--data_path", aligned)
+    return ("train", *paths, "--output_dir", output / "models" / name, *more, *as_flags(train))
+
+
 def pipeline(output: Path, train: dict, pool: ProcessPoolExecutor) -> None:
-    """The stages by the public commands: represent, compare, align, combine, train, merge."""
-    models, data, representations = output / "models", output / "conversations.json", output / "representations"
-    for name in ("pivot", "source-numbers", "source-words"):
-        flags = ("--output_dir", representations / name, *as_flags(REPRESENT))
-        fuse("represent", "--model_name_or_path", models / name, "--data_path", data, *flags)
-    fuse("compare", *(representations / name for name in ("pivot", "source-numbers", "source-words")))
+    """The stages by the public commands: represent, compare, align, combine, train, merge, and answers by sources."""
+    models, answers = output / "models", output / "answers"
     for preset in ("paper", "fusechat"):
-        for name in ("numbers", "words"):
-            pair = ("--pivot_representation", representations / "pivot")
-            pair += ("--source_representation", representations / f"source-{name}")
-            fuse("align", *pair, "--output_dir", output / "aligned" / f"{preset}-{name}", "--preset", preset)
-    both = [output / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
-    fuse("combine", "--aligned", *both, "--output_dir", output / "aligned" / "multi", *as_flags(SLICES))
+        represent_and_align(output, [output / "conversations.json"], output, preset)
+    fuse("compare", *(output / "representations" / name for name in MODELS), *as_flags(SLICES))
+    combine(output)
     runs = {
         "plain": ("fusechat-numbers", ("--lm_loss_weight", 1.0)),
         **{f"paper-{name}": (f"paper-{name}", ("--preset", "paper")) for name in ("numbers", "words")},
@@ -154,9 +187,12 @@ def pipeline(output: Path, train: dict, pool: ProcessPoolExecutor) -> None:
     }
     trainings = []
     for name, (aligned, more) in runs.items():
-        paths = ("--model_name_or_path", models / "pivot", "--data_path", output / "aligned" / aligned)
-        arguments = ("train", *paths, "--output_dir", models / name, *more, *as_flags(train))
+        arguments = train_arguments(output, output / "aligned" / aligned, name, more, train)
         trainings.append(pool.submit(fuse_in_pool, arguments, START))
+    represent_and_align(output, answer(output, answers), answers)
+    combine(answers)
+    arguments = train_arguments(output, answers / "aligned" / "multi", "multi-answers", as_flags(SLICES), train)
+    trainings.append(pool.submit(fuse_in_pool, arguments, START))
     for training in trainings:
         training.result()
     merge = str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")
@@ -234,7 +270,7 @@ def main() -> None:
         questions = test_questions(60 if options.fast else 100, options.seed + 11)
         write_questions(output, questions)
         names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
-        names += ("target-numbers", "target-words", "merged", "multi")
+        names += ("target-numbers", "target-words", "merged", "multi", "multi-answers")
         tested = {name: pool.submit(exact_match, output / "models" / name, questions) for name in names}
         scores = {name: future.result() for name, future in tested.items()}
     print_table(scores)

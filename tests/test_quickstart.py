@@ -34,7 +34,7 @@ def test_prints_the_table_and_writes_it(run):
     output, printed = run
     results = json.loads((output / "results.json").read_text())
     names = ["pivot", "source-numbers", "source-words", "plain", "paper-merged"]
-    names += ["target-numbers", "target-words", "merged", "multi"]
+    names += ["target-numbers", "target-words", "merged", "multi", "multi-answers"]
     assert list(results["exact_match"]) == names
     for name in names:
         row = results["exact_match"][name]
@@ -91,7 +91,7 @@ def test_models_learned_and_sources_have_their_own_skills(run):
     assert sum(words[skill] for skill in quickstart.WORD_SKILLS) > 0.5
     assert all(numbers[skill] == 0 for skill in quickstart.WORD_SKILLS)
     assert all(words[skill] == 0 for skill in quickstart.NUMBER_SKILLS)
-    for name in ("plain", "paper-numbers", "paper-words", "target-numbers", "target-words", "multi"):
+    for name in ("plain", "paper-numbers", "paper-words", "target-numbers", "target-words", "multi", "multi-answers"):
         history = json.loads((run[0] / "models" / name / "trainer_state.json").read_text())["log_history"]
         losses = [entry["loss"] for entry in history if "loss" in entry]
         assert sum(losses[-2:]) < sum(losses[:2]), name
