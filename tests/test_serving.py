@@ -7,7 +7,8 @@ import pytest
 
 from fusechat_fuse.cli import options_of
 from fusechat_fuse.pipeline import run as module
-from fusechat_fuse.pipeline.plan import plan, plan_lines
+from fusechat_fuse.pipeline.plan import plan
+from fusechat_fuse.pipeline.plan_text import plan_lines
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import Record
 from fusechat_fuse.pipeline.run import run
