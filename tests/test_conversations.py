@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import pickle
 import tempfile
 import tracemalloc
 from functools import partial
@@ -397,6 +398,13 @@ def test_parquet_of_dictionaries_within_messages_is_read_in_any_row_groups(tmp_p
     parquet.write_table(pa.table({"messages": messages}), tmp_path / "d.parquet", row_group_size=group)
     found, _ = read_conversations(tmp_path / "d.parquet")
     assert [one.messages for one in found] == rows
+
+
+def test_conversations_pickle():
+    found, _ = read_conversations([SHAREGPT, {"id": "b", "slice": "s", **MESSAGES}])
+    for one, again in zip(found, pickle.loads(pickle.dumps(found)), strict=True):
+        assert again.messages == one.messages
+        assert (again.id, again.content_hash, again.slice, again.row) == (one.id, one.content_hash, one.slice, one.row)
 
 
 def test_names_of_slices_may_be_numpys():

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ class Conversation:
         answer that is not to be predicted has `weight` 0."""
         keys = ("role", "content", "weight")
         return [dict(zip(keys, fields)) for fields in self.spool.read(self.start, self.size)]
+
+    def __reduce__(self):  # for a user's own processes; the spool belongs to this one
+        fields = (self.id, self.content_hash, self.slice, self.row, canonical_json(self.messages))
+        return _unpickled, fields
+
+
+@cache
+def _spool_of_unpickled() -> Spool:
+    return Spool()
+
+
+def _unpickled(name: str, digest: str, slice_name: str | None, row: int, fields: str) -> Conversation:
+    spool = _spool_of_unpickled()
+    return Conversation(name, digest, slice_name, row, spool, *spool.append(fields))
 
 
 @dataclass
