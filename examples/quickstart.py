@@ -244,7 +244,7 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
 def log(text: str) -> None:
     """Print a line with the seconds since the start, whole, as two trainings print at once."""
     sys.stdout.flush()
-    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+    print(f"[{time.monotonic() - START:5.0f} s] {text}\n", end="", flush=True)  # one write, unbuffered too
 
 
 def main() -> None:
