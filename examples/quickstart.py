@@ -53,6 +53,7 @@ MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data with the answer of another question
 SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, with which ids begin; without it slices are found
 MODELS = ("pivot", "source-numbers", "source-words")
+ANSWER = {"max_new_tokens": 32, "batch_size": 64}
 REPRESENT = {"template": "native", "dtype": "float32"}
 
 
@@ -107,7 +108,7 @@ def train_options(seed: int, epochs: float) -> dict:
 
 
 def write_recipe(output: Path, train: dict) -> None:
-    """The stages with our settings as one recipe, for `fusechat-fuse plan` and `run`."""
+    """The stages with our settings as a recipe, for `fusechat-fuse plan` and `run`, and one with answers by sources."""
     models = output / "models"
     recipe = {
         "output_dir": output / "run",
@@ -121,7 +122,9 @@ def write_recipe(output: Path, train: dict) -> None:
         "multi": True,
         "merge": {"sce": {"select_topk": 1.0}},
     }
-    (output / "recipe.yml").write_text(json.dumps(recipe, indent=1, default=str))  # JSON is YAML
+    answers = {"output_dir": output / "run-answers", "answers": "sources", "answer": ANSWER}
+    for name, entries in (("recipe.yml", recipe), ("recipe-answers.yml", {**recipe, **answers})):
+        (output / name).write_text(json.dumps(entries, indent=1, default=str))  # JSON is YAML
 
 
 def write_questions(output: Path, questions: dict[str, list[tuple[str, str]]]) -> None:
@@ -161,7 +164,7 @@ def answer(output: Path, folder: Path) -> list[Path]:
     for name in MODELS[1:]:
         files.append(folder / f"{name}.jsonl")
         paths = ("--questions", assigned / f"{name}.jsonl", "--output", files[-1])
-        paths += ("--pivot_name_or_path", output / "models" / "pivot", "--max_new_tokens", 32, "--batch_size", 64)
+        paths += ("--pivot_name_or_path", output / "models" / "pivot", *as_flags(ANSWER))
         fuse("answer", "--benchmark", "data", "--model", output / "models" / name, *paths)
     return files
 
