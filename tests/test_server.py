@@ -11,10 +11,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fusechat_fuse import represent
-from fusechat_fuse.capture import server as module
+from fusechat_fuse.capture.server import ServerRunner
 from fusechat_fuse.capture.server_protocols import PROTOCOLS
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.models import servers as module
 from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.steps import steps_of
@@ -58,8 +59,13 @@ def same(found, expected):
 
 
 def runner_of(served, requests=1):
-    options = {"model": None, "top_k": 10, "requests": requests, "vocab_size": 640}
-    return module.ServerRunner(server=served.url, kind=served.kind, tokenizer=served.tokenizer, **options)
+    servers = module.Servers("represent", served.url, kind=served.kind, model=None, requests=requests)
+    return ServerRunner(servers, tokenizer=served.tokenizer, top_k=10, vocab_size=640)
+
+
+def asked(runner):
+    body = runner._body([1, 2, 3], 1)
+    return runner.servers.ask(body, body)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -93,7 +99,7 @@ def test_a_failed_answer_is_asked_for_again(pivot, expected, serving, tmp_path):
     served = serving()
     runner = runner_of(served, requests=4)
     served.fails, served.status = 3, 500
-    answer = runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
+    answer = asked(runner)
     assert len(answer["choices"][0]["prompt_logprobs"]) == 3
     assert served.fails == 0
 
@@ -104,7 +110,7 @@ def test_when_no_server_answers_it_ends_with_what_to_do(pivot, serving, monkeypa
     monkeypatch.setattr(module, "NO_ANSWER_TIMEOUT", 1.0)
     served.fails = 10**9
     with pytest.raises(RuntimeError, match=r"servers http.*: no answer for 1 s \(.*\)\. Start them and run the same"):
-        runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
+        asked(runner)
 
 
 @pytest.mark.slow
@@ -286,7 +292,7 @@ def test_a_busy_server_is_waited_for_from_the_first_request_on(status, pivot, se
         served.fails = 0
     runner = runner_of(served)
     served.fails = 3
-    answer = runner._ask(runner.protocol.body(runner.served, [1, 2, 3], 1, 10, 0.0))
+    answer = asked(runner)
     assert len(answer["choices"][0]["prompt_logprobs"]) == 3
 
 

@@ -135,7 +135,7 @@ def represent(
         options |= {"load_in": load_in} if load_in else {}
     else:
         asked = {"server": server, "kind": server_kind, "model": server_model, "requests": server_requests}
-        served = _connect(model, encoder, loading, gguf_file, {**asked, "top_k": top_k})
+        served = _connect(model, encoder, loading, gguf_file, top_k, asked)
         made_from, make_runner = served.identity, lambda: served
         options |= {"dtype": "the server's", "server": server_kind}
     capture = Capture(found, report, encoder, made_from, _template_of(template, encoder, made_from["name"], pivot))
@@ -159,7 +159,7 @@ def _check_options(options: dict, tokens_per_batch: int, device_map, process: Pr
         raise InputError(f"server_model {unused} for represent: expected server with it, got none. Give its URL.")
 
 
-def _connect(model, encoder: ConversationEncoder, loading: dict, gguf_file: str | None, asked: dict):
+def _connect(model, encoder: ConversationEncoder, loading: dict, gguf_file: str | None, top_k: int, asked: dict):
     """The runner of the servers; conversations are cut at what they take."""
     if loading["load_in"] or loading["device_map"] or gguf_file:
         raise InputError(
@@ -167,9 +167,11 @@ def _connect(model, encoder: ConversationEncoder, loading: dict, gguf_file: str 
             "Leave them out."
         )
     from fusechat_fuse.capture.server import ServerRunner
+    from fusechat_fuse.models.servers import Servers
 
-    config = load_config(model, trust_remote_code=loading["trust_remote_code"])
-    served = ServerRunner(tokenizer=encoder.tokenizer, vocab_size=config.get_text_config().vocab_size, **asked)
+    vocab_size = load_config(model, trust_remote_code=loading["trust_remote_code"]).get_text_config().vocab_size
+    servers = Servers("represent", **asked)
+    served = ServerRunner(servers, tokenizer=encoder.tokenizer, top_k=top_k, vocab_size=vocab_size)
     encoder.max_length = min(encoder.max_length, served.max_length or encoder.max_length)
     return served
 

@@ -7,30 +7,9 @@ first entry is empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fusechat_fuse.errors import InputError
-
-Get = Callable[[str], Any]  # path -> the JSON there; raises NotAnswered where there is none
-
-
-class NotAnswered(Exception):
-    """An answer that is an error of some status, or no JSON."""
-
-    def __init__(self, text: str, status: int = 200):
-        super().__init__(text)
-        self.status = status
-
-
-class ServerInfo(NamedTuple):
-    """Name and version of the served model; max_length: tokens of a prompt, None where the server does not tell;
-    adapter: whether the model is a LoRA adapter above the server's own."""
-
-    name: str
-    version: str
-    max_length: int | None
-    adapter: bool
+from fusechat_fuse.models.servers import ServerInfo
 
 
 class Answer(NamedTuple):
@@ -43,44 +22,8 @@ class Answer(NamedTuple):
     texts: list[str | None]
 
 
-def _optional(get: Get, path: str) -> dict[str, Any]:
-    """What is at a path that some versions and routers do not have."""
-    try:
-        found = get(path)
-    except NotAnswered:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _card(get: Get, url: str, model: str | None) -> dict[str, Any]:
-    """What the server says about the model of this name, or about the only one; `max_model_len` is the base's.
-
-    Raises: InputError with the names of those that it serves.
-    """
-    cards = get("/v1/models")["data"]
-    by_name = {str(card["id"]): card for card in cards}
-    if model is None and len(by_name) == 1:
-        (model,) = by_name
-    if model not in by_name:
-        raise InputError(
-            f"server_model for {url}: expected the name of one of the served models ({', '.join(by_name)}), got "
-            f"{model or 'none'}. Choose one."
-        )
-    longest = next((card["max_model_len"] for card in [by_name[model], *cards] if card.get("max_model_len")), None)
-    return {**by_name[model], "max_model_len": longest}
-
-
 class Vllm:
     """vLLM's completions. `Sglang` has the same methods."""
-
-    kind, path = "vllm", "/v1/completions"
-
-    def info(self, get: Get, url: str, model: str | None) -> ServerInfo:
-        """What the server says about a model, by its name; None: the only one."""
-        card = _card(get, url, model)
-        longest = card["max_model_len"]
-        version = str(_optional(get, "/version").get("version", ""))
-        return ServerInfo(str(card["id"]), version, longest and longest - 1, False)  # one token is generated
 
     def body(self, served: ServerInfo, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
         """A request for the log-probabilities of a prompt's tokens from index `first` on."""
@@ -110,13 +53,6 @@ class Vllm:
 
 class Sglang:
     """SGLang's own interface."""
-
-    kind, path = "sglang", "/generate"
-
-    def info(self, get: Get, url: str, model: str | None) -> ServerInfo:
-        card, server = _card(get, url, model), _optional(get, "/get_server_info")
-        longest = server.get("max_req_input_len") or server.get("context_length") or card["max_model_len"]
-        return ServerInfo(str(card["id"]), str(server.get("version", "")), longest, bool(card.get("parent")))
 
     def body(self, served: ServerInfo, ids: list[int], first: int, top_k: int, temperature: float) -> dict[str, Any]:
         return {
