@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_trainer_may_come_without_the_sum(tmp_path, capl
 
 
 def test_evaluation_of_several_sets_is_taken_off_the_clock_once(monkeypatch):
-    now = iter([0.0, 10.0, 11.0, 14.0])  # made, paused, paused within it, resumed
+    now = iter([0.0, 10.0, 11.0, 12.0, 14.0])  # made, paused, paused within it, both resumed
     monkeypatch.setattr("fusechat_fuse.training.meter.time.perf_counter", lambda: next(now))
     meter = FusionMeter(["source"])
     with meter.paused(), meter.paused():

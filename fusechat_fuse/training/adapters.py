@@ -1,40 +1,22 @@
 """Low-rank adapters on the pivot: put there by peft, after they were tried on a model without weights."""
 
-import logging
 import warnings
 from collections import Counter
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from fusechat_fuse.errors import InputError, first_line
 
-logger = logging.getLogger(__name__)
-
 
 def try_adapters(config, arguments) -> None:
-    """Raise InputError where `add_adapters` would: on the model's modules without their weights, in no time.
-
-    Args:
-        config: the pivot's configuration.
-        arguments: TrainArguments with lora_r above 0.
-    """
+    """Raise InputError where `add_adapters` would: on the model's modules without their weights, in no time."""
     _import_peft()
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peft has to say comes with the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
-        _add(model, arguments)
-
-
-def add_adapters(model, arguments, *, seed: int) -> Any:
-    """The PEFT model around `model`, its adapters drawn from `seed`.
-
-    Raises: InputError for modules that are not there, cannot be adapted, or share their weight with another: the
-        adapter would be merged into both, while one alone was trained with it.
-    """
-    set_seed(seed)
-    return _add(model, arguments)
+        add_adapters(model, arguments)
 
 
 def check_adapters(model) -> None:
@@ -70,11 +52,19 @@ def _import_peft():
     return peft
 
 
-def _add(model, arguments) -> Any:
+def add_adapters(model, arguments) -> Any:
+    """The PEFT model around `model`, with the adapters of TrainArguments.
+
+    Raises: InputError for modules that are not there, cannot be adapted, or share their weight with another: the
+        adapter would be merged into both, while one alone was trained with it.
+    """
     peft = _import_peft()
     names = arguments.lora_target_modules
     wanted = names if names == "all-linear" else [name.strip() for name in names.split(",")]
-    shared = _modules_that_share_weights(model)
+    model.tie_weights()
+    weights = [(name.rpartition(".")[0], id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    times = Counter(weight for _, weight in weights)
+    shared = {module for module, weight in weights if times[weight] > 1}
     try:
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -103,10 +93,3 @@ def _add(model, arguments) -> Any:
             f"{', '.join(sorted(shared - {tied[0]}))} (tied embeddings). Leave it out of lora_target_modules."
         )
     return adapted
-
-
-def _modules_that_share_weights(model) -> set[str]:
-    model.tie_weights()
-    weights = [(name.rpartition(".")[0], id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
-    times = Counter(weight for _, weight in weights)
-    return {module for module, weight in weights if times[weight] > 1}

@@ -19,45 +19,38 @@ class FusionMeter:
 
     def __init__(self, sources: list[str]):
         self.sources = sources
-        self._pauses = 0
         self.reset()
 
     def reset(self) -> None:
-        self._losses = self._choices = None
+        self._sums = None
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self):
         """Stop the clock (evaluation within training); evaluation of several sets is paused in a pause."""
-        start, outermost = time.perf_counter(), self._pauses == 0
-        self._pauses += 1
+        start, paused = self._start, time.perf_counter()
         try:
             yield
         finally:
-            self._pauses -= 1
-            if outermost:
-                self._start += time.perf_counter() - start
+            self._start = start + time.perf_counter() - paused
 
     def add(self, lm_sum, fusion_sum, labelled, tokens, stats) -> None:
         """Add a batch: sums of L_LM and L_fusion, labelled and all tokens (0-d), conversation_stats [B, C, 5]."""
-        stats = stats.reshape(-1, len(STATS)).to(_exact(lm_sum.device))
+        stats = stats.reshape(-1, len(STATS)).to(torch.float32 if lm_sum.device.type == "mps" else torch.float64)
         losses = torch.stack([x.detach().to(stats) for x in (lm_sum, fusion_sum, labelled, tokens)])
         index = stats[:, 0].long().clamp(-1, len(self.sources) - 1) + 1  # row 0: several sources mixed
         # per source: conversations, those that took it, mapped mass, predicted tokens, tokens cut off
         values = torch.cat([torch.ones_like(stats[:, :1]), stats[:, 1:]], 1)
         choices = stats.new_zeros(len(self.sources) + 1, values.shape[1]).index_add_(0, index, values)
-        if self._losses is None:
-            self._losses, self._choices = losses, choices
-        else:
-            self._losses += losses
-            self._choices += choices
+        sums = torch.cat([losses, choices.flatten()])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self, accelerator, lm_loss_weight: float, prefix: str = "") -> dict[str, float]:
         """Means since the last reset, over all processes, with loss and conversations of an evaluation; resets."""
         seconds = time.perf_counter() - self._start
-        if self._losses is None or self._choices is None:
+        if self._sums is None:
             return {}
-        flat = accelerator.reduce(torch.cat([self._losses, self._choices.flatten()]), "sum").tolist()
+        flat = accelerator.reduce(self._sums, "sum").tolist()
         self.reset()
         (lm, fusion, labelled, tokens), table = flat[:4], torch.tensor(flat[4:]).view(len(self.sources) + 1, -1)
         lm, fusion = (x / max(labelled, 1) for x in (lm, fusion))
@@ -79,7 +72,3 @@ class FusionMeter:
         if math.isnan(mass):  # rows without mapped_mass
             del figures["mapped_mass"]
         return {prefix + name: value for name, value in figures.items()}
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

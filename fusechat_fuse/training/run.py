@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import HubStrategy, IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, set_seed
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.loading import check_causal, check_trainable
@@ -131,4 +131,5 @@ def _load(pivot: PivotFiles, arguments: TrainArguments, config: FusionConfig):
         return model
     if config.activation_checkpointing:
         model.enable_input_require_grads()
-    return add_adapters(model, arguments, seed=config.seed)
+    set_seed(config.seed)
+    return add_adapters(model, arguments)

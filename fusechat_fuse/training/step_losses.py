@@ -1,7 +1,6 @@
 """The losses of all steps of a run, over its parts: their mean, and the first one that is not a number."""
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ class StepLosses(TrainerCallback, ExportableState):
 
     def __init__(self):
         self._log_every_step = False
-        self._begin(0, total=0.0, steps=0)
+        self._begin(total=0.0, steps=0)
 
-    def _begin(self, global_step: int, total: float, steps: int) -> None:
-        self.total, self.steps, self._last_step = total, steps, global_step
-        self._sum = self._first_bad = self._unfinished = None
+    def _begin(self, total: float, steps: int) -> None:
+        self.total, self.steps = total, steps
+        self._losses: dict[int, torch.Tensor] = {}  # by step (from 1), on the device; not read yet
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"total": self.total, "steps": self.steps}}
@@ -30,7 +29,7 @@ class StepLosses(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         kept_states: Any = state.stateful_callbacks  # by the callback's name
         kept = kept_states.get(type(self).__name__) if state.global_step else None
-        self._begin(state.global_step, **(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
+        self._begin(**(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
         self._log_every_step = args.logging_strategy == "steps" and state.max_steps < state.logging_steps
         if self._log_every_step:
             logger.info(
@@ -44,20 +43,7 @@ class StepLosses(TrainerCallback, ExportableState):
 
     def add(self, loss: torch.Tensor, step: int) -> None:
         """Add one batch's share of the loss of step `step` (from 1); nothing is read from the device."""
-        loss = loss.detach().to(torch.float32).mean()
-        step_if_bad = torch.where(torch.isfinite(loss), math.inf, float(step))
-        self._finish_before(step)
-        if self._unfinished is None:
-            self._unfinished, self._step = loss.clone(), step
-        else:
-            self._unfinished = self._unfinished + loss
-        self._first_bad = step_if_bad if self._first_bad is None else torch.minimum(self._first_bad, step_if_bad)
-
-    def _finish_before(self, step: int) -> None:
-        """Take in the loss of the step that was added to last, if it is before `step`."""
-        if self._unfinished is not None and self._step < step:
-            self._sum = self._unfinished if self._sum is None else self._sum + self._unfinished
-            self._unfinished = None
+        self._losses[step] = self._losses.get(step, 0.0) + loss.detach().to(torch.float32).mean()
 
     def read(self, accelerator, global_step: int) -> None:
         """Take in the losses of finished steps; every process must call it.
@@ -66,26 +52,21 @@ class StepLosses(TrainerCallback, ExportableState):
 
         Raises: FloatingPointError naming the first step whose loss is not finite, on any process.
         """
-        self._finish_before(global_step + 1)
-        if self._sum is None or self._first_bad is None:
+        finished = {step: self._losses.pop(step) for step in list(self._losses) if step <= global_step}
+        if not finished:
             return
-        both = accelerator.gather(torch.stack([self._sum, self._first_bad])[None]).double()  # [processes, 2]
-        total, first_bad = both[:, 0].mean().item(), both[:, 1].min().item()
-        if math.isfinite(first_bad):
-            raise FloatingPointError(
-                f"loss for step {int(first_bad)}: expected a number, got one that is not finite. Lower learning_rate, "
-                "clip gradients with max_grad_norm, or check the pivot's weights."
-            )
-        self.total, self.steps = self.total + total, self.steps + global_step - self._last_step
-        self._sum = self._first_bad = None
-        self._last_step = global_step
+        sums = torch.stack([torch.as_tensor(sum(finished.values())), *finished.values()])
+        sums = accelerator.gather(sums[None]).cpu().double()  # [processes, 1 + steps]
+        for step, losses in zip(finished, sums[:, 1:].T):
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(
+                    f"loss for step {step}: expected a number, got one that is not finite. Lower learning_rate, "
+                    "clip gradients with max_grad_norm, or check the pivot's weights."
+                )
+        self.total, self.steps = self.total + sums[:, 0].mean().item(), self.steps + len(finished)
 
     def check_learned(self, args) -> None:
-        """Raise InputError where every loss was 0: no token is predicted with certainty, so none was there.
-
-        Args:
-            args: FusionConfig; without the label's term only tokens that have an entry to fuse count.
-        """
+        """Raise InputError where every loss was 0: no token is predicted with certainty, so none was there."""
         if self.mean() == 0:
             what = "predicted tokens" if args.lm_loss_weight else "predicted tokens with a distribution to fuse"
             raise InputError(
