@@ -5,33 +5,22 @@ Written as plain loops, for `inspect`; the mappings themselves compute whole bat
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable
 
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies, candidates_of, place
 from fusechat_fuse.alignment.correspondence import Correspondence
 
-
-class CandidateOutcome(NamedTuple):
-    """The outcome for one kept candidate: its source id and probability, the pivot id it became (-1: none, `why` says
-    the reason), and whether it is the actual token."""
-
-    id: int
-    probability: float
-    pivot_id: int
-    why: str
-    actual: bool
+Outcome = tuple[int, str]  # the pivot id that a kept candidate became (-1: none), and the reason why none
 
 
 def prefix_outcomes(
     pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies
-) -> list[list[CandidateOutcome]]:
+) -> list[list[Outcome]]:
     """For each pivot token the outcomes of the candidates that answer it, most likely first, as in `prefix_rows`."""
     placement = place(pivot, source)
     rows = candidates_of(pivot, source, placement, vocab)
 
-    def outcome(p: int, q: int, k: int) -> tuple[int, str]:
+    def outcome(p: int, q: int, k: int) -> Outcome:
         y, done = int(pivot.ids[p]), pivot.ids[placement.first[q] : p].tolist()
         if source.topk_ids[q, k] == source.ids[q]:
             return y, ""
@@ -49,26 +38,20 @@ def prefix_outcomes(
 
 def single_id_outcomes(
     pivot: Stream, source: SourceStream, match: Correspondence, vocab: Vocabularies
-) -> list[list[CandidateOutcome]]:
+) -> list[list[Outcome]]:
     """The same as in `single_id_rows`."""
     to_pivot = vocab.to_pivot
     assert to_pivot is not None
 
-    def outcome(p: int, q: int, k: int) -> tuple[int, str]:
+    def outcome(p: int, q: int, k: int) -> Outcome:
         i = int(to_pivot[source.topk_ids[q, k]]) if pivot.start[p] == source.start[q] else -1
         return i, "" if i >= 0 else "no pivot token for it"
 
     return _outcomes(source, match, outcome)
 
 
-def _outcomes(source: SourceStream, match: Correspondence, outcome) -> list[list[CandidateOutcome]]:
-    probs = np.exp(source.topk_logprobs.astype(np.float64))  # [Q, K]
-    return [
-        [
-            CandidateOutcome(int(i), float(probs[q, k]), *outcome(p, q, k), actual=bool(i == source.ids[q]))
-            for k, i in enumerate(source.topk_ids[q])
-        ]
-        if q >= 0
-        else []
-        for p, q in enumerate(match.source.tolist())
-    ]
+def _outcomes(
+    source: SourceStream, match: Correspondence, outcome: Callable[[int, int, int], Outcome]
+) -> list[list[Outcome]]:
+    kept = range(source.topk_ids.shape[1])
+    return [[outcome(p, q, k) for k in kept if q >= 0] for p, q in enumerate(match.source.tolist())]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat_fuse.alignment.candidate_outcomes import CandidateOutcome, prefix_outcomes, single_id_outcomes
+from fusechat_fuse.alignment.candidate_outcomes import Outcome, prefix_outcomes, single_id_outcomes
 from fusechat_fuse.alignment.candidates import SourceStream, Stream, Vocabularies
 from fusechat_fuse.alignment.correspondence import Correspondence
 from fusechat_fuse.alignment.prefix import prefix_rows
@@ -39,24 +39,11 @@ class Mapping:
     name: str
     summary: str
     rows: Callable[[Stream, SourceStream, Correspondence, Vocabularies], Mapped]
-    outcomes: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[CandidateOutcome]]]
+    outcomes: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[Outcome]]]
     to_pivot: Callable[[list, list, dict, AlignedCounts | None, int], np.ndarray] | None = None
     kept_on_disk: bool = False
     needs_counts: bool = False
     renormalised: bool = False
-
-
-def _exact(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
-    return exact_map(source_bytes, by_bytes)
-
-
-def _min_edit(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
-    return min_edit_map(source_bytes, by_bytes, workers=workers)
-
-
-def _statistics(source_bytes, pivot_bytes, by_bytes, counts: AlignedCounts | None, workers: int) -> np.ndarray:
-    assert counts is not None
-    return statistics_map(source_bytes, pivot_bytes, by_bytes, counts)
 
 
 def _paper(name: str, summary: str, to_pivot, **more) -> Mapping:
@@ -66,9 +53,19 @@ def _paper(name: str, summary: str, to_pivot, **more) -> Mapping:
 MAPPINGS = {
     mapping.name: mapping
     for mapping in (
-        _paper("exact", "EM", _exact),
-        _paper("min_edit", "MinED", _min_edit, kept_on_disk=True),
-        _paper("statistics", "MS, the paper's choice", _statistics, needs_counts=True),
+        _paper("exact", "EM", lambda source, pivot, by_bytes, counts, workers: exact_map(source, by_bytes)),
+        _paper(
+            "min_edit",
+            "MinED",
+            lambda source, pivot, by_bytes, counts, workers: min_edit_map(source, by_bytes, workers=workers),
+            kept_on_disk=True,
+        ),
+        _paper(
+            "statistics",
+            "MS, the paper's choice",
+            lambda source, pivot, by_bytes, counts, workers: statistics_map(source, pivot, by_bytes, counts),
+            needs_counts=True,
+        ),
         Mapping("prefix", "the source's own next-token probabilities", prefix_rows, prefix_outcomes),
     )
 }

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,8 @@ class TokenizerPair:
             table = PathTable.of([[i] if equal else [] for i, equal in enumerate(same)])
             single = table.first.copy()
         else:
-            table, single = self._paths(), self._ids(mapping, counts, workers)
+            table = PathTable(**self._cached("prefix", self._paths))
+            single = self._ids(mapping, counts, workers)
         roles = {theirs.bos: mine.bos, theirs.end_of_turn: mine.end_of_turn}
         paths = {i: [] if own is None else [own] for i, own in roles.items() if i is not None}
         table.replace(paths)
@@ -132,19 +134,15 @@ class TokenizerPair:
         )
 
     def _ids(self, mapping: Mapping, counts: AlignedCounts | None, workers: int) -> np.ndarray | None:
-        build = mapping.to_pivot
-        if build is None:
+        if mapping.to_pivot is None:
             return None
-        make = lambda: build(self.source.bytes, self.pivot.bytes, self.by_bytes, counts, workers)  # noqa: E731
-        ids = self._cached(mapping.name, lambda: {"ids": make()})["ids"] if mapping.kept_on_disk else make()
+        build = partial(mapping.to_pivot, self.source.bytes, self.pivot.bytes, self.by_bytes, counts, workers)
+        ids = self._cached(mapping.name, lambda: {"ids": build()})["ids"] if mapping.kept_on_disk else build()
         return ids.copy()  # what is read from a file cannot be changed
 
-    def _paths(self) -> PathTable:
-        def build() -> dict[str, np.ndarray]:
-            table = PathTable.of(self.speller.paths([piece or b"" for piece in self.source.bytes]))
-            return {"flat": table.flat, "length": table.length}
-
-        return PathTable(**self._cached("prefix", build))
+    def _paths(self) -> dict[str, np.ndarray]:
+        table = PathTable.of(self.speller.paths([piece or b"" for piece in self.source.bytes]))
+        return {"flat": table.flat, "length": table.length}
 
     def _cached(self, kind: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """What `build` makes, from the cache if it is there; named by the bytes of both vocabularies and all that

@@ -81,6 +81,7 @@ def conversation_view(opened: Representation, number: int, source_representation
     vocab = pair.vocabularies(mapping, counts)
     mapped = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
     outcomes = mapping.outcomes(batch.pivot, batch.source, batch.match, vocab)
+    probs = np.exp(batch.source.topk_logprobs.astype(np.float64))  # [Q, K]
     pivot_name = names_of(pair.pivot.pieces, pair.pivot.bytes)
     source_name = names_of(pair.source.pieces, pair.source.bytes)
     source_tokens = [
@@ -93,21 +94,21 @@ def conversation_view(opened: Representation, number: int, source_representation
             "class": CLASSES.get(int(mapped.kind[p]), "none"),
             "safe": bool(batch.safe[p]),
             "mass": float(mapped.mass[p]),
-            "unmapped": sum(c.probability for c in outcomes[p] if c.pivot_id < 0),
-            "answer": int(batch.match.source[p]),
+            "unmapped": sum(float(probs[q, k]) for k, (i, _) in enumerate(outcomes[p]) if i < 0),
+            "answer": q,
             "candidates": [
                 {
-                    "token": source_name(c.id),
-                    "p": c.probability,
-                    "became": pivot_name(c.pivot_id) if c.pivot_id >= 0 else "",
-                    "why": c.why,
-                    "actual": c.actual,
+                    "token": source_name(int(batch.source.topk_ids[q, k])),
+                    "p": float(probs[q, k]),
+                    "became": pivot_name(i) if i >= 0 else "",
+                    "why": why,
+                    "actual": bool(batch.source.topk_ids[q, k] == batch.source.ids[q]),
                 }
-                for c in outcomes[p]
+                for k, (i, why) in enumerate(outcomes[p])
             ],
             "row": _row(mapped.ids[p], mapped.probs[p], pivot_name),
         }
-        for p in range(len(batch.pivot))
+        for p, q in enumerate(batch.match.source.tolist())
     ]
     messages = _stretches(batch, pivot_tokens, source_tokens)
     return view | {"messages": messages, "tokens": pivot_tokens, "source_tokens": source_tokens}
