@@ -52,7 +52,10 @@ def test_what_would_equal_plain_is_left_out_and_said(known):
     found = known((0.5, 0.25, 0.75), multi=True)
     assert made(found) == ["combine", PLAIN, *TARGETS, "train multi", "merge sce"]
     assert found.left_out == []
-    assert found.undecided[0].startswith("a: slice maths (8 conversations, 5 of 8 better): too few")
+    assert found.notes[0].startswith("a: slice maths (8 conversations, 5 of 8 better): too few")
+    assert found.notes[-1].startswith("sources are selected for 75% of the conversations: with answers: sources in")
+    assert not any("answers: sources" in note for note in known((0.5, 0, 0.5), answers="sources").notes)
+    assert not any("answers: sources" in note for note in known((0, 0, 0)).notes)
     found = known((0, 0.25, 0.25), multi=True)
     assert made(found) == ["combine", PLAIN, "train target-b", "train multi"]
     how = "it is left out (targets: all in the recipe trains it)"

@@ -20,12 +20,12 @@ class Known(NamedTuple):
 
     Attributes:
         steps: without the trainings that are left out. left_out: sentences on trainings that would equal plain
-            fine-tuning. undecided: sentences on slices that take the choice of all data.
+            fine-tuning. notes: sentences on slices that take the choice of all data, and on `answers: sources`.
     """
 
     steps: list[Step]
     left_out: list[str]
-    undecided: list[str]
+    notes: list[str]
 
 
 def steps_now(recipe: Recipe, record: Record) -> Known:
@@ -37,7 +37,12 @@ def steps_now(recipe: Recipe, record: Record) -> Known:
     compared = next(step for step in steps if step.stage == "compare")
     found = read_json(compared.output / "compare.json", "comparison") if record.is_done(compared) else None
     choices = (found or {}).get("choices", [])
-    undecided = [f"{name}: {line}" for name, choice in zip(recipe.sources, choices) for line in choice["summary"][1:]]
+    notes = [f"{name}: {line}" for name, choice in zip(recipe.sources, choices) for line in choice["summary"][1:]]
+    if recipe.answers == "data" and choices and choices[-1]["share"]:
+        notes.append(
+            f"sources are selected for {choices[-1]['share']:.0%} of the conversations: with answers: sources in the "
+            "recipe they answer these first, which helps where the data's answers are wrong"
+        )
     equal = equal_to_plain(recipe, choices)
     how = "it is trained all the same (targets: all)"
     if recipe.targets != "all":
@@ -47,7 +52,7 @@ def steps_now(recipe: Recipe, record: Record) -> Known:
     made = {step.name for step in steps if step.stage == "merge"}
     if lacking := [name for name in recipe.merges if name not in made]:
         left_out.append(f"merge {', '.join(lacking)}: left out, as fewer than two targets are trained")
-    return Known(steps, left_out, undecided)
+    return Known(steps, left_out, notes)
 
 
 def equal_to_plain(recipe: Recipe, choices: list[dict[str, Any]]) -> dict[str, str]:
