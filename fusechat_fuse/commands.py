@@ -270,7 +270,8 @@ COMMANDS = {
                 "questions": "file of the benchmark's questions; for chat and data any chat data",
                 "output": "file for the answers; for mt_bench model_answer/MODEL_ID.jsonl",
                 "pivot_name_or_path": "for data: pivot whose chat template must take the answers; where one is "
-                "refused, empty or cut, the data's answers stay",
+                "refused, empty, cut or holds a special token, the data's answers stay",
+                "template": "for data: chat template of the pivot, as represent takes it",
             },
             "generation": {
                 "temperature": "temperature for all questions; 0 is greedy (default: mt_bench by category, else 0)",

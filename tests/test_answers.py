@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
@@ -344,6 +345,62 @@ def test_every_turn_of_data_is_answered_after_the_models_own_answers(model, tmp_
         assert found[name]["answered_by"] == "data"
     again, _ = read_conversations(tmp_path / "a.jsonl")
     assert {one.id: one.slice for one in again} == dict.fromkeys(found, "words")
+
+
+def scripted_tokens(model, monkeypatch, *texts: str):
+    """A generator of the model whose rows of new tokens are these texts', padded with an ordinary token."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = load_model(model, dtype="float32")
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    width = max(map(len, rows))
+    padding = tokenizer("x", add_special_tokens=False).input_ids[:1]
+    made = torch.tensor([row + padding * (width - len(row)) for row in rows])
+    monkeypatch.setattr(loaded, "generate", lambda input_ids, **_: torch.cat([input_ids, made], 1))
+    return Generator(loaded, tokenizer, width)
+
+
+def test_an_answer_ends_at_its_first_end_of_turn_and_special_tokens_in_it_are_told(model, monkeypatch):
+    generator = scripted_tokens(model, monkeypatch, "a<|im_end|>", "b<|im_start|>c<|im_end|>", "d e f g h i j k l m n")
+    generator.ends.append(generator.tokenizer(" f", add_special_tokens=False).input_ids[0])  # an end may be any token
+    found = generator.generate([[{"role": "user", "content": "say"}]] * 3, 0)
+    assert found[:2] == [Answer("a", True), Answer("bc", True, "special_token")]
+    assert found[2].finished
+    assert "n" not in found[2].text
+
+
+def test_answers_with_special_tokens_and_refused_prompts_keep_the_datas(tmp_path, model, monkeypatch):
+    strict = shutil.copytree(model, tmp_path / "strict")
+    tokenizer = AutoTokenizer.from_pretrained(strict)
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = no_system + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
+    rows = data(tmp_path / "d.jsonl", {"system": ["a", "x"], "none": ["a", "y"], "special": ["b", "z"]})
+    rows[0]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answered = [Answer("new", True), Answer("analysis final", True, "special_token")]
+    monkeypatch.setattr(Generator, "_complete", lambda self, prompts, *_: [answered.pop(0) for _ in prompts])
+    counts = answer(strict, tmp_path / "d.jsonl", tmp_path / "a.jsonl", benchmark="data", pivot=model)
+    assert counts["kept_from_data"] == {"refused": 1, "special_token": 1}
+    assert [line["answered_by"] for line in lines(tmp_path / "a.jsonl")] == ["data", "strict", "data"]
+
+
+def test_the_pivot_takes_answers_in_the_template_that_is_given(tmp_path, model):
+    pivot = shutil.copytree(model, tmp_path / "base")
+    template = AutoTokenizer.from_pretrained(model).chat_template.replace("<|im_", "<|of_no_family_")
+    (tmp_path / "mine.jinja").write_text(template)
+    (pivot / "chat_template.jinja").unlink()
+    for file in pivot.glob("tokenizer*.json"):
+        file.write_text(file.read_text().replace("<|im_", "<|of_no_family_"))
+    data(tmp_path / "d.jsonl", {"one": ["say one", "x"]})
+    options = {"benchmark": "data", "pivot": pivot, "max_new_tokens": 2}
+    with pytest.raises(InputError, match=r"chat template for .*base: expected one in its tokenizer, got none"):
+        answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", **options)
+    more = {"template": str(tmp_path / "mine.jinja"), **options}
+    assert answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", **more)["questions"] == 1
+    (tmp_path / "e.jsonl").write_text("")  # a model that is asked nothing needs no template
+    assert answer(pivot, tmp_path / "e.jsonl", tmp_path / "b.jsonl", benchmark="data")["questions"] == 0
+    with pytest.raises(InputError, match=r"base: .*Save one with its tokenizer \(tokenizer\.chat_template\)\.$"):
+        answer(pivot, tmp_path / "d.jsonl", tmp_path / "c.jsonl", benchmark="data")
 
 
 def test_several_answers_to_a_conversation_are_conversations_of_their_own(model, tmp_path):

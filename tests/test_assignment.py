@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.evaluation.assignment import assign
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
+from fusechat_fuse.pipeline.record import Record
 from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_fuse.text.messages import content_hash
 from tests.helpers.recipes import recipe_of, written
@@ -74,12 +76,14 @@ def test_a_pattern_names_the_slices_and_equal_directories_are_refused(tmp_path):
     rows = chats(tmp_path, [None] * 20)
     for n, one in enumerate(rows):
         one["id"] = f"{'ab'[n % 2]}-{n}"
+    rows.append({**rows[0], "id": "c", "slice": "own"})
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    folders = represented(tmp_path, rows, pivot=[2.0] * 20, one=[1.0, 3.0] * 10)
+    folders = represented(tmp_path, rows, pivot=[2.0] * 21, one=[*[1.0, 3.0] * 10, 3.0])
     assign(folders, str(tmp_path / "chats.jsonl"), tmp_path / "out", slice_pattern="^([a-z])-")
     assert {one["slice"] for one in lines(tmp_path / "out" / "one.jsonl")} == {"a"}
-    assert len(lines(tmp_path / "out" / "pivot.jsonl")) == 10
-    twice = represented(tmp_path / "x", rows, pivot=[2.0] * 20)
+    assert {one["slice"] for one in lines(tmp_path / "out" / "pivot.jsonl")} == {"b", ""}  # a pattern's, not the rows'
+    assert len(lines(tmp_path / "out" / "pivot.jsonl")) == 11
+    twice = represented(tmp_path / "x", rows, pivot=[2.0] * 21)
     with pytest.raises(
         InputError, match="representations for assign: expected directories of different names, got piv"
     ):
@@ -87,12 +91,15 @@ def test_a_pattern_names_the_slices_and_equal_directories_are_refused(tmp_path):
 
 
 def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path):
-    represent = {"limit": 9, "dtype": "bfloat16", "load_in_4bit": True, "messages_column": "m"}
+    represent = {"limit": 9, "dtype": "bfloat16", "load_in_4bit": True, "messages_column": "m", "template": "qwen"}
     more = {
         "answers": "sources",
         "represent": represent,
         "answer": {"max_new_tokens": 5},
         "train": {"slice_pattern": "^x"},
+        "launcher": {"represent": "srun -n 8", "answer": "srun"},
+        "multi": True,
+        "combine": {"slice_pattern": "^x"},
     }
     steps = {step.key: step for step in steps_of(read_recipe(written(tmp_path, **more)))}
     assert [key for key in steps if key.startswith("answer")] == [
@@ -111,7 +118,13 @@ def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path):
     assert words[-6:] == ["--limit", "9", "--messages_column", "m", "--slice_pattern", "^x"]
     words = steps["answer b"].arguments
     assert words[: words.index("--questions")] == ["answer", "--benchmark", "data", "--model", "two"]
-    assert words[-6:] == ["--dtype", "bfloat16", "--load_in_4bit", "true", "--max_new_tokens", "5"]
+    assert words[-8:] == [
+        *("--template", "qwen", "--dtype", "bfloat16", "--load_in_4bit", "true", "--max_new_tokens", "5")
+    ]
+    patterned = [key for key, step in steps.items() if "--slice_pattern" in step.arguments]
+    assert patterned == ["answer assign"]  # it has named the rows, and ids of samples end in #1, #2, ...
+    assert steps["answer represent-a"].command[:3] == ["srun", "-n", "8"]
+    assert [steps[key].command[0] for key in ("answer a", "answer assign")] == ["srun", sys.executable]
     assert all(steps[key].derived for key in ("represent a", "align b", "train plain", "train target-a"))
     for key in steps:
         if not key.startswith("merge"):
@@ -120,6 +133,23 @@ def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path):
         read_recipe(written(tmp_path, answers="source"))
     with pytest.raises(InputError, match=r"key answer\.model in .*: expected no flag that the pipeline sets"):
         read_recipe(written(tmp_path, answer={"model": "x"}))
+
+
+def test_answers_switched_on_remove_nothing_that_was_made_of_the_datas_own(tmp_path):
+    def step_of(answers):
+        recipe = read_recipe(written(tmp_path, answers=answers, output_dir=str(tmp_path / "out")))
+        return next(step for step in steps_of(recipe) if step.key == "represent pivot")
+
+    record, before, after = Record(tmp_path / "stages.json"), step_of("data"), step_of("sources")
+    before.output.mkdir(parents=True)
+    record.begin(before)
+    record.end(before, 1.0, 0)
+    assert record.is_stale(after)
+    assert not record.starts_anew(after)
+    assert record.starts_anew(after, overwrite=True)
+    record.begin(after, overwrite=True)
+    assert not before.output.exists()
+    assert record.starts_anew(replace(after, arguments=[*after.arguments, "--top_k", "5"]))  # made of answers before
 
 
 @pytest.mark.slow

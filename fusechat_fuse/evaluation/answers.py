@@ -44,6 +44,7 @@ def answer(
     *,
     benchmark: str,
     pivot=None,
+    template: str = "pivot",
     tokenizer=None,
     temperature: float | None = None,
     samples: int = 1,
@@ -67,7 +68,9 @@ def answer(
         benchmark: mt_bench, alpaca_eval, chat (the last user message of each conversation) or data (every turn, for
             training on the answers).
         pivot: for data: the model whose chat template must take the answers (None: the answering model). Where it
-            refuses one, or one is empty or cut at max_new_tokens, the conversation keeps the data's answers.
+            refuses one, or one is empty, cut at max_new_tokens or unusable otherwise (`questions.answered_data`), the
+            conversation keeps the data's answers.
+        template: for data: the pivot's chat template, as `represent` takes it.
         temperature: for all questions; 0 is greedy. None: by category for mt_bench, else greedy.
         samples: for data: answers to each conversation, each a conversation ID#1, ID#2, ... of its own.
         max_new_tokens: per answer; None: 1024, for alpaca_eval 2048; fewer if the model's positions run out.
@@ -89,7 +92,11 @@ def answer(
     options |= {"batch_size": batch_size, "dtype": dtype, **({"load_in": load_in} if load_in else {})}
     identity = identify(model)
     digest = short_digest(json.dumps([asdict(question) for question in asked]))
-    kept = _Kept(output, {**options, **identity, "questions": digest, **_generation_identity(model, tokenizer)})
+    kept = _Kept(output, {**options, **identity, "questions": digest, **_generation_identity(model, tokenizer, asked)})
+    encoder = None
+    if benchmark == "data" and asked:  # before anything is generated
+        pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
+        encoder = ConversationEncoder(pivot_tokenizer, template)
     batches = [batch for batch in _batches(asked, batch_size) if any(q.key not in kept.answers for q in batch)]
     before = len(kept.answers)
     if batches:
@@ -98,8 +105,6 @@ def answer(
         _answer_batches(Generator(loaded, tokenizer, options["max_new_tokens"]), batches, kept, seed)
     counts: dict[str, Any] = {"questions": len(asked), "answered_before": before}
     if benchmark == "data":
-        pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
-        encoder = ConversationEncoder(pivot_tokenizer, "native")
         rows, counts["kept_from_data"] = answered_data(asked, kept.answers, identity["name"], encoder)
         write_atomic(output, as_lines(rows).encode())
     else:
@@ -130,7 +135,8 @@ def _warn(counts: dict[str, Any]) -> None:
     """Warn of answers that are of no use."""
     if counts["empty_answers"]:
         logger.warning(
-            "%d answers are empty: the prompt left no positions for them, or the model ended its turn at once.",
+            "%d answers are empty: the prompt left no positions for them, the model's chat template refused it, or the "
+            "model ended its turn at once.",
             counts["empty_answers"],
         )
     if kept := counts.get("kept_from_data"):
@@ -141,14 +147,21 @@ def _warn(counts: dict[str, Any]) -> None:
         )
 
 
-def _generation_identity(model, tokenizer) -> dict[str, str]:
-    """Digests of what decides answers besides the weights: tokenizer, chat template, generation settings."""
+def _generation_identity(model, tokenizer, asked: list[Question]) -> dict[str, str]:
+    """Digests of what decides answers besides the weights: tokenizer, chat template, generation settings.
+
+    Where nothing is asked there are none, and a model without a chat template is as good as another.
+    """
+    if not asked:
+        return {}
     if is_named(model):
         files = [model_file(name, "generation_config.json") for name in (model, adapter_base(model)) if name]
         settings = b"".join(file.read_bytes() for file in files if file)
     else:
         settings = model.generation_config.to_json_string()
-    template = f"{tokenizer.chat_template} {native_template(tokenizer).sha256}"
+    name = str(model) if is_named(model) else "the model"
+    remedy = "Save one with its tokenizer (tokenizer.chat_template)"
+    template = f"{tokenizer.chat_template} {native_template(tokenizer, name, remedy).sha256}"
     return {
         "tokenizer": short_digest(tokenizer.backend_tokenizer.to_str()),
         "template": short_digest(template),
@@ -223,7 +236,13 @@ def _answer_batches(generator: Generator, batches: list[list[Question]], kept: _
             answers = _answer_batch(generator, batch)
             now = time.time()
             entries = [
-                {"key": q.key, "turns": [a.text for a in turns], "finished": [a.finished for a in turns], "tstamp": now}
+                {
+                    "key": q.key,
+                    "turns": [a.text for a in turns],
+                    "finished": [a.finished for a in turns],
+                    "problems": [a.problem for a in turns],
+                    "tstamp": now,
+                }
                 for q, turns in zip(batch, answers, strict=True)
             ]
             kept.add([entry for entry in entries if entry["key"] not in kept.answers])

@@ -65,7 +65,7 @@ def assign(
     for one in found:
         key = (one.id, one.content_hash)
         best = choice.of(slice_of[key]) if key in slice_of else 0
-        row = {"id": one.id, "slice": slice_of.get(key) or one.slice or "", "messages": one.messages}
+        row = {"id": one.id, "slice": slice_of.get(key, one.slice) or "", "messages": one.messages}
         rows[names[best]].append(row)
     output.mkdir(parents=True, exist_ok=True)
     for name, of_model in rows.items():

@@ -5,18 +5,26 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from fusechat_fuse.errors import first_line
 from fusechat_fuse.models.files import positions_of
-from fusechat_fuse.text.templates import added_texts, native_template
+from fusechat_fuse.text.messages import Unusable
+from fusechat_fuse.text.templates import added_texts, native_template, special_texts
 
 _PLACEHOLDER = "QZ1ZQ"  # stands for the answer in a rendered prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, and whether the model ended its turn within the tokens it had."""
+    """A generated text, and whether the model ended its turn within the tokens it had.
+
+    Attributes:
+        problem: refused (the model's chat template takes no such conversation) or special_token (one stood within the
+            answer, and the text lacks it); else None.
+    """
 
     text: str
     finished: bool
+    problem: str | None = None
 
 
 class Generator:
@@ -34,13 +42,17 @@ class Generator:
         found = {ends} if isinstance(ends, int) else set(ends or ())
         found |= {tokenizer.eos_token_id, added_texts(tokenizer).get(self.template.end_of_turn)} - {None}
         self.ends = sorted(found)
+        self.special = set(special_texts(tokenizer).values())
         self.padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
         self.positions = positions_of(model.config)
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids up to where the answer begins."""
+        """The token ids up to where the answer begins. Raises: Unusable where the template refuses the messages."""
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            try:
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template is a program: division by zero, recursion, ...
+                raise Unusable("template", f"the chat template refuses the messages ({first_line(error)})") from error
         else:
             text = self.template.render([*messages, {"role": "assistant", "content": _PLACEHOLDER}]).partition(
                 _PLACEHOLDER
@@ -49,10 +61,16 @@ class Generator:
 
     def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[Answer]:
         """One answer per conversation, of as many tokens as its own prompt leaves positions for."""
-        prompts = [self.prompt(messages) for messages in conversations]
-        rooms = [min(self.max_new_tokens, (self.positions or sys.maxsize) - len(prompt)) for prompt in prompts]
+        prompts, answers = [], [Answer("", False)] * len(conversations)
+        for n, messages in enumerate(conversations):
+            try:
+                prompts.append(self.prompt(messages))
+            except Unusable:
+                prompts.append([])
+                answers[n] = Answer("", False, "refused")
+        positions = self.positions or sys.maxsize
+        rooms = [min(self.max_new_tokens, positions - len(prompt)) if prompt else 0 for prompt in prompts]
         together = [n for n, room in enumerate(rooms) if room == self.max_new_tokens]
-        answers = [Answer("", False)] * len(prompts)
         for group in ([together] if together else []) + [[n] for n in range(len(prompts)) if n not in together]:
             if rooms[group[0]] > 0:
                 found = self._complete([prompts[n] for n in group], rooms[group[0]], temperature)
@@ -81,7 +99,11 @@ class Generator:
                 pad_token_id=self.padding,
                 **sampling,
             )
-        made = found[:, longest:].cpu()
-        finished = torch.isin(made, torch.tensor(self.ends)).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [Answer(text.strip(), end) for text, end in zip(texts, finished, strict=True)]
+        return [self._answer(made) for made in found[:, longest:].tolist()]
+
+    def _answer(self, made: list[int]) -> Answer:
+        """The answer of generated ids: the text before the first end of turn."""
+        end = next((n for n, token in enumerate(made) if token in self.ends), len(made))
+        text = self.tokenizer.decode(made[:end], skip_special_tokens=True).strip()
+        problem = None if self.special.isdisjoint(made[:end]) else "special_token"
+        return Answer(text, end < len(made), problem)

@@ -149,15 +149,17 @@ def _chat_row(question: Question, entry: dict) -> dict[str, Any]:
 
 
 def answered_data(
-    asked: list[Question], answers: dict[str, dict], name: str, pivot: ConversationEncoder
+    asked: list[Question], answers: dict[str, dict], name: str, pivot: ConversationEncoder | None
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Chat data with a model's answers in place of the data's own.
 
     A conversation keeps the data's answers (`answered_by` is "data") where one of the model's is `empty`, was `cut` at
-    its longest length, or is `refused` by the pivot's chat template.
+    its longest length, held a `special_token`, or is `refused`: its prompt by the model's chat template, or the
+    conversation by the pivot's.
 
     Args:
-        answers: key -> {turns, finished}. name: the model's. pivot: the pivot's encoder.
+        answers: key -> {turns, finished, problems}. name: the model's. pivot: the pivot's encoder; None where nothing
+            is asked.
     Returns: rows {id, slice, messages, answered_by, data_answers}; the number of conversations kept, by reason.
     """
     rows, kept = [], Counter()
@@ -174,12 +176,15 @@ def answered_data(
     return rows, dict(sorted(kept.items()))
 
 
-def _problem(question: Question, entry: dict, messages: list[dict], pivot: ConversationEncoder) -> str | None:
+def _problem(question: Question, entry: dict, messages: list[dict], pivot: ConversationEncoder | None) -> str | None:
     made = [turn for turn in range(len(question.turns)) if turn not in question.given]
+    if problem := next((entry["problems"][turn] for turn in made if entry["problems"][turn]), None):
+        return problem
     if not all(entry["turns"][turn].strip() for turn in made):
         return "empty"
     if not all(entry["finished"][turn] for turn in made):
         return "cut"
+    assert pivot is not None
     try:
         pivot.check(messages)
     except Unusable:

@@ -190,7 +190,8 @@ class _Planner:
     def _answer(self, step: Step, options: Options) -> dict[str, Any]:
         """As if the answers were as long as the data's own; of all conversations until they are assigned."""
         model, source = options["model_name_or_path"], self._step(f"answer represent-{step.name}")
-        native_template(load_fast_tokenizer(model, options["trust_remote_code"]), step.name)
+        remedy = "Save one with its tokenizer (tokenizer.chat_template)"
+        native_template(load_fast_tokenizer(model, options["trust_remote_code"]), step.name, remedy)
         encoded, size = self.data.encodings(source.key, self._options(source)), self._size(options)
         assigned = read_json(self.recipe.output_dir / "answers" / "assigned" / "assignment.json", "assignment")
         count = assigned["conversations"][step.name] if assigned else encoded.conversations

@@ -38,7 +38,7 @@ class Record:
     """The entries of `stages.json`, by step; the whole file is written after every change.
 
     An entry: arguments, command, fingerprint, inputs (path -> digest), of a finished step output (digest), seconds,
-    peak_bytes, and `stale` if the step started on what `is_stale`.
+    peak_bytes, `stale` if the step started on what `is_stale`, and `derived` as the step has it.
     """
 
     def __init__(self, path: Path):
@@ -77,9 +77,10 @@ class Record:
         entry = self.entries.get(step.key)
         if entry is None or step.stage == "merge" or (overwrite and self.is_stale(step)):
             return entry is not None
-        if step.key == "train multi" or (step.derived and step.stage == "train"):
+        derived = step.derived and "derived" in entry  # what was made of other data is the user's to remove
+        if step.key == "train multi" or (derived and step.stage == "train"):
             return entry["inputs"] != inputs_of(step)  # with other options it may go on from its checkpoints
-        anew = step.derived or step.stage in ("combine", "evaluate") or step.arguments[0] in _ANEW
+        anew = derived or step.stage in ("combine", "evaluate") or step.arguments[0] in _ANEW
         return anew and self.is_changed(step)
 
     def begin(self, step: Step, overwrite: bool = False) -> None:
@@ -106,6 +107,7 @@ class Record:
 
     def _put(self, step: Step, inputs: dict[str, Any], results: dict[str, Any]) -> None:
         entry = {"arguments": step.arguments, "command": step.shell, "inputs": inputs}
+        entry |= {"derived": True} if step.derived else {}
         with self.lock:
             self.entries[step.key] = {**entry, "fingerprint": fingerprint(step, inputs), **results}
             write_atomic(self.path, json_bytes(self.entries))

@@ -84,6 +84,8 @@ class _Steps:
         steps += [self._represent(name, model) for name, model in represented.items()]
         folders = [self.home / "representations" / name for name in represented]
         named = slice_flags(self.recipe.flags["train"])
+        if self.derived:
+            named.pop("slice_pattern", None)
         steps.append(self._compare("compare", "", folders, self.home / "compare", named))
         steps += [self._align(name, model) for name, model in self.recipe.sources.items()]
         if self.several:
@@ -106,11 +108,14 @@ class _Steps:
     def _arguments(self, stage: str, model: Model, output: Path, **own) -> list[str]:
         """A stage's command and flags: the pipeline's own, then the recipe's, overridden by the model's."""
         own |= {"output_dir": output, "preset": None if stage == "represent" else self.recipe.preset}
-        return [stage, *as_flags({**own, **self.recipe.flags[stage], **model.flags.get(stage, {})})]
+        flags = {**own, **self.recipe.flags[stage], **model.flags.get(stage, {})}
+        if self.derived:  # the rows name the slices that the pattern found, and ids of samples end in #1, #2, ...
+            flags.pop("slice_pattern", None)
+        return [stage, *as_flags(flags)]
 
     def _launched(self, stage: str, name: str, model: Model, arguments: list[str], output: Path) -> Step:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
-        launched_as = "compare" if arguments[0] == "compare" else stage
+        launched_as = arguments[0] if stage == "answer" or arguments[0] == "compare" else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
         derived = self.derived and stage in ("represent", "align", "train")
         return Step(stage, name, arguments, launched(launcher, arguments), output, derived=derived)
@@ -131,6 +136,7 @@ class _Steps:
             self.data.append(str(home / name / "answers.jsonl"))
             own = {"benchmark": "data", "model": model.model, "questions": home / "assigned" / f"{name}.jsonl"}
             own |= {"output": self.data[-1], "pivot_name_or_path": self.recipe.pivot.model}
+            own |= _only(("template",), {**common, **self.recipe.pivot.flags.get("represent", {})})
             own |= _only(LOADING, {**common, **model.flags.get("represent", {})})
             words = ["answer", *as_flags({**own, **self.recipe.flags["answer"], **model.flags.get("answer", {})})]
             steps.append(self._launched("answer", name, model, words, home / name))

@@ -119,11 +119,11 @@ def _built_in(name: str) -> ChatTemplate:
     return ChatTemplate(name, family.source, family.bos, family.end_of_turn, (("bos_token", family.bos),), name)
 
 
-def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
+def native_template(tokenizer, name: str = "the model", remedy: str | None = None) -> ChatTemplate:
     """The tokenizer's own chat template, or the built-in one of its family where it has none.
 
     Args:
-        tokenizer: transformers fast tokenizer. name: its name in the error.
+        tokenizer: transformers fast tokenizer. name: its name in the error. remedy: what to do about it there.
     Raises: InputError where it has no template and its special tokens are of no known family.
     """
     if tokenizer.chat_template:
@@ -132,15 +132,15 @@ def native_template(tokenizer, name: str = "the model") -> ChatTemplate:
         except ValueError as error:  # several named templates, none of them the default
             raise InputError(
                 f"chat template for {name}: expected one named default, got {', '.join(tokenizer.chat_template)}. "
-                "Set template to a .jinja file."
+                f"{remedy or 'Set template to a .jinja file'}."
             ) from error
         return _own("native", source, tokenizer)
     family = family_of(set(added_texts(tokenizer)))
     if family is None:
-        names = ", ".join(BUILT_IN)
+        remedy = remedy or f"Set template to one of {', '.join(BUILT_IN)}, or a .jinja file"
         raise InputError(
             f"chat template for {name}: expected one in its tokenizer, got none and no special tokens of a known "
-            f"family. Set template to one of {names}, or a .jinja file."
+            f"family. {remedy}."
         )
     return _built_in(family)
 
