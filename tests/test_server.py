@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fusechat_fuse import represent
-from fusechat_fuse.capture.server import ServerRunner
+from fusechat_fuse.capture.server import ServerRunner, _check_agreement
 from fusechat_fuse.capture.server_protocols import PROTOCOLS
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
@@ -265,6 +265,47 @@ def test_stand_ins_for_numbers_are_no_measurements(logprob, kind, pivot, serving
     assert found.manifest["counts"]["skipped"] == {"non_finite": 1}
     assert found.ids == [row["id"] for n, row in enumerate(MANY) if n != 2]  # two requests are the probe's
     assert "are not finite" in json.loads((tmp_path / "r" / "skipped.jsonl").read_text())["detail"]
+
+
+def of_the_next_token(content):
+    """SGLang's most likely tokens one row off."""
+    best = content["meta_info"]["input_top_logprobs"]
+    best[1:] = [*best[2:], best[1]]
+
+
+def all_certain(content):
+    for entries in content["choices"][0]["prompt_logprobs"][1:]:
+        for entry in entries.values():
+            entry["logprob"] = -0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("sglang", of_the_next_token, "the prompt's token and the most likely ones to agree, got log-prob"),
+        ("vllm", all_certain, r"probabilities of at most 1 in all, got 9\.90"),
+    ],
+)
+@pytest.mark.parametrize("probe", [True, False])
+def test_answers_that_contradict_themselves_are_refused(kind, spoil, message, probe, pivot, serving, tmp_path):
+    served = serving(kind)
+
+    def change(ids, content):
+        if probe or served.asked > 2:  # two requests are the probe's
+            spoil(content)
+        return content
+
+    served.change = change
+    with pytest.raises(InputError, match=f"answer of a server: expected {message}.* Serve raw log-probabilities"):
+        represent(pivot, CHATS, tmp_path / "r", template="native", server=served.url, server_kind=kind)
+
+
+def test_a_token_of_its_own_below_the_most_likely_agrees():
+    ids, logprobs = np.array([[4, 5], [4, 5]]), np.array([[-0.5, -2.0], [-0.5, -2.0]])
+    _check_agreement(ids, logprobs, np.array([9, 5]), np.array([-7.0, -2.0]))
+    with pytest.raises(InputError, match=r"got log-probabilities -1\.00 and -2\.00 \(token 9\)"):
+        _check_agreement(ids, logprobs, np.array([9, 9]), np.array([-1.0, -7.0]))
+    _check_agreement(ids[:0], logprobs[:0], np.array([], int), np.array([]))
 
 
 @pytest.mark.parametrize("status", [400, 500])

@@ -67,7 +67,8 @@ class ServerRunner:
         finally:
             progress.update(1)
         try:
-            return _top_k(self.protocol.answer(answer, ids, positions, self.top_k), self.top_k, self.vocab_size)
+            found = self.protocol.answer(answer, ids, positions, self.top_k)
+            return _top_k(found, one.input_ids[one.predicted], self.top_k, self.vocab_size)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -84,7 +85,8 @@ class ServerRunner:
             bodies = [self._body(ids, 1, temperature) for temperature in (0.0, 2.0)]
             contents = [self.servers.try_out(url, body, advice) for body in bodies]
             answers = [self.protocol.answer(content, ids, positions, self.top_k) for content in contents]
-            top, at_temperature_2 = (_top_k(answer, self.top_k, self.vocab_size) for answer in answers)
+            own = np.array(ids[1:])
+            top, at_temperature_2 = (_top_k(answer, own, self.top_k, self.vocab_size) for answer in answers)
         except InputError:
             raise
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -109,8 +111,13 @@ class ServerRunner:
         return top.ids[:, 0].tolist()
 
 
-def _top_k(answer: Answer, top_k: int, vocab_size: int) -> TopK:
-    """An answer as arrays. What is no measurement (NaN, above 0, a stand-in for minus infinity) is not finite."""
+def _top_k(answer: Answer, own: np.ndarray, top_k: int, vocab_size: int) -> TopK:
+    """An answer as arrays. What is no measurement (NaN, above 0, a stand-in for minus infinity) is not finite.
+
+    Args:
+        own: ids [P] of the actual tokens.
+    Raises: InputError where an answer contradicts itself.
+    """
     ids, logprobs = np.array(answer.ids, np.int64), np.array(answer.logprobs, np.float32)
     logp = np.array(answer.actual, np.float32)
     if ids.shape[1:] != (top_k,):
@@ -122,4 +129,28 @@ def _top_k(answer: Answer, top_k: int, vocab_size: int) -> TopK:
         )
     both = np.column_stack([logprobs, logp])
     measured = np.all((both > _NOT_MEASURED) & (both < _TOLERANCE), axis=1)
+    _check_agreement(ids[measured], logprobs[measured], own[measured], logp[measured])
     return TopK(ids.astype(np.int32), np.minimum(logprobs, 0), np.where(measured, np.maximum(-logp, 0), np.nan))
+
+
+def _check_agreement(ids: np.ndarray, logprobs: np.ndarray, own: np.ndarray, logp: np.ndarray) -> None:
+    """Raise InputError unless the entries [P, K] are probabilities, and the actual tokens' log-probabilities [P] equal
+    their entries, or are below all of them where there is none."""
+    is_own = ids == own[:, None]
+    listed = np.where(is_own, logprobs, -np.inf).max(axis=1, initial=-np.inf)
+    listed = np.where(is_own.any(axis=1), listed, np.minimum(logp, logprobs.min(axis=1, initial=0.0)))
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    for wrong, expected, got in (
+        (mass > 1 + _TOLERANCE, "probabilities of at most 1 in all", lambda n: f"{mass[n]:.2f}"),
+        (
+            np.abs(listed - logp) > _TOLERANCE,
+            "the prompt's token and the most likely ones to agree",
+            lambda n: f"log-probabilities {logp[n]:.2f} and {listed[n]:.2f}",
+        ),
+    ):
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise InputError(
+                f"answer of a server: expected {expected}, got {got(first)} (token {own[first]}). Serve raw "
+                "log-probabilities, or another version."
+            )
