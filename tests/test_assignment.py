@@ -146,10 +146,15 @@ def test_answers_switched_on_remove_nothing_that_was_made_of_the_datas_own(tmp_p
     record.end(before, 1.0, 0)
     assert record.is_stale(after)
     assert not record.starts_anew(after)
-    assert record.starts_anew(after, overwrite=True)
+    record.begin(after)  # and is refused
+    changed = replace(after, arguments=[*after.arguments, "--top_k", "5"])
+    assert not record.starts_anew(changed)
+    assert record.starts_anew(changed, overwrite=True)
     record.begin(after, overwrite=True)
     assert not before.output.exists()
-    assert record.starts_anew(replace(after, arguments=[*after.arguments, "--top_k", "5"]))  # made of answers before
+    after.output.mkdir()
+    record.end(after, 1.0, 0)
+    assert record.starts_anew(changed)  # made of answers before
 
 
 @pytest.mark.slow

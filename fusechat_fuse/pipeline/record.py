@@ -38,7 +38,7 @@ class Record:
     """The entries of `stages.json`, by step; the whole file is written after every change.
 
     An entry: arguments, command, fingerprint, inputs (path -> digest), of a finished step output (digest), seconds,
-    peak_bytes, `stale` if the step started on what `is_stale`, and `derived` as the step has it.
+    peak_bytes, `stale` if the step started on what `is_stale`, and `derived` if the output is of a step that is.
     """
 
     def __init__(self, path: Path):
@@ -88,7 +88,9 @@ class Record:
         anew, stale = self.starts_anew(step, overwrite), self.is_stale(step)
         if anew:
             shutil.rmtree(step.output, ignore_errors=True)
-        self._put(step, inputs_of(step), {"stale": True} if stale and not anew else {})
+        made_here = "derived" in self.entries.get(step.key, {}) or not step.output.exists()
+        notes = {"derived": True} if step.derived and made_here else {}
+        self._put(step, inputs_of(step), notes | ({"stale": True} if stale and not anew else {}))
 
     def end(self, step: Step, seconds: float, peak_bytes: int) -> None:
         """Enter a finished step: its duration and the peak memory of its largest process (0: unknown).
@@ -103,11 +105,11 @@ class Record:
                     f"the same command with --overwrite {step.stage}."
                 )
         output = content_digest(step.output)
-        self._put(step, now, {"output": output, "seconds": round(seconds, 1), "peak_bytes": peak_bytes})
+        notes = {"derived": True} if "derived" in self.entries[step.key] else {}
+        self._put(step, now, {**notes, "output": output, "seconds": round(seconds, 1), "peak_bytes": peak_bytes})
 
     def _put(self, step: Step, inputs: dict[str, Any], results: dict[str, Any]) -> None:
         entry = {"arguments": step.arguments, "command": step.shell, "inputs": inputs}
-        entry |= {"derived": True} if step.derived else {}
         with self.lock:
             self.entries[step.key] = {**entry, "fingerprint": fingerprint(step, inputs), **results}
             write_atomic(self.path, json_bytes(self.entries))
