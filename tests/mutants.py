@@ -82,8 +82,8 @@ MUTANTS = [
     ),
     Mutant(
         "choice: the worse model is taken",
-        "_source_or(source, source_ce < pivot_ce,",
-        "_source_or(source, source_ce > pivot_ce,",
+        "taken = source_ce < pivot_ce  #",
+        "taken = source_ce > pivot_ce  #",
         "tests/test_choice.py",
     ),
     Mutant(

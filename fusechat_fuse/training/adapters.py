@@ -12,7 +12,6 @@ from fusechat_fuse.errors import InputError, first_line
 
 def try_adapters(config, arguments) -> None:
     """Raise InputError where `add_adapters` would: on the model's modules without their weights, in no time."""
-    _import_peft()
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peft has to say comes with the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
@@ -29,12 +28,8 @@ def check_adapters(model) -> None:
 
 
 def merge_adapters(trainer, base=None) -> None:
-    """Replace a trainer's PEFT model by the model with the adapters merged into its weights (not for sharded models).
-
-    Args:
-        trainer: FusionTrainer, changed.
-        base: the same model with the weights to merge into, where training used quantised ones; used up.
-    """
+    """Replace a trainer's PEFT model by the model with the adapters merged into its weights (not for sharded models),
+    or into those of `base`, where training used quantised ones."""
     adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
     if base is not None:
         peft = _import_peft()

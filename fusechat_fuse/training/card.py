@@ -28,16 +28,7 @@ FIGURES = "train_loss eval_loss eval_lm_loss eval_fusion_loss eval_source_share 
 
 
 def write_model_card(folder: Path, title: str, trainer, pivot, arguments, metrics: dict) -> None:
-    """Write README.md for a target.
-
-    Args:
-        folder: where it is written.
-        title: the target's name.
-        trainer: FusionTrainer after training.
-        pivot: PivotFiles of the pivot.
-        arguments: TrainArguments of the run.
-        metrics: what the run returned.
-    """
+    """Write README.md for a target, named `title`, of a FusionTrainer after training."""
     config, manifest = trainer.args, getattr(trainer.train_dataset, "manifest", {})
     pivot_name, sources = shown_name(pivot.name), distinct_names(trainer.sources)
     data = manifest.get("datasets") or []

@@ -31,6 +31,7 @@ CE is per token of each model's own tokenizer (the paper), or per byte of assist
 tokenizers. Shape letters: P predicted tokens, K entries of a distribution. See docs/method.md, "Choice".
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -99,20 +100,18 @@ def fusion_distribution(
     require_columns(row, *CHOICES[choice])
     noise = None if tail == "drop" else label_noise
     source = _source(row, fuse_temperature, noise)
-    if choice == "source":
-        return FusionDistribution(*source, 1.0)
-    if choice == "avg_ce_slice" and slice_weight > 0:
-        return _mix(_pivot(row, fuse_temperature, noise), source, slice_weight)
-    if choice in BY_SLICE:
-        return _source_or(source, slice_weight > 0, _fallback(row, fallback, fuse_temperature, noise))
+    otherwise = partial(_fallback, row, fallback, fuse_temperature, noise)
     if choice == "min_ce_token":
         taken = (row["source_token_ce"] < row["ce"]) & (np.asarray(row["mapped_mass"]) > 0)  # [P]
-        return _choose_per_token(taken, source, _fallback(row, fallback, fuse_temperature, noise))
-    pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
-    if choice == "min_ce":  # False where either is not a number
-        return _source_or(source, source_ce < pivot_ce, _fallback(row, fallback, fuse_temperature, noise))
-    share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
-    return _mix(_pivot(row, fuse_temperature, noise), source, float(share))
+        return _choose_per_token(taken, source, otherwise())
+    taken, share = slice_weight > 0 or choice == "source", slice_weight
+    if choice in ("min_ce", "avg_ce"):
+        pivot_ce, source_ce = pivot_cross_entropy(row, ce_unit), source_cross_entropy(row, ce_unit)
+        taken = source_ce < pivot_ce  # False where either is not a number
+        share = 1 / (1 + np.exp(np.clip(source_ce - pivot_ce, -700, 700))) if np.isfinite(source_ce) else 0.0
+    if choice == "avg_ce" or (choice == "avg_ce_slice" and taken):
+        return _mix(_pivot(row, fuse_temperature, noise), source, float(share))
+    return FusionDistribution(*source, 1.0) if taken else FusionDistribution(*otherwise(), 0.0)
 
 
 def require_columns(row: dict, *columns: str) -> None:
@@ -123,10 +122,6 @@ def require_columns(row: dict, *columns: str) -> None:
                 f"column {column!r} for conversation {row.get('id')!r}: expected an aligned row, got one without it. "
                 "Pass a directory that align or combine wrote."
             )
-
-
-def _source_or(source: Sparse, taken: bool, otherwise: Sparse) -> FusionDistribution:
-    return FusionDistribution(*source, 1.0) if taken else FusionDistribution(*otherwise, 0.0)
 
 
 def _labels(row: dict) -> np.ndarray:

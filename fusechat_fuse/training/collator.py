@@ -8,17 +8,16 @@ The only Python loop runs over the conversations of a batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.presets import or_preset
 from fusechat_fuse.training.choice import BY_SLICE, fusion_distribution
 from fusechat_fuse.training.loss import IGNORED
-from fusechat_fuse.training.options import FusionOptions, check_choices
+from fusechat_fuse.training.options import FusionOptions, check_choices, take_preset
 from fusechat_fuse.training.rows import as_documented
 
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
@@ -64,9 +63,7 @@ class FusionCollator:
     preset: str = FusionOptions.preset
 
     def __post_init__(self):
-        names = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
-        for name, value in or_preset(self.preset, **{name: getattr(self, name) for name in names}).items():
-            setattr(self, name, value)
+        take_preset(self)
         check_choices(self)
         if not 0 <= self.label_noise < 1:
             raise InputError(f"value for label_noise: expected 0 to 1, got {self.label_noise}. Change it.")
@@ -112,6 +109,12 @@ class FusionCollator:
 
     def _item(self, row: dict) -> dict:
         """One conversation cut to max_length: ids, the places it predicts from, their distributions, figures."""
+        chosen = self.slice_choice if self.fusion_function in BY_SLICE else lambda row: 0.0
+        if chosen is None:
+            raise InputError(
+                f"slice_choice for {self.fusion_function}: expected what source_by_slice makes of the training data, "
+                "got none. Set it, or pass the collator to FusionTrainer, which sets it."
+            )
         fused = fusion_distribution(
             row,
             choice=self.fusion_function,
@@ -120,7 +123,7 @@ class FusionCollator:
             fallback=self.fusion_fallback,
             tail=self.fusion_tail,
             label_noise=self.label_noise,
-            slice_weight=self._slice_weight(row),
+            slice_weight=chosen(row),
         )
         top = max(int(row["input_ids"].max(initial=0)), int(fused.ids.max(initial=0)))
         if self.vocab_size is not None and top >= self.vocab_size:
@@ -129,14 +132,15 @@ class FusionCollator:
                 f"{self.vocab_size}, got {top}. Use data that was aligned to this model's tokenizer."
             )
         kept = int(np.searchsorted(row["predicted"], self.max_length))  # predicted tokens that are still there
-        mass = row.get("mapped_mass")
+        mass, index = row.get("mapped_mass"), row.get("source_index")
+        sources = np.unique(np.asarray(0 if index is None else index))  # of a combined row; several: they were mixed
         return {
             "input_ids": row["input_ids"][: self.max_length],
             "predicted": row["predicted"][:kept],
             "ids": fused.ids[:kept],
             "probs": fused.probs[:kept],
             "stats": (
-                _source_index(row),
+                int(sources[0]) if len(sources) == 1 else -1,
                 fused.source_share,
                 float(np.sum(mass[:kept], dtype=np.float64)) if mass is not None else np.nan,
                 kept,
@@ -144,22 +148,10 @@ class FusionCollator:
             ),
         }
 
-    def _slice_weight(self, row: dict) -> float:
-        if self.fusion_function not in BY_SLICE:
-            return 0.0
-        if self.slice_choice is None:
-            raise InputError(
-                f"slice_choice for {self.fusion_function}: expected what source_by_slice makes of the training data, "
-                "got none. Set it, or pass the collator to FusionTrainer, which sets it."
-            )
-        return self.slice_choice(row)
-
 
 def collator_options(options) -> dict[str, Any]:
     """What a FusionCollator takes from a FusionConfig."""
-    names = ("max_length", "fuse_temperature", "label_noise", "packing")
-    chosen = ("fusion_function", "ce_unit", "fusion_fallback", "fusion_tail")
-    return {name: getattr(options, name) for name in (*names, *chosen)}
+    return {one.name: getattr(options, one.name) for one in fields(FusionCollator) if hasattr(options, one.name)}
 
 
 def make_collator(options, tokenizer) -> FusionCollator:
@@ -179,9 +171,3 @@ def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str,
         drop = torch.arange(len(stats), device=stats.device)[:, None].expand_as(batch["labels"]) >= count  # [B, T]
     masked = {name: batch[name].masked_fill(drop, IGNORED) for name in ("labels", "shift_labels")}
     return {**batch, **masked, "conversation_stats": stats.flatten(0, 1)[:count, None]}
-
-
-def _source_index(row: dict) -> int:
-    """Index of the source that a combined row came from; 0 where there is one source, -1 where several were mixed."""
-    index = np.unique(np.asarray(0 if row.get("source_index") is None else row["source_index"]))
-    return int(index[0]) if len(index) == 1 else -1

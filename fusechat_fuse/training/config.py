@@ -12,8 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.presets import or_preset
-from fusechat_fuse.training.options import FusionOptions, check_choices
+from fusechat_fuse.training.options import FusionOptions, check_choices, take_preset
 
 logger = logging.getLogger(__name__)
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-6, 2e-4  # of all weights (the paper), of low-rank adapters
@@ -36,9 +35,7 @@ class FusionConfig(FusionOptions, TrainingArguments):
     """
 
     def __post_init__(self):
-        names = ("lm_loss_weight", "fusion_function", "fusion_fallback", "fusion_tail", "ce_unit")
-        for name, value in or_preset(self.preset, **{name: getattr(self, name) for name in names}).items():
-            setattr(self, name, value)
+        take_preset(self)
         self.check_fusion_values()
         self._default_learning_rate = self.learning_rate is None
         if self.learning_rate is None:
@@ -87,11 +84,7 @@ class FusionConfig(FusionOptions, TrainingArguments):
             logger.info("learning_rate %g, the default for LoRA adapters.", self.learning_rate)
 
     def fit_accumulation(self, batch_size: int) -> None:
-        """Keep the conversations of a step where batches have another size than was set (auto_find_batch_size, trials).
-
-        Args:
-            batch_size: conversations of a batch on each process (of all, where accelerate splits batches).
-        """
+        """Keep the conversations of a step where batches have another size than set (auto_find_batch_size, trials)."""
         asked, fitted = self._steps
         if self.gradient_accumulation_steps != fitted:
             asked = self.gradient_accumulation_steps  # set since

@@ -14,28 +14,30 @@ from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.shards import Representation, load_representation
 
 
-def load_aligned(path) -> Representation:
-    """A directory that align or combine wrote.
+def load_aligned(data) -> Representation:
+    """A directory that align or combine wrote, or its Representation; InputError where it holds something else."""
+    if not isinstance(data, Representation):
+        data = load_representation(data)
+    if data.manifest["kind"] not in ("aligned", "combined"):
+        raise InputError(
+            f"data for {data.path}: expected aligned data, got a {data.manifest['kind']}. Align it to a source's "
+            "representation first: fusechat-fuse align."
+        )
+    return data.check()
 
-    Raises: InputError where it holds something else.
-    """
-    return _must_be_aligned(load_representation(path))
+
+def each_of(dataset) -> list:
+    """The data sets of a dict of them, or the one that is given."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
 def open_dataset(dataset, args, *, to_train_on: bool = False) -> Any:
-    """The data that `FusionTrainer` was given, ready for a DataLoader: directories are loaded, other things refused.
-
-    Args:
-        dataset: a directory, a Representation, rows in any other form (returned unchanged), None, or a dict of these.
-        args: FusionConfig; how many processes share the data, and whether max_steps limits a run on them.
-        to_train_on: without max_steps, data must have a length.
-    """
+    """The data (a dict of them, or None) that `FusionTrainer` was given: directories are loaded; what processes cannot
+    share is refused, and, `to_train_on`, what has no end."""
     if isinstance(dataset, dict):
         return {name: open_dataset(one, args) for name, one in dataset.items()}
-    if isinstance(dataset, str | os.PathLike):
+    if isinstance(dataset, str | os.PathLike | Representation):
         return load_aligned(dataset)
-    if isinstance(dataset, Representation):
-        return _must_be_aligned(dataset)
     iterable, kind = isinstance(dataset, IterableDataset), type(dataset).__name__
     if dataset is not None and not iterable and not hasattr(dataset, "__len__"):
         raise InputError(
@@ -68,10 +70,8 @@ def for_sampler(dataset) -> Any:
 
 
 def set_epoch(dataloader, epoch: int, seed: int) -> None:
-    """Tell every sampler below a DataLoader the epoch; accelerate's own search ends before the one of a resumed run.
-
-    Grouping by length gets its order from seed and epoch, so that a resumed run draws the same.
-    """
+    """Tell every sampler below a DataLoader the epoch (accelerate's own search ends before the one of a resumed run);
+    grouping by length gets its order from seed and epoch, so that a resumed run draws the same."""
     sampler = getattr(dataloader, "batch_sampler", None)
     while sampler is not None:
         if hasattr(sampler, "set_epoch"):
@@ -83,7 +83,7 @@ def set_epoch(dataloader, epoch: int, seed: int) -> None:
 
 def check_not_empty(dataset) -> None:
     """Raise InputError where data with a length have no rows (of a dict: any of them)."""
-    for one in dataset.values() if isinstance(dataset, dict) else [dataset]:
+    for one in each_of(dataset):
         if hasattr(one, "__len__") and len(one) == 0:
             raise InputError(
                 f"data for {getattr(one, 'path', type(one).__name__)}: expected conversations, got none. Check how "
@@ -92,18 +92,11 @@ def check_not_empty(dataset) -> None:
 
 
 def check_rows(dataset, collate) -> None:
-    """Raise InputError where data have no rows, or the first row makes no batch.
-
-    Args:
-        dataset: as `open_dataset` returned it; nothing is taken from an iterable.
-        collate: makes a batch of a list of rows.
-    """
-    if isinstance(dataset, dict):
-        for one in dataset.values():
-            check_rows(one, collate)
-    elif dataset is not None and not isinstance(dataset, IterableDataset):
-        check_not_empty(dataset)
-        collate([dataset[0]])
+    """Raise InputError where data have no rows, or the first row makes no batch; nothing is taken from an iterable."""
+    for one in each_of(dataset):
+        if one is not None and not isinstance(one, IterableDataset):
+            check_not_empty(one)
+            collate([one[0]])
 
 
 def check_rope(config, dataset, *, max_length: int, batch_size: int) -> None:
@@ -111,14 +104,11 @@ def check_rope(config, dataset, *, max_length: int, batch_size: int) -> None:
 
     Such a model (Phi-3 128k) turns all conversations of a batch by the factors of the longest: a short one would be
     trained otherwise than it is used.
-
-    Args:
-        config: the pivot's. dataset: as `open_dataset` returned it. batch_size: conversations that are padded together.
     """
     limit = rope_boundary(config)
     if limit is None or batch_size == 1:
         return
-    for data in dataset.values() if isinstance(dataset, dict) else [dataset]:
+    for data in each_of(dataset):
         lengths = getattr(data, "num_tokens", np.array([1, max_length]))  # any, where they are not known
         longer = np.minimum(lengths, max_length) > limit
         if data is not None and longer.any() and not longer.all():
@@ -131,15 +121,4 @@ def check_rope(config, dataset, *, max_length: int, batch_size: int) -> None:
 
 def sources_of(dataset) -> list[str]:
     """Names of the sources of aligned or combined data, from the manifest; ["source"] without one."""
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()), None)
-    return source_names(getattr(dataset, "manifest", {}))
-
-
-def _must_be_aligned(data: Representation) -> Representation:
-    if data.manifest["kind"] not in ("aligned", "combined"):
-        raise InputError(
-            f"data for {data.path}: expected aligned data, got a {data.manifest['kind']}. Align it to a source's "
-            "representation first: fusechat-fuse align."
-        )
-    return data.check()
+    return source_names(getattr(next(iter(each_of(dataset)), None), "manifest", {}))

@@ -16,14 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import ModelOutput
 
 from fusechat_fuse.models.logit_transform import LogitTransform
-from fusechat_fuse.training.loss import (
-    check_ids,
-    exp_to_gradient_,
-    picked_terms,
-    row_chunks,
-    row_sums,
-    weighted_loss,
-)
+from fusechat_fuse.training.loss import check_ids, exp_to_gradient_, picked_terms, row_chunks, row_sums, weighted_loss
 
 _LEAST_ROWS = 256  # of a chunk: d weight is read and written once a chunk
 
@@ -39,22 +32,14 @@ class FusionOutput(ModelOutput):
 
 
 class LabelledRows:
-    """Labels and distributions of the labelled positions, and what becomes of them.
+    """Labels [N] and distributions (ids and probabilities [N, K]) of the labelled positions, and what becomes of them.
 
     An opaque object: a wrapper around lm_head (FSDP, mixed precision) neither casts nor splits what is in it.
     """
 
-    def __init__(
-        self,
-        labels_N: Tensor,
-        ids_NK: Tensor,
-        probs_NK: Tensor,
-        lm_loss_weight: float,
-        kind: str,
-        transform: LogitTransform,
-    ):
-        self.labels, self.ids, self.probs = labels_N, ids_NK, probs_NK
-        self.lm_loss_weight, self.kind, self.transform = lm_loss_weight, kind, transform
+    def __init__(self, labels: Tensor, ids: Tensor, probs: Tensor, weight: float, kind: str, transform: LogitTransform):
+        self.labels, self.ids, self.probs = labels, ids, probs
+        self.lm_loss_weight, self.kind, self.transform = weight, kind, transform
 
     def losses(self, hidden: Tensor, weight: Tensor, bias: Tensor | None):
         """(loss, lm_loss, fusion_loss) sums, with the gradient taken now."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fusechat_fuse.models.logit_transform import FAMILIES, LogitTransform, transform_of
+from fusechat_fuse.models.logit_transform import FAMILIES, transform_of
 from fusechat_fuse.training.head_loss import FusionOutput, LabelledRows
 from fusechat_fuse.training.loss import IGNORED
 
@@ -57,10 +57,7 @@ def takes_kept_logits(model: nn.Module) -> bool:
 
 
 def install_lean_head(model: nn.Module) -> None:
-    """Put the lean forward in front of the model's own (once); see the module's text.
-
-    Args:
-        model: a causal language model of a known family (`why_not_lean` is None), or a PEFT model around one; changed.
+    """Put the lean forward in front of the own one of a model for which `why_not_lean` is None (once).
 
     The installed forward takes, beside the model's own arguments: `shift_labels` [B, T], `target_ids` and
     `target_probs` [B, T, K], `lm_loss_weight`, `fusion_loss_type`; and then returns a `FusionOutput` of sums.
@@ -104,7 +101,7 @@ def _causal_forward(self, *args, shift_labels=None, target_ids=None, target_prob
     weight, kind = kwargs.pop("lm_loss_weight"), kwargs.pop("fusion_loss_type")
     hidden = self.model(*args, **{"use_cache": False, **kwargs}).last_hidden_state  # [B, T, D]
     columns = shift_labels, target_ids, target_probs
-    return _head_loss(self.lm_head, self._lean_head, hidden, *columns, weight, kind)  # pyright: ignore[reportCallIssue]
+    return _head_loss(self, hidden, columns, weight, kind)  # pyright: ignore[reportCallIssue]
 
 
 def _linear_forward(self, hidden, rows=None):
@@ -114,21 +111,13 @@ def _linear_forward(self, hidden, rows=None):
 
 
 @torch.compiler.disable
-def _head_loss(
-    lm_head: nn.Module,
-    transform: LogitTransform,
-    hidden_BTD: Tensor,
-    labels: Tensor,
-    ids: Tensor,
-    probs: Tensor,
-    lm_loss_weight: float,
-    kind: str,
-) -> FusionOutput:
+def _head_loss(model, hidden_BTD: Tensor, columns: tuple[Tensor, ...], weight: float, kind: str) -> FusionOutput:
+    (labels, ids, probs), lm_head = columns, model.lm_head
     at = (labels.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]  # [N]
     hidden = hidden_BTD.flatten(0, 1).index_select(0, at.to(hidden_BTD.device))  # [N, D]
     chosen = labels.reshape(-1)[at], ids.flatten(0, 1)[at], probs.flatten(0, 1)[at]
     labels_N, ids_NK, probs_NK = (x.to(hidden.device) for x in chosen)  # a model over several devices ends elsewhere
-    rows = LabelledRows(labels_N, ids_NK, probs_NK, lm_loss_weight, kind, transform)
+    rows = LabelledRows(labels_N, ids_NK, probs_NK, weight, kind, model._lean_head)
     if _is_bound(getattr(lm_head, "_fsdp_wrapped_module", lm_head)):
         return FusionOutput(*lm_head(hidden, rows=rows))
     return rows.recomputed(lm_head, hidden, HEAD_CALLS)

@@ -169,11 +169,7 @@ def picked_terms(at_label_N: Tensor, at_ids_NK: Tensor, lse_N: Tensor, probs_NK:
 def exp_to_gradient_(e_NV: Tensor, total_N1, labels_N, ids_NK, probs_NK, lm_weight, fusion_weight) -> Tensor:
     """In place: exp(z - c) -> (a + b m) softmax(z) - a e_y - b q, with a = `lm_weight`, b = `fusion_weight`.
 
-    Args:
-        e_NV: exp of the logits less any constant per row; changed.
-        total_N1: its sums over the vocabulary, or 1 where it is the softmax already.
-        labels_N, ids_NK, probs_NK: labels and distributions of these rows.
-        lm_weight, fusion_weight: numbers or 0-d tensors.
+    `total_N1` are the sums of `e_NV` over the vocabulary, or 1 where it is the softmax already.
     """
     e_NV.mul_((lm_weight + fusion_weight * probs_NK.sum(1, keepdim=True)) / total_N1)
     minus_a = -torch.as_tensor(lm_weight, dtype=e_NV.dtype, device=e_NV.device)

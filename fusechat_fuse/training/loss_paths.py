@@ -18,12 +18,7 @@ _OWN_LOGITS = {"kept": "the model's own logits of all labelled positions", "full
 
 
 def choose_loss_path(model, args) -> str:
-    """lean, kept or full; installs the lean head, or logs the reason why it is not used.
-
-    Args:
-        model: a causal language model or a PEFT model around one, not yet wrapped; changed where the path is lean.
-        args: FusionConfig.
-    """
+    """lean, kept or full; installs the lean head in a model not yet wrapped, or logs the reason why it is not used."""
     one_device = args.n_gpu <= 1
     if not args.lean_head:
         reason = "lean_head is off"
@@ -40,11 +35,7 @@ def choose_loss_path(model, args) -> str:
 
 
 def loss_sums(model, batch: dict, path: str, *, lm_loss_weight: float, kind: str):
-    """(FusionOutput of sums over the batch's labelled positions, auxiliary loss of a mixture of experts or None).
-
-    Args:
-        model: as training wrapped it. batch: of a FusionCollator. path: as `choose_loss_path` returned it.
-    """
+    """(FusionOutput of sums over the batch's labelled positions, auxiliary loss of a mixture of experts or None)."""
     arguments = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if path == "lean":
         columns = {name: batch[name] for name in FUSION_COLUMNS}

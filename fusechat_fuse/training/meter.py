@@ -11,11 +11,7 @@ from fusechat_fuse.training.loss import weighted_loss
 
 
 class FusionMeter:
-    """Sums of losses and of what the fusion function chose.
-
-    Args:
-        sources: names of the sources; more than one: the share of each is reported on its own.
-    """
+    """Sums of losses and of what the fusion function chose; of several `sources` the share of each."""
 
     def __init__(self, sources: list[str]):
         self.sources = sources

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import Flag, flags_of_fields
-from fusechat_fuse.presets import LOSS_KINDS, PRESETS
+from fusechat_fuse.presets import LOSS_KINDS, PRESETS, or_preset
 from fusechat_fuse.store.cross_entropy import CE_UNITS
 from fusechat_fuse.store.slices import COLUMNS
 from fusechat_fuse.training.choice import CHOICES, FALLBACKS, TAILS
@@ -189,6 +189,12 @@ class FusionOptions:
     length_column_name: str = option("num_tokens", "Column with the lengths for group_by_length.")
 
 
+def take_preset(options: Any) -> None:
+    """Give each option of FusionConfig or FusionCollator that is None its preset's value."""
+    given = {name: getattr(options, name) for name in PRESETS["fusechat"] if hasattr(options, name)}
+    vars(options).update(or_preset(options.preset, **given))
+
+
 def check_choices(options: Any) -> None:
     """Raise InputError where a value, of FusionConfig or FusionCollator, is none of its choices in FusionOptions."""
     for one in fields(FusionOptions):
@@ -198,12 +204,8 @@ def check_choices(options: Any) -> None:
 
 
 def train_flags(of_transformers: list[Flag]) -> dict[str, list[Flag]]:
-    """The flags of `fusechat-fuse train` by section.
-
-    Args:
-        of_transformers: TrainingArguments' own. A field of FusionOptions replaces the one of its name, except for
-            choices that it does not give.
-    """
+    """The flags of `fusechat-fuse train` by section: TrainingArguments' own, and FusionOptions', which replace them but
+    inherit their choices."""
     found = {flag.name: replace(flag, help=HELP.get(flag.name, flag.help)) for flag in of_transformers}
     for flag in (*flags_of_fields(TrainArguments), *flags_of_fields(FusionOptions)):
         inherited = found[flag.name].choices if flag.name in found else ()

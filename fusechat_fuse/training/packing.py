@@ -27,9 +27,8 @@ def check_packing(model, autocast: Callable[[], AbstractContextManager] = nullco
     """Raise InputError where a conversation's logits depend on the one packed before it, or position ids are refused.
 
     Args:
-        model: a causal language model or a PEFT model around one, on its device, not yet wrapped.
-        autocast: makes the context of training's arithmetic, taken where the model cannot run without (FlashAttention
-            over float32 weights).
+        model: on its device, not yet wrapped.
+        autocast: makes the context of training's arithmetic, for models that cannot run without (FlashAttention).
     """
     name = type(causal_model(model)).__name__
     if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters()):  # or ZeRO-3, FSDP2

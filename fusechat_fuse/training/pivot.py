@@ -24,9 +24,6 @@ OWN_FILES = """
 class PivotFiles:
     """A model directory or Hub name, read piece by piece; weights only by `load_model`.
 
-    Args:
-        name: directory or Hub name.
-        trust_remote_code: run code that comes with it.
     Raises: InputError where there is no model.
     """
 
@@ -44,12 +41,12 @@ class PivotFiles:
         """Short hash of the model, as representations record it."""
         return identify(self.name)["fingerprint"]
 
-    def check_data(self, data: Representation) -> None:
-        """Raise InputError unless the data's pivot has this model's vocabulary.
+    def load_model(self, **loading):
+        """The causal language model with its weights, as `loading.load_model` takes `loading`."""
+        return load_model(self.name, trust_remote_code=self.trust_remote_code, **loading)
 
-        Args:
-            data: aligned or combined data.
-        """
+    def check_data(self, data: Representation) -> None:
+        """Raise InputError unless the pivot of aligned or combined data has this model's vocabulary."""
         made_with = data.manifest.get("model") or {}
         there, rows = made_with.get("vocab_size"), self.config.get_text_config().vocab_size
         if there and there > rows:
@@ -73,10 +70,6 @@ class PivotFiles:
             f"tokenizer for {data.path}: expected the one of {self.name}, got data of another (hash {hashed[:8]}, "
             f"here {tokenizer_hash(self.tokenizer)[:8]}). Align to this pivot, or train the pivot of the data."
         )
-
-    def load_model(self, **loading):
-        """The causal language model with its weights, as `loading.load_model` takes `loading`."""
-        return load_model(self.name, trust_remote_code=self.trust_remote_code, **loading)
 
     def copy_files(self, output: Path) -> None:
         """Put the pivot's own tokenizer files, chat template and generation config into the target directory."""

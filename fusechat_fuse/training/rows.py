@@ -40,10 +40,7 @@ COLUMNS = {
 
 
 def as_documented(row) -> dict:
-    """A row with its documented names and numpy arrays, checked.
-
-    Raises: InputError naming the conversation and the column.
-    """
+    """A row with its documented names and numpy arrays, checked; InputError names conversation and column."""
     if not isinstance(row, Mapping):
         raise InputError(
             f"row for FusionCollator: expected an aligned row, got {type(row).__name__}. Pass a directory that align "

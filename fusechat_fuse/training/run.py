@@ -31,12 +31,7 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
 
     L = lambda mean(L_LM) + (1 - lambda) mean(L_fusion); lambda = `config.lm_loss_weight`; 1.0 is plain fine-tuning.
 
-    Args:
-        model_name_or_path: the pivot, a directory or a Hub name.
-        data_path: directory that `align` or `combine` wrote for this pivot.
-        config: FusionConfig; `config.output_dir` receives the target.
-        **options: the other fields of `TrainArguments` (eval_data_path, dtype, save_dtype, attn_implementation,
-            trust_remote_code, lora_r, lora_alpha, lora_dropout, lora_target_modules, load_in_4bit, overwrite).
+    Args: those of `TrainArguments`; `config.output_dir` receives the target.
 
     Returns:
         Metrics of the run (train_loss, train_runtime, eval_* where there is evaluation data), also in fusion_run.json.
@@ -69,13 +64,8 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
             push_target(config)
         return finished
     with leaves_no_empty_directory(run.path):
-        trainer = FusionTrainer(
-            _load(pivot, arguments, config),
-            config,
-            train_dataset=data,
-            eval_dataset=eval_data,
-            processing_class=pivot.tokenizer,
-        )
+        given = {"train_dataset": data, "eval_dataset": eval_data, "processing_class": pivot.tokenizer}
+        trainer = FusionTrainer(_load(pivot, arguments, config), config, **given)
     prepare_saving(trainer)
     if trainer.args.should_save:
         run.claim()

@@ -32,33 +32,27 @@ DECISIVE_WITH_EVALUATION = """
 
 
 class RunDirectory:
-    """`fusion_run.json` in the output directory: which run it is, and at the end its metrics.
-
-    Args:
-        config, arguments: FusionConfig and TrainArguments of the run.
-        pivot: PivotFiles.
-        data: the training data (Representation).
-        eval_data: the evaluation data, or None.
-    """
+    """`fusion_run.json` in the output directory: which run it is, and at the end its metrics."""
 
     def __init__(self, config, arguments, pivot, data, eval_data=None):
         self.config, self.arguments = config, arguments
         self.path = Path(config.output_dir)
         self.file = self.path / RUN_FILE
+        asked = str(config.resume_from_checkpoint or "")  # a checkpoint, or whether one is taken
+        self._asked = None if asked.lower() in ("", "true", "false") else asked
         self._inputs = {"pivot": pivot.name, "data": data.path, "evaluation data": getattr(eval_data, "path", None)}
         names = DECISIVE + (DECISIVE_WITH_EVALUATION if eval_data is not None else [])
         options = {name: _plain(getattr(config, name)) for name in names}
         options["conversations_per_step"] = config.conversations_per_step
         options |= {name: getattr(arguments, name) for name in DECISIVE_ARGUMENTS}
-        template = json.dumps(getattr(pivot.tokenizer, "chat_template", None), sort_keys=True)  # the target gets it
         self.identity = {
             "model": pivot.fingerprint,
-            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
-            "data": _content(data),
+            "chat_template": _digest(getattr(pivot.tokenizer, "chat_template", None)),  # the target gets it
+            "data": _digest(data.manifest["shards"]),  # what they are, not where they are
             "options": options,
         }
         if eval_data is not None:
-            self.identity["eval_data"] = _content(eval_data)
+            self.identity["eval_data"] = _digest(eval_data.manifest["shards"])
 
     def check(self) -> dict | None:
         """Whether the directory may be this run's; nothing is made or changed.
@@ -77,7 +71,12 @@ class RunDirectory:
             return None
         if there is not None and not there.get("finished") and not self._checkpoints():
             return None
-        check_claim(self.path, _names(self.identity), self._names_there, remedy=", or --overwrite to start anew")
+        check_claim(
+            self.path,
+            _names(self.identity),
+            lambda: (now := self._read()) and _names(now["identity"]),
+            remedy=", or --overwrite to start anew",
+        )
         if there is None or not there.get("finished"):
             return None
         if not any(self.path.glob("model*.safetensors")):
@@ -104,15 +103,9 @@ class RunDirectory:
                     "would replace. Choose another directory."
                 )
 
-    def _asked(self) -> str | None:
-        """The checkpoint that resume_from_checkpoint names."""
-        asked = self.config.resume_from_checkpoint
-        return None if not asked or str(asked).lower() in ("true", "false") else str(asked)
-
     def _check_asked(self) -> None:
         """A checkpoint that is asked for must be whole, of a run like this one, and not what --overwrite removes."""
-        asked = self._asked()
-        if asked is None:
+        if (asked := self._asked) is None:
             return
         if not (Path(asked) / "trainer_state.json").is_file():
             raise InputError(
@@ -140,8 +133,8 @@ class RunDirectory:
         """The checkpoint to continue from: the one asked for, else the last whole one; None: start at the beginning."""
         if str(self.config.resume_from_checkpoint).lower() == "false":
             return None
-        if (asked := self._asked()) is not None:
-            return asked
+        if self._asked is not None:
+            return self._asked
         for step, folder in self._checkpoints().items():
             if _whole(folder, step):
                 logger.info("Continuing after step %d, from %s.", step, folder)
@@ -163,10 +156,6 @@ class RunDirectory:
                 f"run file for {self.file}: expected what a run wrote, got something else. Make the directory anew."
             )
         return there
-
-    def _names_there(self) -> dict | None:
-        there = self._read()
-        return None if there is None else _names(there["identity"])
 
     def _write(self, content: dict) -> None:
         write_atomic(
@@ -193,9 +182,8 @@ def _names(identity: dict) -> dict:
     return {name: value for name, value in identity.items() if name != "options"} | identity.get("options", {})
 
 
-def _content(data) -> str:
-    """Aligned data in 16 hexadecimal digits: what its shards are, not where they are."""
-    return hashlib.sha256(json.dumps(data.manifest["shards"], sort_keys=True).encode()).hexdigest()[:16]
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value):

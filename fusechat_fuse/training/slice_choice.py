@@ -17,7 +17,7 @@ from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.store.slices import SliceChoice, choose_by_slice, name_slices, names_by_pattern, undecided_lines
 from fusechat_fuse.training.choice import require_columns
-from fusechat_fuse.training.dataset import bounded, check_not_empty
+from fusechat_fuse.training.dataset import bounded, check_not_empty, each_of
 from fusechat_fuse.training.rows import as_documented
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
     keys, own, ces = [], [], []
     needed = ("ce", "source_ce", *(("start", "end") if ce_unit == "byte" else ()))
     check_not_empty(data)
-    rows = chain.from_iterable(map(bounded, data.values())) if isinstance(data, dict) else bounded(data)
+    rows = chain.from_iterable(map(bounded, each_of(data)))
     for row in rows if hasattr(data, "__len__") else islice(rows, MAX_SAMPLED_ROWS):
         row = as_documented(row)
         require_columns(row, *needed)
@@ -81,25 +81,18 @@ def source_by_slice(data, *, ce_unit: str, column: str = "slice", pattern: str |
             sharpness, models = SHARPNESS[data.manifest["options"]["ce_unit"]], data.manifest["slice_models"]
             return SourceBySlice(SliceChoice(table), dict(zip(keys, own)), sharpness, models=models)
         own = name_slices(data, column=column, pattern=pattern)
-    else:
-        own = _names_of_rows([name for name, _ in keys], own, column, pattern)
-    return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
-
-
-def _names_of_rows(ids: list[str], own: list[str], column: str, pattern: str | None) -> list[str]:
-    """The slices of rows that are no store's, which have no prompts to find any in."""
-    if pattern is not None:
-        return names_by_pattern(ids, pattern, "the training data")
-    if column == "none":
-        return [""] * len(ids)
-    if column != "slice":
+    elif pattern is not None:
+        own = names_by_pattern([name for name, _ in keys], pattern, "the training data")
+    elif column == "none":
+        own = [""] * len(keys)
+    elif column != "slice":
         raise InputError(
             f"slice_column for rows in Python: expected slice or none, got {column!r}. Use one of them, or train on a "
             "directory that align or combine wrote."
         )
-    if not any(own):
+    elif not any(own):
         logger.warning("No row names a slice, and slices are found in directories of align and combine alone.")
-    return own
+    return SourceBySlice(choose_by_slice(own, np.array(ces).T), dict(zip(keys, own)), SHARPNESS[ce_unit], pattern)
 
 
 def format_slice_choice(chosen: SourceBySlice, models: list[str], ce_unit: str) -> str:

@@ -16,11 +16,7 @@ class StepLosses(TrainerCallback, ExportableState):
     """Sums losses on the device and reads them only when something is logged or saved; kept in every checkpoint."""
 
     def __init__(self):
-        self._log_every_step = False
-        self._begin(total=0.0, steps=0)
-
-    def _begin(self, total: float, steps: int) -> None:
-        self.total, self.steps = total, steps
+        self.total, self.steps, self._log_every_step = 0.0, 0, False
         self._losses: dict[int, torch.Tensor] = {}  # by step (from 1), on the device; not read yet
 
     def state(self) -> dict:
@@ -29,7 +25,7 @@ class StepLosses(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         kept_states: Any = state.stateful_callbacks  # by the callback's name
         kept = kept_states.get(type(self).__name__) if state.global_step else None
-        self._begin(**(kept["attributes"] if kept else {"total": 0.0, "steps": 0}))
+        vars(self).update(kept["attributes"] if kept else {"total": 0.0, "steps": 0}, _losses={})
         self._log_every_step = args.logging_strategy == "steps" and state.max_steps < state.logging_steps
         if self._log_every_step:
             logger.info(

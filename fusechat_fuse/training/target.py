@@ -34,11 +34,6 @@ def prepare_saving(trainer) -> None:
 def save_target(trainer, pivot, arguments, metrics: dict) -> None:
     """Weights (adapters merged in), the pivot's own tokenizer files and the model card, into the output directory.
 
-    Args:
-        trainer: FusionTrainer after training; of adapters, its model becomes the one with them merged in.
-        pivot: PivotFiles of the pivot.
-        arguments: TrainArguments of the run.
-        metrics: what the run returns.
     Raises: OSError naming the directory where it cannot be written; then no part of a target is left there.
     """
     output = Path(trainer.args.output_dir)
@@ -115,21 +110,6 @@ def tidy_saved(folder: Path, dtype: torch.dtype | None) -> None:
 
 
 @contextlib.contextmanager
-def without_token_warning() -> Iterator[None]:
-    """Leave out transformers' warning of new special tokens in the configuration: the target keeps the pivot's."""
-    transformers_logger = logging.getLogger("transformers.trainer_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "new PAD/BOS/EOS tokens" not in record.getMessage()
-
-    transformers_logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        transformers_logger.removeFilter(keep)
-
-
-@contextlib.contextmanager
 def unchanged_weights(model) -> Iterator[None]:
     """Around an evaluation that rounds the model in place (--bf16_full_eval): its exact weights come back after it."""
     exact = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*model.parameters(), *model.buffers())]
@@ -171,26 +151,24 @@ def cast_weights(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dic
     done: dict[tuple, torch.Tensor] = {}
     cast = {}
     for name, tensor in state_dict.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if not tensor.is_floating_point():
             cast[name] = tensor
-        elif tensor.numel() == 0 or key not in done:
-            cast[name] = done[key] = tensor.to(dtype)
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() == 0 or key not in done:
+            done[key] = tensor.to(dtype)
             if dtype == torch.float16 and not torch.isfinite(done[key]).all():
                 raise FloatingPointError(
                     f"weights for {name}: expected numbers within float16 (65504), got larger ones. "
                     "Give save_dtype bfloat16 or float32."
                 )
-        else:
-            cast[name] = done[key]
+        cast[name] = done[key]
     return cast
 
 
 def push_target(config) -> None:
     """Upload a finished target, whole and once, to the Hub repository that `hub_model_id` names (made if missing).
 
-    Args:
-        config: FusionConfig of the run.
     Raises: RuntimeError with the command to repeat by hand; the target is not touched.
     """
     from huggingface_hub import HfApi

@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer
 
 from fusechat_fuse.errors import InputError, writing
+from fusechat_fuse.training import target
 from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, collator_options, first_conversations, make_collator
@@ -29,16 +30,6 @@ from fusechat_fuse.training.meter import FusionMeter
 from fusechat_fuse.training.packing import check_packing
 from fusechat_fuse.training.slice_choice import format_slice_choice, source_by_slice
 from fusechat_fuse.training.step_losses import StepLosses
-from fusechat_fuse.training.target import (
-    as_pivot,
-    cast_weights,
-    check_loaded,
-    check_weights,
-    pivot_config,
-    tidy_saved,
-    unchanged_weights,
-    without_token_warning,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +93,8 @@ class FusionTrainer(Trainer):
         self._slice_options: dict | None = None  # what the choice by slice was made with
         self.slices: dict | None = None  # the choice: ce_unit, models, slices
         self._packing_checked: set[type] = set()  # model classes that keep packed conversations apart
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or make_collator(args, processing_class),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        data_collator = data_collator or make_collator(args, processing_class)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.model_accepts_loss_kwargs = True  # Trainer counts num_items_in_batch for us
         self.add_callback(StepLosses())
         self._prepare_collator()
@@ -132,7 +116,7 @@ class FusionTrainer(Trainer):
         if hasattr(model, "peft_config"):
             check_adapters(model)
             args.use_adapter_learning_rate()
-        self._pivot_config = pivot_config(model)
+        self._pivot_config = target.pivot_config(model)
         self.loss_path = choose_loss_path(model, args)
         low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if low and getattr(args, "deepspeed_plugin", None) is None and args.learning_rate < 1e-4:
@@ -173,15 +157,24 @@ class FusionTrainer(Trainer):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        with without_token_warning():
+        """As Trainer's, without its warning of new special tokens in the configuration: targets keep the pivot's."""
+
+        def keep(record: logging.LogRecord) -> bool:
+            return "new PAD/BOS/EOS tokens" not in record.getMessage()
+
+        transformers_logger = logging.getLogger("transformers.trainer_utils")
+        transformers_logger.addFilter(keep)
+        try:
             return super().train(*args, **kwargs)
+        finally:
+            transformers_logger.removeFilter(keep)
 
     def get_train_dataloader(self):
         self.args.check_fusion_values()
         self.args.fit_accumulation(self._train_batch_size)
         self._prepare_collator()
         if self.args.process_index == 0:  # on others they may not be loaded yet
-            check_loaded(self.model)
+            target.check_loaded(self.model)
         return super().get_train_dataloader()
 
     @property
@@ -251,7 +244,7 @@ class FusionTrainer(Trainer):
         """As Trainer's, with the loss as a mean over labelled tokens (not over batches) and the fusion figures."""
         self.meters["eval"].reset()
         rounds = not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
-        with unchanged_weights(self.model) if rounds else contextlib.nullcontext():
+        with target.unchanged_weights(self.model) if rounds else contextlib.nullcontext():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
@@ -317,7 +310,7 @@ class FusionTrainer(Trainer):
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         """As Trainer's, with the whole run's loss; raises where the weights are not finite or nothing was labelled."""
-        check_weights(self.model, self.accelerator)
+        target.check_weights(self.model, self.accelerator)
         output = super()._finalize_training(trial, num_train_samples, start_time)
         self._step_losses.check_learned(self.args)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -333,8 +326,8 @@ class FusionTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.save_dtype is not None:
-            state_dict = cast_weights(model.state_dict() if state_dict is None else state_dict, self.save_dtype)
-        with as_pivot(model, self._pivot_config):
+            state_dict = target.cast_weights(model.state_dict() if state_dict is None else state_dict, self.save_dtype)
+        with target.as_pivot(model, self._pivot_config):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
-            tidy_saved(folder, self.save_dtype)
+            target.tidy_saved(folder, self.save_dtype)

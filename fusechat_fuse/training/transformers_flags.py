@@ -52,16 +52,8 @@ def _flag(action: Any) -> Flag | None:
     return Flag(action.dest, as_phrase(help_text), kind, default, action.required, several, choices)
 
 
-def write_table() -> None:
-    """Write the table from the installed transformers."""
+if __name__ == "__main__":
     plain = {field.name: field.default for field in dataclasses.fields(Flag)}
     rows = [{k: v for k, v in dataclasses.asdict(flag).items() if v != plain[k]} for flag in installed_flags()]
     lines = ",\n".join(json.dumps(row) for row in rows)
-    TABLE.write_text(
-        f'{{"transformers": "{version("transformers")}", "flags": [\n{lines}\n]}}\n',
-        encoding="utf-8",
-    )
-
-
-if __name__ == "__main__":
-    write_table()
+    TABLE.write_text(f'{{"transformers": "{version("transformers")}", "flags": [\n{lines}\n]}}\n', encoding="utf-8")
