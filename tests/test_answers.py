@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
@@ -15,7 +15,7 @@ from fusechat_fuse.evaluation.generation import Answer, Generator
 from fusechat_fuse.evaluation.questions import read_questions
 from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.text.conversations import read_conversations
-from tests.helpers.real_tokenizers import tiny_bpe
+from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
 from tests.helpers.tiny_models import tiny_model
 
 CATEGORIES = ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem", "humanities")
@@ -163,11 +163,89 @@ def test_a_long_prompt_takes_no_room_from_its_batch(model, tmp_path):
     alone, together = ([line["choices"] for line in lines(tmp_path / f"{size}" / "m.jsonl")] for size in (1, 3))
     assert together == alone
     generator = Generator(load_model(model, dtype="auto"), tiny_bpe(), 100)
-    room = 256 - len(generator.prompt([{"role": "user", "content": turns[1]}]))
+    room = 256 - len(tiny_bpe()(generator.prompt([{"role": "user", "content": turns[1]}])).input_ids)
     assert 0 < room < 100  # the case that is meant
     cut = Generator(generator.model, tiny_bpe(), room)
     (short,) = cut.generate([[{"role": "user", "content": turns[0]}]], 0.0)
     assert len(alone[0][0]["turns"][0]) > len(short.text)  # what the room of the long prompt would have left of it
+
+
+def generator_of(tokenizer, rows: int, **settings) -> Generator:
+    model = tiny_model("Llama", vocab_size=rows)
+    model.generation_config = GenerationConfig(**settings)
+    return Generator(model, tokenizer, 8)
+
+
+PROMPTS = [[{"role": "user", "content": "say " * n}] for n in (1, 3, 7)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"max_time": 1e-9},
+    ],
+    ids=str,
+)
+def test_a_models_own_settings_leave_one_whole_answer_a_prompt(settings):
+    beams = {"num_beams": settings.get("num_beams", 1)}
+    found, plain = (generator_of(tiny_bpe(), 608, **one).generate(PROMPTS, 0.0) for one in (settings, beams))
+    assert found == plain
+    assert not any(answer.finished for answer in found)
+
+
+def test_a_stop_string_of_the_models_settings_ends_an_answer():
+    plain = [answer.text for answer in generator_of(tiny_bpe(), 608).generate(PROMPTS, 0.0)]
+    stop = plain[1][2:4]
+    found = generator_of(tiny_bpe(), 608, stop_strings=[stop]).generate(PROMPTS, 0.0)
+    assert stop in found[1].text
+    assert len(found[1].text) < len(plain[1])
+    assert [answer.finished for answer in found] == [stop in text for text in plain]
+
+
+def test_padding_beyond_the_embedding_is_not_used():
+    tokenizer = tiny_bpe()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    generator = generator_of(tokenizer, tokenizer.pad_token_id)  # ids below it have a row
+    together = generator.generate(PROMPTS, 0.0)
+    assert together == [generator.generate([prompt], 0.0)[0] for prompt in PROMPTS]
+
+
+def test_blanks_before_punctuation_are_the_models():
+    tokenizer = tiny_unigram()
+    tokenizer.clean_up_tokenization_spaces = True
+    generator, text = generator_of(tokenizer, 1000), "x != y , the word 'the'"
+    said = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+    def says(input_ids, **_):
+        return torch.cat([input_ids, said], dim=1)
+
+    generator.model.generate = says
+    assert generator.generate(PROMPTS[:1], 0.0)[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("opened", "begins"), [("<think>\n", "<think>\n"), ("<think>\n\n</think>\n\n", ""), ("", ""), ("<b>", "")]
+)
+def test_reasoning_that_the_prompt_opens_is_opened_in_the_answer(opened, begins):
+    tokenizer = tiny_bpe()
+    plain = generator_of(tokenizer, 608)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n'", f"assistant\n{opened}'")
+    generator = generator_of(tokenizer, 608)
+    assert generator.prompt(PROMPTS[0]) == plain.prompt(PROMPTS[0]) + opened
+    (answer,) = generator.generate(PROMPTS[:1], 0.0)
+    assert answer.text.startswith(begins)
+    assert ("<think>" in answer.text) == bool(begins)
+    assert len(answer.text) > len(begins)
+
+
+def test_the_date_of_a_prompt_is_not_todays():
+    tokenizer = tiny_bpe()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    assert generator_of(tokenizer, 608).prompt(PROMPTS[0]).startswith("26 Jul 2024\n")
 
 
 def change_template(folder):

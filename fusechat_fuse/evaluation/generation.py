@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fusechat_fuse.errors import first_line
 from fusechat_fuse.models.files import positions_of
 from fusechat_fuse.text.messages import Unusable
-from fusechat_fuse.text.templates import added_texts, native_template, special_texts
+from fusechat_fuse.text.templates import REASONING_MARKS, added_texts, native_template, special_texts
 
+_OPENED = re.compile(f"(?:{'|'.join(sorted(m for m in REASONING_MARKS if '/' not in m))})\\s*$")
+_ONE_ANSWER = {"num_return_sequences": 1, "return_dict_in_generate": False, "max_time": None}
+_ONE_ANSWER |= {"prompt_lookup_num_tokens": None}  # which takes no batch
 _PLACEHOLDER = "QZ1ZQ"  # stands for the answer in a rendered prompt
 
 
@@ -43,31 +46,30 @@ class Generator:
         found |= {tokenizer.eos_token_id, added_texts(tokenizer).get(self.template.end_of_turn)} - {None}
         self.ends = sorted(found)
         self.special = set(special_texts(tokenizer).values())
-        self.padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
+        rows, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+        self.padding = padding if padding is not None and padding < rows else self.ends[0]
         self.positions = positions_of(model.config)
 
-    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids up to where the answer begins. Raises: Unusable where the template refuses the messages."""
+    def prompt(self, messages: list[dict[str, str]]) -> str:
+        """The text up to where the answer begins. Raises: Unusable where the template refuses the messages."""
         if self.tokenizer.chat_template:
-            try:
-                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # a template is a program: division by zero, recursion, ...
-                raise Unusable("template", f"the chat template refuses the messages ({first_line(error)})") from error
-        else:
-            text = self.template.render([*messages, {"role": "assistant", "content": _PLACEHOLDER}]).partition(
-                _PLACEHOLDER
-            )[0]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+            return self.template.render(messages, generation_prompt=True)
+        whole = self.template.render([*messages, {"role": "assistant", "content": _PLACEHOLDER}])
+        return whole.partition(_PLACEHOLDER)[0]
 
     def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[Answer]:
-        """One answer per conversation, of as many tokens as its own prompt leaves positions for."""
-        prompts, answers = [], [Answer("", False)] * len(conversations)
+        """One answer per conversation, of as many tokens as its own prompt leaves positions for.
+
+        Where the prompt opens the answer's reasoning (`<think>`), the answer's text begins with that mark.
+        """
+        texts, answers = [], [Answer("", False)] * len(conversations)
         for n, messages in enumerate(conversations):
             try:
-                prompts.append(self.prompt(messages))
+                texts.append(self.prompt(messages))
             except Unusable:
-                prompts.append([])
+                texts.append("")
                 answers[n] = Answer("", False, "refused")
+        prompts = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         positions = self.positions or sys.maxsize
         rooms = [min(self.max_new_tokens, positions - len(prompt)) if prompt else 0 for prompt in prompts]
         together = [n for n, room in enumerate(rooms) if room == self.max_new_tokens]
@@ -75,7 +77,8 @@ class Generator:
             if rooms[group[0]] > 0:
                 found = self._complete([prompts[n] for n in group], rooms[group[0]], temperature)
                 for n, answer in zip(group, found, strict=True):
-                    answers[n] = answer
+                    opened = _OPENED.search(texts[n]) if answer.text else None
+                    answers[n] = replace(answer, text=opened[0] + answer.text) if opened else answer
         return answers
 
     def _complete(self, prompts: list[list[int]], room: int, temperature: float) -> list[Answer]:
@@ -97,13 +100,19 @@ class Generator:
                 max_new_tokens=room,
                 eos_token_id=self.ends,
                 pad_token_id=self.padding,
+                tokenizer=self.tokenizer,  # for stop strings
+                **_ONE_ANSWER,
                 **sampling,
             )
-        return [self._answer(made) for made in found[:, longest:].tolist()]
+        return [self._answer(made, room) for made in found[:, longest:].tolist()]
 
-    def _answer(self, made: list[int]) -> Answer:
-        """The answer of generated ids: the text before the first end of turn."""
-        end = next((n for n, token in enumerate(made) if token in self.ends), len(made))
-        text = self.tokenizer.decode(made[:end], skip_special_tokens=True).strip()
+    def _answer(self, made: list[int], room: int) -> Answer:
+        """The answer of generated ids: the text before the first end of turn, or up to a stop string of the model's
+        settings, after which there is padding or nothing."""
+        size = len(made)
+        while size and made[size - 1] == self.padding:
+            size -= 1
+        end = next((n for n, token in enumerate(made) if token in self.ends), size)
+        text = self.tokenizer.decode(made[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         problem = None if self.special.isdisjoint(made[:end]) else "special_token"
-        return Answer(text, end < len(made), problem)
+        return Answer(text, end < len(made) or len(made) < room, problem)
