@@ -154,8 +154,8 @@ MUTANTS = [
     ),
     Mutant(
         "store: scale of compact cross-entropies",
-        '(from_planes(inflate(row["c_ce"]), 4) / 2**13)',
-        '(from_planes(inflate(row["c_ce"]), 4) / 2**12)',
+        '(unpack(row["c_ce"], 4) / 2**13)',
+        '(unpack(row["c_ce"], 4) / 2**12)',
         "tests/test_format.py",
     ),
     Mutant(

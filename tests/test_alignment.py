@@ -357,11 +357,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_bpe, tiny_unigram, tmp_path
         "from fusechat_fuse.alignment.run import align\n"
         "from fusechat_fuse.store import shard_writer\n"
         "shard_writer.ROWS_PER_SHARD = 2\n"
-        "whole = job.Job.aligned\n"
-        "def slow(self, shard):\n"
+        "whole = job.Job.write\n"
+        "def slow(self, writer, shard):\n"
         "    time.sleep(float(sys.argv[2]))\n"
-        "    return whole(self, shard)\n"
-        "job.Job.aligned = slow\n"
+        "    return whole(self, writer, shard)\n"
+        "job.Job.write = slow\n"
         "align(*sys.argv[3:5], sys.argv[1], mapping='statistics')\n"
     )
 

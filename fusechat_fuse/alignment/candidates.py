@@ -25,16 +25,12 @@ _MARK = "▁".encode()
 
 @dataclass(frozen=True)
 class Stream:
-    """The predicted tokens of a batch, in order, with places on one line (`correspondence.line_up`).
-
-    ids, start, end, header: integers [P]; header counts the bytes a token has before its start (chat header or a '▁'
-    that stands for no byte).
-    """
+    """The predicted tokens of a batch, in order, with places on one line (`correspondence.line_up`); integers [P]."""
 
     ids: np.ndarray
     start: np.ndarray
     end: np.ndarray
-    header: np.ndarray
+    header: np.ndarray  # the bytes a token has before its start: chat header, or a '▁' that stands for no byte
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,36 +38,24 @@ class Stream:
 
 @dataclass(frozen=True)
 class SourceStream(Stream):
-    """A stream with the model's predictions.
+    """A stream with the model's predictions."""
 
-    ce: float [Q]; topk_ids: int [Q, K], -1: none; topk_logprobs: float [Q, K].
-    """
-
-    ce: np.ndarray
-    topk_ids: np.ndarray
-    topk_logprobs: np.ndarray
+    ce: np.ndarray  # float [Q]
+    topk_ids: np.ndarray  # int [Q, K], -1: none
+    topk_logprobs: np.ndarray  # float [Q, K]
 
 
 @dataclass
 class Vocabularies:
-    """Both vocabularies, as the mappings need them.
+    """Both vocabularies, as the mappings need them."""
 
-    Attributes:
-        pivot_bytes, source_bytes: by id, None for special tokens.
-        to_pivot: int32 [V_S], one pivot id each or -1; None where the mapping has no such map.
-        table: paths by source id; later rows hold the byte strings that `rows_of` spelled.
-        spell: spells byte strings that are no source token.
-        by_bytes: pivot id of each byte string.
-        identity: the two vocabularies are one.
-    """
-
-    pivot_bytes: list[bytes | None]
+    pivot_bytes: list[bytes | None]  # by id, None for special tokens
     source_bytes: list[bytes | None]
-    to_pivot: np.ndarray | None
-    table: PathTable
-    spell: Spell
-    by_bytes: dict[bytes, int] = field(default_factory=dict)
-    identity: bool = False
+    to_pivot: np.ndarray | None  # int32 [V_S], one pivot id each or -1; None where the mapping has no such map
+    table: PathTable  # by source id; later rows hold the byte strings that `rows_of` spelled
+    spell: Spell  # of byte strings that are no source token
+    by_bytes: dict[bytes, int] = field(default_factory=dict)  # pivot id of each byte string
+    identity: bool = False  # whether the two vocabularies are one
     _rows: dict[bytes, int] = field(default_factory=dict)
 
     def rows_of(self, spelled: list[bytes]) -> list[int]:
@@ -85,22 +69,13 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class Placement:
-    """The position of each source token relative to the pivot's tokens.
+    """The position of each source token relative to the pivot's tokens: integers [Q], and whether the text is known."""
 
-    Attributes:
-        first: int [Q], the first pivot token that starts in it (where none does, the first that starts after it).
-        inside: int [Q], how many pivot tokens start in it.
-        read: int [Q], its bytes before that start, or those that a pivot token which began earlier covers.
-        header: int [Q], header bytes of the pivot token that starts where it starts, else 0.
-        no_hole: bool [Q], False where a pivot token ends inside it and the next pivot token does not start at that end:
-            then it is unknown which bytes were read.
-    """
-
-    first: np.ndarray
-    inside: np.ndarray
-    read: np.ndarray
-    header: np.ndarray
-    no_hole: np.ndarray
+    first: np.ndarray  # the first pivot token that starts in it (where none does, the first that starts after it)
+    inside: np.ndarray  # how many pivot tokens start in it
+    read: np.ndarray  # its bytes before that start, or those that a pivot token which began earlier covers
+    header: np.ndarray  # header bytes of the pivot token that starts where it starts, else 0
+    no_hole: np.ndarray  # False: a pivot token ends inside it, and none starts there; which bytes were read is unknown
 
 
 @dataclass(frozen=True)
@@ -108,21 +83,14 @@ class Candidates:
     """The candidates of each source prediction, after the bytes before the first pivot start in its token.
 
     A candidate is *alive* if it begins with these bytes. The actual token always is; its probability stands apart.
-
-    Attributes:
-        probs: float64 [Q, C], P of the others, kept ones first; 0 for the actual token and for dead ones.
-        rows: int [Q, C], the path table's row for the rest of each candidate.
-        slot: int [Q], the column of the actual token: its own among the kept ones, else the last.
-        actual, log_actual: float64 [Q], P of the actual token, exp(-ce), and its logarithm.
-        alive: float64 [Q], sum of P over all that are alive, the actual one included.
     """
 
-    probs: np.ndarray
-    rows: np.ndarray
-    slot: np.ndarray
-    actual: np.ndarray
-    log_actual: np.ndarray
-    alive: np.ndarray
+    probs: np.ndarray  # float64 [Q, C], P of the others, kept ones first; 0 for the actual token and for dead ones
+    rows: np.ndarray  # int [Q, C], the path table's row for the rest of each candidate
+    slot: np.ndarray  # int [Q], the column of the actual token: its own among the kept ones, else the last
+    actual: np.ndarray  # float64 [Q], P of the actual token, exp(-ce)
+    log_actual: np.ndarray  # its logarithm
+    alive: np.ndarray  # float64 [Q], sum of P over all that are alive, the actual one included
 
 
 def place(pivot: Stream, source: Stream) -> Placement:
@@ -142,13 +110,7 @@ def place(pivot: Stream, source: Stream) -> Placement:
 
 
 def candidates_of(pivot: Stream, source: SourceStream, placement: Placement, vocab: Vocabularies) -> Candidates:
-    """The candidates of every source token, read up to the first pivot start in it.
-
-    Args:
-        pivot, source: borrowed.
-        placement: `place` of the two.
-        vocab: with `table` and `spell`; rows are added to the table.
-    """
+    """The candidates of every source token, read up to the first pivot start in it; adds rows to the path table."""
     Q, K = source.topk_ids.shape
     log_actual = -source.ce.astype(np.float64)  # [Q]
     actual = np.exp(log_actual)

@@ -107,16 +107,9 @@ def kept_mass(source: SourceStream, match: Correspondence, mapped: Mapped) -> np
 
 
 def certificate(counted: Mapping[str, float]) -> dict[str, float | int | None]:
-    """The figures from summed counts: shares of predicted tokens, mean mass, bits per byte, the gap.
+    """The figures from the sums over conversations of what `tally` counts; None where the divisor is 0.
 
-    Args:
-        counted: sums over conversations of what `tally` counts.
-
-    Returns:
-        predicted (count), coverage, and of the answered: exact, inside, safe, mean_mapped_mass, mean_kept_mass,
-        without_actual; one_hot (of all), covered_tokens (of all), covered_bytes (count), source_bits_per_byte,
-        aligned_bits_per_byte, gap_bits_per_byte, mean_abs_gap_bits_per_byte (of the conversations, where errors of
-        opposite sign do not cancel). None where the divisor is 0.
+    In mean_abs_gap_bits_per_byte, the mean over conversations, errors of opposite sign do not cancel.
     """
 
     def share(name: str, of: str) -> float | None:
@@ -143,13 +136,7 @@ def certificate(counted: Mapping[str, float]) -> dict[str, float | int | None]:
 
 
 def add_counts(info: dict, pivot_rows: list[dict], counted: dict[str, np.ndarray]) -> None:
-    """Add a batch's counts (`tally`) to a shard's, in place.
-
-    Args:
-        info: JSON-able: `sums`, slice -> name -> count; `worst`, the conversations of largest gap.
-        pivot_rows: the batch's conversations, of which `id` and `slice` are read.
-        counted: as `tally` gives it.
-    """
+    """Add a batch's counts (`tally`) to a shard's: `sums`, slice -> name -> count, and `worst`, the largest gaps."""
     names = np.array([row.get("slice") or "" for row in pivot_rows])
     for name in np.unique(names).tolist():
         sums = {key: float(values[names == name].sum()) for key, values in counted.items()}

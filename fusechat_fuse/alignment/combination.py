@@ -124,24 +124,15 @@ def _open_all(aligned_dirs, options: dict) -> list[Representation]:
 
 def _sources(part: Representation) -> list[dict]:
     """One description for each source of an aligned or combined directory."""
-    manifest = part.manifest
-    if manifest["kind"] == "combined":
-        return manifest["sources"]
-    options = manifest["options"]
-    return [
-        {
-            **manifest["source"],
-            "mapping": [options["mapping"], options["safe_only"], options.get("counts")],
-            "certificate": manifest["certificate"]["all"],
-        }
-    ]
+    if part.manifest["kind"] == "combined":
+        return part.manifest["sources"]
+    options, certificate = part.manifest["options"], part.manifest["certificate"]["all"]
+    mapping = [options["mapping"], options["safe_only"], options.get("counts")]
+    return [{**part.manifest["source"], "mapping": mapping, "certificate": certificate}]
 
 
-Places = list[tuple[int, int]]  # (directory, row) of one conversation in each directory that holds it
-
-
-def _places(parts: list[Representation]) -> list[Places]:
-    """The places of each conversation, in the order of its first occurrence."""
+def _places(parts: list[Representation]) -> list[list[tuple[int, int]]]:
+    """(directory, row) of each conversation in each directory that holds it, in the order of its first occurrence."""
     places, seen = defaultdict(list), defaultdict(Counter)
     for n, part in enumerate(parts):
         for i, key in enumerate(zip(part.ids, part.column("content_hash"))):
@@ -155,23 +146,13 @@ def _places(parts: list[Representation]) -> list[Places]:
 
 
 class Combination:
-    """The work of one run of `combine`.
-
-    Args:
-        parts: the aligned or combined directories.
-        options: function, ce_unit and, for min_ce_slice, slice_column and slice_pattern.
-
-    Attributes:
-        sources: one description for each source of all parts. offsets: where those of each part begin.
-        places: (directory, row) of each conversation. slices: for min_ce_slice, the slice of each.
-        identity: what decides the content.
-    """
+    """The work of one run of `combine`: aligned or combined directories, and the options that decide the content."""
 
     def __init__(self, parts: list[Representation], options: dict):
         self.parts, self.options = parts, options
         sources = [_sources(part) for part in parts]
         self.sources = list(chain.from_iterable(sources))
-        self.offsets = np.cumsum([0, *map(len, sources[:-1])]).tolist()
+        self.offsets = np.cumsum([0, *map(len, sources[:-1])]).tolist()  # where the sources of each part begin
         names = ("model", "model_fingerprint", "tokenizer", "data", "mapping")
         keys = [{name: source.get(name) for name in names} for source in self.sources]
         if twice := next((key for n, key in enumerate(keys) if key in keys[:n]), None):

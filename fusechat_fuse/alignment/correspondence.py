@@ -33,11 +33,10 @@ def message_of(place: np.ndarray | int):
 
 @dataclass(frozen=True)
 class Correspondence:
-    """kind uint8 [P] (NONE, EXACT: starts where a source token starts, INSIDE: starts within one) and source int64
-    [P], the index of that source token (-1 where none)."""
+    """How each pivot token starts (NONE, EXACT: where a source token starts, INSIDE: within one), and in which."""
 
-    kind: np.ndarray
-    source: np.ndarray
+    kind: np.ndarray  # uint8 [P]
+    source: np.ndarray  # int64 [P], the index of that source token, -1 where none
 
 
 def correspond(
@@ -51,9 +50,6 @@ def correspond(
     Args:
         pivot_start, pivot_end: int64 [P], places on one line (`line_up`), starts non-decreasing; borrowed.
         source_start, source_end: int64 [Q], likewise.
-
-    Returns:
-        Correspondence.
 
     Source: `docs/method.md`, "Positions".
     Differs from the released code, which aligns by dynamic time warping over decoded tokens.

@@ -33,23 +33,15 @@ _LEAST_MASS = 6e-8  # of a position with an answer: the smallest that float16 ke
 
 @dataclass
 class Job:
-    """The input of one run, shared by its processes; picklable.
-
-    Attributes:
-        pivot, source: the representations.
-        joined: (pivot row, source row) of each conversation that both have.
-        pair: the two tokenizers.
-        mapping, safe_only: options of `align`.
-        vocab: the vocabulary maps; not needed for counting.
-    """
+    """The input of one run, shared by its processes."""
 
     pivot: Representation
     source: Representation
-    joined: list[tuple[int, int]]
+    joined: list[tuple[int, int]]  # (pivot row, source row) of each conversation that both have
     pair: TokenizerPair
     mapping: Mapping
     safe_only: bool
-    vocab: Vocabularies | None = None
+    vocab: Vocabularies | None = None  # not needed for counting
 
     @property
     def needs_counts(self) -> bool:
@@ -75,8 +67,8 @@ class Job:
         if pivot_rows:
             yield pivot_rows, source_rows
 
-    def aligned(self, shard: int) -> tuple[list[dict], dict]:
-        """The aligned rows of one shard and its counts for the certificate."""
+    def write(self, writer: ShardWriter, shard: int) -> None:
+        """Align one shard and write it, with its counts for the certificate."""
         assert self.vocab is not None
         rows, info = [], {"sums": {}, "worst": []}
         for pivot_rows, source_rows in self.batches(shard):
@@ -84,11 +76,7 @@ class Job:
             mapped = align_batch(batch, self.pair, self.vocab, self.mapping, self.safe_only)
             add_counts(info, pivot_rows, tally(batch, mapped))
             rows += _aligned_rows(pivot_rows, source_rows, batch, mapped, one_hot=self.mapping.renormalised)
-        return rows, info
-
-    def write(self, writer: ShardWriter, shard: int) -> None:
-        """Align one shard and write it."""
-        writer.write(shard, *self.aligned(shard))
+        writer.write(shard, rows, info)
 
     def counts(self, shard: int) -> AlignedCounts:
         """How often each pair of pivot and source ids starts at the same byte, in one shard."""
@@ -152,12 +140,7 @@ def collect_counts(job: Job, folder: Path, processes: int) -> AlignedCounts:
     return total
 
 
-_work: Callable[[int], Any] | None = None  # set in each worker process
-
-
-def _start(work: Callable[[int], Any]) -> None:
-    global _work
-    _work = work
+_work: Callable[[int], Any] | None = None  # what forked processes call
 
 
 def _call(shard: int):
@@ -166,18 +149,19 @@ def _call(shard: int):
 
 
 def _each(work: Callable[[int], Any], shards: list[int], processes: int, title: str) -> list:
-    """work(shard) for each shard, in one process or several (`work` is then pickled); results in order of `shards`."""
+    """work(shard) for each shard, in one process or several that are forked; results in order of `shards`."""
     bar = partial(progress, total=len(shards), desc=title, unit="shard", show=len(shards) > 1)
     processes = min(processes, len(shards))
     if processes < 2:
         return list(bar(map(work, shards)))
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    global _work
+    _work, before = work, os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise a forked tokenizer warns
     try:
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with multiprocessing.get_context(method).Pool(processes, _start, (work,)) as pool:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
             return list(bar(pool.imap(_call, shards)))
     finally:
+        _work = None
         del os.environ["TOKENIZERS_PARALLELISM"]
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before

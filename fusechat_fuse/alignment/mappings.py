@@ -23,26 +23,19 @@ from fusechat_fuse.alignment.vocabulary_maps import AlignedCounts, exact_map, mi
 class Mapping:
     """One rule that maps a source's candidates to the pivot's tokens.
 
-    Attributes:
-        name: the value of `--mapping`.
-        summary: a few words for `--help`.
-        rows: computes the rows of a batch.
-        outcomes: for `inspect`, the pivot token that each candidate became, or the reason why none.
-        to_pivot: builds the map from source id to pivot id (int32 [V_S], -1: none) from the bytes of the source's and
-            the pivot's ids, the pivot's ids by their bytes, the counts if it needs them, and the number of threads;
-            None: the rows need no such map, only paths.
-        kept_on_disk: whether the map is cached on disk, since building it takes minutes.
-        needs_counts: whether the map depends on how often ids were aligned over the corpus.
-        renormalised: whether rows sum to 1; a position without an answer then has the one-hot row of the actual token.
+    to_pivot builds the map from source id to pivot id (int32 [V_S], -1: none) from the bytes of the source's and the
+    pivot's ids, the pivot's ids by their bytes, the counts if it needs them, and the number of threads; None: the rows
+    need no such map, only paths. Renormalised rows sum to 1, and a position without an answer is one-hot.
     """
 
-    name: str
-    summary: str
+    name: str  # the value of `--mapping`
+    summary: str  # a few words for `--help`
+    # the rows of a batch; for `inspect`, the pivot token that each candidate became, or the reason why none
     rows: Callable[[Stream, SourceStream, Correspondence, Vocabularies], Mapped]
     outcomes: Callable[[Stream, SourceStream, Correspondence, Vocabularies], list[list[Outcome]]]
     to_pivot: Callable[[list, list, dict, AlignedCounts | None, int], np.ndarray] | None = None
-    kept_on_disk: bool = False
-    needs_counts: bool = False
+    kept_on_disk: bool = False  # whether the map is cached, since building it takes minutes
+    needs_counts: bool = False  # whether the map depends on how often ids were aligned over the corpus
     renormalised: bool = False
 
 

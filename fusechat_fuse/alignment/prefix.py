@@ -98,20 +98,14 @@ def log_p_actual(
     pivot: Stream,
     source: SourceStream,
     candidates: Candidates,
-    p: np.ndarray,
-    q: np.ndarray,
-    on_actual: np.ndarray,
-    D: np.ndarray,
+    p: np.ndarray,  # int [n]
+    q: np.ndarray,  # int [n]
+    on_actual: np.ndarray,  # float64 [n, C]
+    D: np.ndarray,  # float64 [n]
 ) -> np.ndarray:
     """log p(y) for each pivot token p, which starts in source token q: the three cases of the module's text.
 
-    Args:
-        p, q: int [n].
-        on_actual: float64 [n, C], P of the other alive candidates whose next token is y, else 0.
-        D: float64 [n].
-
-    Returns:
-        float64 [n], -inf where there is no answer.
+    on_actual is P of the other alive candidates whose next token is y, else 0. -inf where there is no answer.
     """
     log = candidates.log_actual[q]
     inside = np.flatnonzero(pivot.end[p] < source.end[q])

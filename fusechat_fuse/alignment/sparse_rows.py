@@ -11,28 +11,19 @@ import numpy as np
 class Mapped:
     """The source's prediction at each pivot token: P sparse distributions over the pivot's vocabulary.
 
-    Attributes:
-        ids: int32 [P, C], -1: no entry.
-        probs: float64 [P, C].
-        log_actual: float64 [P], log of the source's probability of the actual pivot token; -inf: no answer.
-        answered: bool [P].
-        mass: float64 [P], the source's probability mass that was mapped.
-        kind: uint8 [P] as in Correspondence, NONE where not answered.
-        label_tail: float64 [P], for `fusion_tail label`: 0, the actual token was among the kept ones (or no answer);
-            1 + m, the label stands for the tail, m of its probability from kept candidates; -1, the label alone stands
-            (the row is conditional on the bytes read of the token, or it is an end of turn that the source did not
-            keep).
-        exact_actual: whether a row's probability of the actual token is the source's own, however small.
+    label_tail is for `fusion_tail label`: 0, the actual token was among the kept ones (or no answer); 1 + m, the label
+    stands for the tail, m of its probability from kept candidates; -1, the label alone stands (the row is conditional
+    on the bytes read of the token, or it is an end of turn that the source did not keep).
     """
 
-    ids: np.ndarray
-    probs: np.ndarray
-    log_actual: np.ndarray
-    answered: np.ndarray
-    mass: np.ndarray
-    kind: np.ndarray
-    label_tail: np.ndarray
-    exact_actual: bool = False
+    ids: np.ndarray  # int32 [P, C], -1: no entry
+    probs: np.ndarray  # float64 [P, C]
+    log_actual: np.ndarray  # float64 [P], log of the source's probability of the actual pivot token; -inf: no answer
+    answered: np.ndarray  # bool [P]
+    mass: np.ndarray  # float64 [P], the source's probability mass that was mapped
+    kind: np.ndarray  # uint8 [P] as in Correspondence, NONE where not answered
+    label_tail: np.ndarray  # float64 [P]
+    exact_actual: bool = False  # whether a row's probability of the actual token is the source's own, however small
 
     @classmethod
     def empty(cls, P: int, C: int) -> Mapped:

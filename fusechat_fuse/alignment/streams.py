@@ -15,22 +15,15 @@ from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair
 
 @dataclass
 class Batch:
-    """Two streams over the same conversations.
-
-    Attributes:
-        match, safe: the correspondence of the P pivot tokens, and which of their starts are safe (bool [P]).
-        conversation: int [P], of the batch, that a pivot token belongs to.
-        kept: bool [P_all], which of the pivot's predicted tokens are in the stream: those with bytes.
-        predicted: int [conversations], how many each has, those of no bytes too.
-    """
+    """Two streams over the same conversations."""
 
     pivot: Stream
     source: SourceStream
-    match: Correspondence
-    safe: np.ndarray
-    conversation: np.ndarray
-    kept: np.ndarray
-    predicted: np.ndarray
+    match: Correspondence  # of the P pivot tokens
+    safe: np.ndarray  # bool [P], which of their starts are safe
+    conversation: np.ndarray  # int [P], of the batch, that a pivot token belongs to
+    kept: np.ndarray  # bool [P_all], which of the pivot's predicted tokens are in the stream: those with bytes
+    predicted: np.ndarray  # int [conversations], how many each has, those of no bytes too
 
 
 def make_batch(pivot_rows: list[dict], source_rows: list[dict], pair: TokenizerPair) -> Batch:

@@ -33,20 +33,13 @@ _CACHE_VERSION = 2
 
 
 class Side:
-    """One tokenizer as alignment sees it.
-
-    Attributes:
-        bytes, pieces: [V] by id, None for special tokens; padded to the embedding's size.
-        end_of_turn, bos: ids, or None.
-        lengths, first_byte, last_byte: int [V] of `bytes`; 0, -1 and -1 for special tokens.
-        joined: bool [256, 256], `joined_bytes` of the vocabulary.
-    """
+    """One tokenizer as alignment sees it; lists and arrays are by id [V], padded to the embedding's size."""
 
     def __init__(self, representation: Representation, tokenizer):
         about, table = representation.manifest["tokenizer"], token_table(tokenizer)
         size = max(len(table.bytes), int(representation.manifest.get("model", {}).get("vocab_size") or 0))
         self.path, self.sha256 = representation.path, about["sha256"]
-        self.bytes = table.bytes + [None] * (size - len(table.bytes))
+        self.bytes = table.bytes + [None] * (size - len(table.bytes))  # None: special
         self.pieces = table.pieces + [None] * (size - len(table.pieces))
         self.end_of_turn, self.bos = about.get("end_of_turn_id"), about.get("bos_id")
         for name, role in {"end_of_turn_id": self.end_of_turn, "bos_id": self.bos}.items():
@@ -58,7 +51,7 @@ class Side:
                 self.bytes[role] = None
         self.lengths = np.array([len(piece or b"") for piece in self.bytes], np.int64)
         self.first_byte = np.array([piece[0] if piece else -1 for piece in self.bytes], np.int64)
-        self.last_byte = np.array([piece[-1] if piece else -1 for piece in self.bytes], np.int64)
+        self.last_byte = np.array([piece[-1] if piece else -1 for piece in self.bytes], np.int64)  # -1: special
         self.joined = joined_bytes(self.bytes)
 
     def check(self, row: dict) -> None:
@@ -79,12 +72,7 @@ class Side:
 
 
 class TokenizerPair:
-    """Both tokenizers, whether they share one vocabulary, and what the mappings need.
-
-    Args:
-        pivot, source: stores, in whose directories the tokenizers are read.
-        cache_dir: directory of the vocabulary maps; None: FUSECHAT_CACHE, else ~/.cache/fusechat.
-    """
+    """Both tokenizers, read in their stores' directories, whether they share one vocabulary, and what mappings need."""
 
     def __init__(self, pivot: Representation, source: Representation, cache_dir=None):
         tokenizer = read_tokenizer(pivot)
@@ -101,14 +89,8 @@ class TokenizerPair:
     def vocabularies(self, mapping: Mapping, counts: AlignedCounts | None = None, workers: int = 1) -> Vocabularies:
         """Maps of the pair for one mapping.
 
-        Args:
-            mapping: an entry of `MAPPINGS`.
-            counts: for one that needs them.
-            workers: threads.
-
-        Returns:
-            Vocabularies; special tokens are mapped by role (end of turn, BOS), or to the same id if the two
-            vocabularies are one and the piece is the same.
+        Special tokens are mapped by role (end of turn, BOS), or to the same id if the two vocabularies are one and the
+        piece is the same.
         """
         mine, theirs = self.pivot, self.source
         if self.identity:
@@ -177,10 +159,7 @@ def save_counts(path, counts: AlignedCounts, pair: TokenizerPair) -> None:
 
 
 def load_counts(path, pair: TokenizerPair) -> AlignedCounts:
-    """Counts that an earlier `align` wrote (`counts.safetensors`, or its directory).
-
-    Raises: InputError if they are damaged, cannot be read, or belong to another tokenizer pair.
-    """
+    """Counts that an earlier `align` wrote (`counts.safetensors`, or its directory), of the same tokenizers."""
     from safetensors import safe_open
 
     file = Path(path) / "counts.safetensors" if Path(path).is_dir() else Path(path)

@@ -5,6 +5,9 @@ Three maps from source id to pivot id, all by bytes (`tokens.TokenTable`), none 
     min_edit    else the pivot token at the least Levenshtein distance (in characters)
     statistics  else the pivot token most often aligned with it over the corpus
 Here -1 is "no pivot token". Special tokens are mapped by role, by the caller, never by name.
+
+Each takes `source_bytes` [V_S], the bytes of each source id (None: special), and `by_bytes`, the pivot id of each byte
+string (`preferred_ids`); statistics also `pivot_bytes` [V_P] and the counts. Each returns int32 [V_S].
 """
 
 from __future__ import annotations
@@ -29,20 +32,12 @@ def preferred_ids(pivot_bytes: Sequence[Bytes], is_byte_piece: Sequence[bool]) -
 
 
 def exact_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int]) -> np.ndarray:
-    """EM: the pivot token of the same bytes.
-
-    Args:
-        source_bytes: [V_S] bytes of each source id, None for special tokens.
-        by_bytes: pivot id of each byte string (`preferred_ids`).
-
-    Returns:
-        int32 [V_S], -1 where no pivot token has these bytes.
-    """
+    """EM: the pivot token of the same bytes; -1 where none has these bytes."""
     return np.array([by_bytes.get(piece, -1) if piece else -1 for piece in source_bytes], np.int32)
 
 
 def _characters(piece: bytes) -> str:
-    """Text for an edit distance: characters, and one symbol for each byte that is no part of one."""
+    """Characters, and one symbol for each byte that is no part of one."""
     return piece.decode("utf-8", "surrogateescape")
 
 
@@ -51,15 +46,7 @@ def min_edit_map(source_bytes: Sequence[Bytes], by_bytes: dict[bytes, int], *, w
 
     Distance 1, more than half of them, is looked up (`_one_edit_away`). For the rest pivot tokens are tried by length,
     nearest first, as a distance is at least the difference in length; a source token is settled once the next
-    difference exceeds its best distance. A progress bar shows how many are settled.
-
-    Args:
-        source_bytes: [V_S] bytes of each source id, None for special tokens.
-        by_bytes: pivot id of each byte string (`preferred_ids`).
-        workers: threads.
-
-    Returns:
-        int32 [V_S], -1 for special tokens only.
+    difference exceeds its best distance. A progress bar shows how many are settled. -1 is for special tokens only.
 
     Source: FuseLLM (arXiv 2401.10491) section 3.2. The released FuseChat code cannot run this mode.
     """
@@ -143,13 +130,10 @@ def _nearest(
 
 @dataclass
 class AlignedCounts:
-    """How often source id and pivot id were aligned over a corpus: sparse, sorted, summable.
+    """How often source id and pivot id were aligned over a corpus: sparse, sorted, summable."""
 
-    keys int64 [N] = source_id * pivot_size + pivot_id, ascending and unique; counts int64 [N].
-    """
-
-    keys: np.ndarray
-    counts: np.ndarray
+    keys: np.ndarray  # int64 [N] = source_id * pivot_size + pivot_id, ascending and unique
+    counts: np.ndarray  # int64 [N]
     pivot_size: int
 
     @classmethod
@@ -172,15 +156,8 @@ def statistics_map(
 ) -> np.ndarray:
     """MS: the same bytes if a pivot token has them, else the pivot token most often aligned with the source token.
 
-    Among pivot tokens aligned equally often the one at the least edit distance, then of the lowest id.
-
-    Args:
-        source_bytes, pivot_bytes: [V_S], [V_P] bytes of each id, None for special tokens.
-        by_bytes: pivot id of each byte string (`preferred_ids`).
-        counts: how often the two were aligned (`AlignedCounts`).
-
-    Returns:
-        int32 [V_S], -1 where no pivot token has the bytes and none was ever aligned with it.
+    Among pivot tokens aligned equally often the one at the least edit distance, then of the lowest id; -1 where no
+    pivot token has the bytes and none was ever aligned with the source token.
 
     Source: FuseChat (arXiv 2408.07990) section 3.2.
     Differs from the released code, where a larger count makes a pair *less* likely to be chosen.

@@ -46,30 +46,20 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model's weight counts and dimensions.
-
-    Attributes:
-        parameters: all weights. active: those below the head that one token uses (of experts, the routed ones).
-        head, largest: weights of the output head, of the largest tensor.
-        stored_bytes: bytes per weight in the checkpoint.
-    """
+    """A model's weight counts and dimensions."""
 
     parameters: int
-    active: int
+    active: int  # weights below the head that one token uses (of experts, the routed ones)
     head: int
-    largest: int
+    largest: int  # tensor
     hidden: int
     intermediate: int
     layers: int
     vocab_size: int
-    stored_bytes: int
+    stored_bytes: int  # per weight in the checkpoint
 
     def forward_flops(self, tokens: float, predicted: float) -> float:
-        """FLOPs of one forward pass.
-
-        Args:
-            tokens: padding included. predicted: predicted tokens among them.
-        """
+        """FLOPs of one forward pass over tokens, padding included, of which some are predicted."""
         return 2 * (self.active * tokens + self.head * predicted)
 
 
@@ -125,11 +115,7 @@ def bytes_of(dtype: str) -> int:
 
 
 def represent_memory(size: ModelSize, options: dict[str, Any], tokens: int, predicted: int, device: str) -> int:
-    """Memory of `represent`: weights, one layer's activations and one chunk of logits.
-
-    Args:
-        options: of `represent`. tokens, predicted: of the largest batch. device: cpu or gpu.
-    """
+    """Memory of `represent` in its largest batch: weights, one layer's activations and one chunk of logits."""
     of_weight = BYTES.get(options["dtype"], size.stored_bytes)
     activations = tokens * (6 * size.hidden + 3 * size.intermediate) * of_weight
     logits = min(_HEAD_CHUNK["represent"][device], 4 * predicted * size.vocab_size)
@@ -143,12 +129,8 @@ def _held(size: ModelSize, options: dict[str, Any], of_weight: int) -> int:
 
 
 def train_memory(size: ModelSize, options: dict[str, Any], tokens: int, device: str, shards: int = 1) -> int:
-    """Memory of one rank in training: its share of the training state, activations, one chunk of logits.
-
-    Args:
-        options: of `train`. tokens: of the largest batch, padding included. device: cpu or gpu.
-        shards: ranks that share the training state (FSDP, ZeRO-3).
-    """
+    """Memory of one rank in training, by the tokens of its largest batch: activations, one chunk of logits, and its
+    share of the training state where `shards` ranks share it (FSDP, ZeRO-3)."""
     of_weight, bf16 = bytes_of(options["dtype"]), device == "gpu" and options["bf16"] is not False
     trained = 0 if options["lora_r"] else size.parameters
     state = _held(size, options, of_weight) + 3 * trained * of_weight
@@ -172,11 +154,7 @@ def _checkpoints(options: dict[str, Any]) -> bool:
 
 
 def store_disk(conversations: int, row_bytes: int, options: dict[str, Any]) -> int:
-    """Disk space of a representation without its tokenizer.
-
-    Args:
-        row_bytes: of all rows in the plain encoding. options: of `represent`.
-    """
+    """Disk space of a representation without its tokenizer, from the bytes of all rows in the plain encoding."""
     shards = -(-conversations // options["shard_size"])
     rows = row_bytes * (_COMPACT if options["encoding"] == "compact" else 1)
     return round(rows) + conversations * _ROW + shards * _SHARD + _STORE
@@ -211,10 +189,7 @@ def memory_of_imports() -> int:
 
 
 def gpu_of(name: str) -> tuple[float, int]:
-    """Peak FLOPs per second and memory in bytes of a GPU.
-
-    Raises: InputError for an unknown one.
-    """
+    """Peak FLOPs per second and memory in bytes of a GPU; raises InputError for an unknown one."""
     if name.lower() not in GPUS:
         raise InputError(f"gpu for plan: expected one of {', '.join(GPUS)}, got {name!r}. Use the nearest.")
     flops, gib = GPUS[name.lower()]

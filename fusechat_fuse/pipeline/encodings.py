@@ -22,17 +22,12 @@ _DECISIVE = ("model_name_or_path", "data_path", *READING, "pivot_name_or_path", 
 
 @dataclass(frozen=True)
 class Encodings:
-    """Counts of the encoded conversations of a data set.
+    """Counts of the encoded conversations of a data set; arrays are int64 [n]."""
 
-    Attributes:
-        scale: conversations of the data set per conversation tried.
-        lengths, predicted, row_bytes: int64 [n]: tokens, predicted tokens, bytes of the row in the plain encoding.
-    """
-
-    scale: float
+    scale: float  # conversations of the data set per conversation tried
     lengths: np.ndarray
     predicted: np.ndarray
-    row_bytes: np.ndarray
+    row_bytes: np.ndarray  # in the plain encoding
 
     @property
     def conversations(self) -> int:
@@ -52,24 +47,17 @@ class Encodings:
 
 @dataclass
 class DataReader:
-    """Reads each data set once, and encodes it once per tokenizer, template and length.
+    """Reads each data set once, and encodes it once per tokenizer, template and length."""
 
-    Args:
-        sample: at most this many conversations of a data set are encoded, evenly spaced.
-    Attributes: warnings: sentences about skipped and truncated conversations. exact: whether all were encoded.
-    """
-
-    sample: int
-    warnings: list[str] = field(default_factory=list)
-    exact: bool = True
+    sample: int  # at most this many conversations of a data set are encoded, evenly spaced
+    warnings: list[str] = field(default_factory=list)  # sentences about skipped and truncated conversations
+    exact: bool = True  # whether all were encoded
     _read: dict[tuple, list[Conversation]] = field(default_factory=dict)
     _encoded: dict[tuple, Encodings] = field(default_factory=dict)
 
     def encodings(self, name: str, options: dict[str, Any]) -> Encodings:
-        """The data of a represent step in its model's tokens.
+        """The data of a represent step in its model's tokens; `name` is the step's, for warnings.
 
-        Args:
-            name: of the step, for warnings. options: all options of `represent`.
         Raises: InputError if `represent` will refuse the data, the tokenizer or the template.
         """
         key = tuple(str(options[name]) for name in _DECISIVE)

@@ -63,12 +63,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe, made by `read_recipe`.
-
-    Attributes:
-        answers: whose answers the data have in training: data (their own) or sources.
-        flags, launcher: by stage. merges: name -> (method, parameters).
-    """
+    """A checked recipe, made by `read_recipe`."""
 
     output_dir: Path
     pivot: Model
@@ -76,21 +71,18 @@ class Recipe:
     data: list[str]
     held_out: list[str]
     preset: str
-    answers: str
-    flags: dict[str, dict[str, Any]]
+    answers: str  # whose answers the data have in training: data (their own) or sources
+    flags: dict[str, dict[str, Any]]  # by stage
     plain: bool
     multi: bool
     targets: str
-    merges: dict[str, tuple[str, dict[str, Any]]]
-    launcher: dict[str, str]
+    merges: dict[str, tuple[str, dict[str, Any]]]  # name -> (method, parameters)
+    launcher: dict[str, str]  # by stage
     devices: list[str]
 
 
 def read_recipe(path) -> Recipe:
-    """Read and check a recipe.
-
-    Raises: InputError naming the file and the key.
-    """
+    """Read and check a recipe; raises InputError that names the file and the key."""
     return _Reader(str(path), read_yaml(path, "recipe")).recipe()
 
 

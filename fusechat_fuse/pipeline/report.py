@@ -39,13 +39,11 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 50, 30  # of a chart and its margins, in
 def write_report(
     recipe: Recipe, steps: list[Step], record: dict[str, Any], left_out: list[str], best: Best | None
 ) -> dict[str, Any]:
-    """Write `report.json` and `report.html` into the run's directory.
+    """Write `report.json` and `report.html` into the run's directory; returns what `report.json` holds.
 
     Args:
-        recipe, steps: of the run. record: the entries of `stages.json`, which hold the commands as they were run.
-        left_out: sentences on trainings that the run left out. best: the best result, if any is known.
-    Returns: what `report.json` holds: pivot, sources, preset, best, left_out, compare, certificates, losses, slices,
-        merges, held_out, commands, seconds; without the empty ones.
+        record: the entries of `stages.json`, which hold the commands as they were run.
+        left_out: sentences on trainings that the run left out.
     """
     home = recipe.output_dir
     models = [step.output for step in steps if step.stage == "train"]
@@ -95,11 +93,7 @@ def _coefficients(folder: Path) -> dict[str, Any] | None:
 
 
 def report_page(title: str, found: dict[str, Any]) -> str:
-    """The report as HTML.
-
-    Args:
-        title: of the page. found: what `report.json` holds.
-    """
+    """The report as HTML, from what `report.json` holds."""
     sources = ", ".join(f"{name} ({shown_name(model)})" for name, model in found["sources"].items())
     models = f"Pivot {shown_name(found['pivot'])}; sources {sources}; preset {found['preset']}."
     best = [*found["best"]["summary"], f"It is in {found['best']['path']}."] if "best" in found else []

@@ -16,16 +16,11 @@ from fusechat_fuse.store.files import read_json
 
 
 class Known(NamedTuple):
-    """The steps of a recipe, by what is known of its sources.
+    """The steps of a recipe, by what is known of its sources."""
 
-    Attributes:
-        steps: without the trainings that are left out. left_out: sentences on trainings that would equal plain
-            fine-tuning. notes: sentences on slices that take the choice of all data, and on `answers: sources`.
-    """
-
-    steps: list[Step]
-    left_out: list[str]
-    notes: list[str]
+    steps: list[Step]  # without the trainings that are left out
+    left_out: list[str]  # sentences on trainings that would equal plain fine-tuning
+    notes: list[str]  # sentences on slices that take the choice of all data, and on `answers: sources`
 
 
 def steps_now(recipe: Recipe, record: Record) -> Known:
@@ -56,11 +51,7 @@ def steps_now(recipe: Recipe, record: Record) -> Known:
 
 
 def equal_to_plain(recipe: Recipe, choices: list[dict[str, Any]]) -> dict[str, str]:
-    """The trainings that would equal plain fine-tuning, and why.
-
-    Args:
-        choices: of compare.json: one of each source, and one of all if there are several.
-    """
+    """The trainings that would equal plain fine-tuning, and why, by the choices of compare.json."""
     found = {}
     for (name, model), choice in zip(recipe.sources.items(), choices):
         if not choice["share"] and _takes_labels(recipe, model):

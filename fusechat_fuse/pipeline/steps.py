@@ -31,21 +31,16 @@ STAGES = ("answer", "represent", "compare", "align", "combine", "train", "merge"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a stage.
-
-    Attributes:
-        arguments: of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models. command: what is run.
-        files: path -> text, written before the step runs. derived: made from answers that the run itself made.
-    """
+    """One command of a stage."""
 
     stage: str
     name: str
-    arguments: list[str]
+    arguments: list[str]  # of `fusechat-fuse`; of a merge `merge`, mergekit's configuration, the models
     command: list[str]
     output: Path
     environment: dict[str, str] = field(default_factory=dict)
-    files: dict[Path, str] = field(default_factory=dict)
-    derived: bool = False
+    files: dict[Path, str] = field(default_factory=dict)  # path -> text, written before the step runs
+    derived: bool = False  # made from answers that the run itself made
 
     @property
     def key(self) -> str:

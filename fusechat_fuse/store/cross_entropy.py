@@ -14,13 +14,7 @@ CE_UNITS = ("token", "byte")
 
 
 def pivot_cross_entropy(row: dict, ce_unit: str) -> float:
-    """The pivot's CE of one conversation, from `ce` and, per byte, `start` and `end`.
-
-    Args:
-        row: an aligned row (documented names, numpy arrays), borrowed.
-        ce_unit: token or byte.
-    Returns: nats per unit; not a number where there is no text.
-    """
+    """The pivot's CE of an aligned row, from `ce` and, per byte, `start` and `end`: nats per unit, NaN without text."""
     ce = float(np.mean(row["ce"], dtype=np.float64))
     if ce_unit == "token":
         return ce

@@ -52,16 +52,27 @@ def decode_small(data, n: int) -> np.ndarray:
     return np.frombuffer(data, {1: "<u1", 2: "<u2", 4: "<i4"}[len(data) // n]).astype(np.int32)
 
 
-def to_planes(values: np.ndarray, width: int) -> bytes:
-    """Byte planes: all lowest bytes, then all second bytes, ...; what repeats stands together for the compressor."""
-    return np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)[:, :width].T.tobytes()
+def pack(values: np.ndarray, width: int) -> bytes:
+    """The length in four little-endian bytes, then, unless it is 0, byte planes as one zstd frame.
+
+    All lowest bytes, then all second bytes, ...: what repeats stands together for the compressor.
+    """
+    import pyarrow as pa
+
+    data = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)[:, :width].T.tobytes()
+    size = len(data).to_bytes(4, "little")
+    return size + pa.compress(data, codec="zstd", asbytes=True) if data else size
 
 
-def from_planes(data, width: int) -> np.ndarray:
-    """Inverse of `to_planes`: uint32 [n]."""
-    planes = np.frombuffer(data, np.uint8).reshape(width, -1)
-    values = np.zeros((planes.shape[1], 4), np.uint8)
-    values[:, :width] = planes.T
+def unpack(data, width: int) -> np.ndarray:
+    """Inverse of `pack`: uint32 [n]."""
+    import pyarrow as pa
+
+    data = bytes(data)
+    size = int.from_bytes(data[:4], "little")
+    planes = pa.decompress(data[4:], decompressed_size=size, codec="zstd", asbytes=True) if size else b""
+    values = np.zeros((size // width, 4), np.uint8)
+    values[:, :width] = np.frombuffer(planes, np.uint8).reshape(width, -1).T
     return values.view("<u4").reshape(-1)
 
 
@@ -76,19 +87,3 @@ def from_levels(levels: np.ndarray) -> np.ndarray:
     """Inverse of `to_levels`: log-probabilities <= 0, float64."""
     octave = np.maximum(levels // _LEVELS - 1, 0)
     return -(levels / _LEVELS - octave) * 2.0**octave
-
-
-def deflate(data: bytes) -> bytes:
-    """The length in four little-endian bytes, then, unless it is 0, the bytes as one zstd frame."""
-    import pyarrow as pa
-
-    size = len(data).to_bytes(4, "little")
-    return size + pa.compress(data, codec="zstd", asbytes=True) if data else size
-
-
-def inflate(data) -> bytes:
-    """Inverse of `deflate`."""
-    import pyarrow as pa
-
-    size = int.from_bytes(bytes(data[:4]), "little")
-    return pa.decompress(bytes(data[4:]), decompressed_size=size, codec="zstd", asbytes=True) if size else b""

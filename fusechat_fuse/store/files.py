@@ -44,12 +44,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def replace_into(aside: Path, folder: Path, *, last: str) -> None:
-    """Move everything in `aside`, a directory within `folder`, into `folder`, and remove `aside`.
+    """Flush all files in `aside`, a directory within `folder`, move all into `folder`, and remove `aside`.
 
-    Args:
-        aside: directory; its files are flushed to disk first.
-        folder: destination; files and directories of the same names are replaced.
-        last: name of the file that marks the others as complete.
+    Files and directories of the same names are replaced; the file `last`, moved last, marks the others as complete.
     """
     for file in aside.rglob("*"):
         if file.is_file():
@@ -82,12 +79,7 @@ def read_json(path: Path, what: str, object_hook: Callable[[dict], dict] | None 
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        what: the file's name in the error, such as "recipe".
-    Raises: InputError where it cannot be read, or is no mapping of names to values.
-    """
+    """The mapping in a YAML file; InputError, where it is none or cannot be read, names it as `what`."""
     import yaml
 
     try:
@@ -114,11 +106,7 @@ def file_sha256(path: Path) -> str:
 
 
 def short_digest(content: bytes | str | hashlib._Hash) -> str:
-    """The first 16 hexadecimal digits of a SHA-256.
-
-    Args:
-        content: what to digest (a text as UTF-8), or a hashlib object that has read it.
-    """
+    """The first 16 hexadecimal digits of the SHA-256 of bytes or a text, or of a hashlib object that has read them."""
     if isinstance(content, str):
         content = content.encode()
     digest = hashlib.sha256(content) if isinstance(content, bytes) else content

@@ -38,12 +38,7 @@ def prompts(data: Representation) -> list[str]:
 
 
 def cluster(texts: Sequence[str], *, seed: int = 0) -> list[str]:
-    """Texts of one kind get one name.
-
-    Args:
-        texts: [N]. seed: of the decomposition and k-means.
-    Returns: the cluster's name for each text; "" for all where they are too few, or too much alike, to divide.
-    """
+    """The cluster's name for each text; "" for all where they are too few, or too much alike, to divide."""
     k = min(MAX_CLUSTERS, len(texts) // PER_CLUSTER)
     if k < 2:
         return [""] * len(texts)

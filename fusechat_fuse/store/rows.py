@@ -17,14 +17,12 @@ import numpy as np
 from fusechat_fuse.store.fields import (
     decode_ids,
     decode_small,
-    deflate,
     encode_ids,
     encode_small,
     from_levels,
-    from_planes,
-    inflate,
+    pack,
     to_levels,
-    to_planes,
+    unpack,
 )
 
 SOURCE_ARRAYS = {"source_token_ce": np.float32, "mapped_mass": np.float16, "label_tail": np.float16}
@@ -80,10 +78,10 @@ def _encode_table(row: dict, encoding: str) -> dict[str, bytes]:
         raise ValueError(f"topk_logprobs of {row['id']!r}: expected each row descending")
     fine = np.minimum(np.rint(np.asarray(ce, np.float64) * 2**13), 2**32 - 1)
     return {
-        "c_input_ids": deflate(to_planes(row["input_ids"], 3)),
-        "c_topk_ids": deflate(to_planes(np.asarray(ids).T.reshape(-1), 3)),
-        "c_topk_levels": deflate(to_planes(levels.T.reshape(-1), 2)),
-        "c_ce": deflate(to_planes(fine.astype(np.uint32), 4)),
+        "c_input_ids": pack(row["input_ids"], 3),
+        "c_topk_ids": pack(np.asarray(ids).T.reshape(-1), 3),
+        "c_topk_levels": pack(levels.T.reshape(-1), 2),
+        "c_ce": pack(fine.astype(np.uint32), 4),
     }
 
 
@@ -95,13 +93,13 @@ def _decode_table(row: dict, P: int) -> dict[str, np.ndarray]:
             "topk_logprobs": np.frombuffer(row["topk_logprobs"], "<f2").reshape(P, -1).copy(),
             "ce": np.frombuffer(row["ce"], "<f4").copy(),
         }
-    levels = from_planes(inflate(row["c_topk_levels"]), 2).reshape(-1, P).T.astype(np.int64)
-    ids = from_planes(inflate(row["c_topk_ids"]), 3).reshape(-1, P).T
+    levels = unpack(row["c_topk_levels"], 2).reshape(-1, P).T.astype(np.int64)
+    ids = unpack(row["c_topk_ids"], 3).reshape(-1, P).T
     return {
-        "input_ids": from_planes(inflate(row["c_input_ids"]), 3).astype(np.int32),
+        "input_ids": unpack(row["c_input_ids"], 3).astype(np.int32),
         "topk_ids": np.ascontiguousarray(ids, np.int32),
         "topk_logprobs": np.ascontiguousarray(from_levels(np.cumsum(levels, axis=1)), np.float16),
-        "ce": (from_planes(inflate(row["c_ce"]), 4) / 2**13).astype(np.float32),
+        "ce": (unpack(row["c_ce"], 4) / 2**13).astype(np.float32),
     }
 
 

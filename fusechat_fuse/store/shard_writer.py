@@ -134,13 +134,7 @@ class ShardWriter:
         return left
 
     def write(self, shard: int, rows: list[dict], info: dict | None = None) -> None:
-        """Write one shard whole or not at all.
-
-        Args:
-            shard: number of the shard, from 0.
-            rows: documented rows (names as in `encode_row`), possibly none.
-            info: JSON-able, stored beside the shard (e.g. what was skipped); `.info(shard)` returns it.
-        """
+        """Write one shard of documented rows, possibly none, whole or not at all; `info` is stored beside it."""
         if self._claimed_identity() != self.identity:
             raise InputError(
                 f"output directory for {self.path}: expected this run's identity, got another run's. Choose another."
@@ -168,12 +162,12 @@ class ShardWriter:
         if missing:
             raise RuntimeError(f"{self.path}: shards {missing[:5]} of {num_shards} are missing")
         infos = [self.info(shard) for shard in range(num_shards)]
-        files = [(f"shard-{n:05d}.arrow", info) for n, info in enumerate(infos) if info["sha256"]]
-        if not files:
+        written = [(self._file(n, "arrow").name, info) for n, info in enumerate(infos) if info["sha256"]]
+        shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in written]
+        if not shards:
             raise InputError(
                 f"data for {self.path}: expected at least one usable conversation, got none. See skipped.jsonl."
             )
-        shards = [{"file": name, "rows": info["rows"], "sha256": info["sha256"]} for name, info in files]
         manifest = {**manifest, "kind": self.kind, "encoding": self.encoding, "schema_version": SCHEMA_VERSION}
         manifest |= {"counts": {**_totals(infos), **manifest.get("counts", {})}, "shards": shards}
         manifest["files"] = {
@@ -185,7 +179,7 @@ class ShardWriter:
         places = [self.path / name for name in ("dataset_info.json", "state.json", "README.md", "manifest.json")]
         if all(place.exists() for place in places) and places[-1].read_bytes() == json_bytes(manifest):
             return
-        schema = pa.ipc.open_stream(pa.memory_map(str(self.path / files[0][0]))).schema
+        schema = pa.ipc.open_stream(pa.memory_map(str(self.path / shards[0]["file"]))).schema
         for name, content in _for_datasets(shards, schema).items():
             write_atomic(self.path / name, json_bytes(content))
         write_atomic(self.path / "README.md", dataset_card(manifest, schema.names).encode())

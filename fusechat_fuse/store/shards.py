@@ -74,12 +74,8 @@ class Representation:
         Raises: InputError with the name of the first damaged shard.
         """
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._check_shard, range(len(self._ends))))
+            list(pool.map(lambda shard: self._check(shard["file"], shard["sha256"]), self.manifest["shards"]))
         return self
-
-    def _check_shard(self, number: int) -> None:
-        shard = self.manifest["shards"][number]
-        self._check(shard["file"], shard["sha256"])
 
     def _check(self, name: str, sha256: str | None) -> None:
         file = self.path / name
@@ -125,12 +121,11 @@ class Representation:
         number = int(np.searchsorted(self._ends, index, side="right"))
         local = index - (int(self._ends[number - 1]) if number else 0)
         if number not in self._checked:
-            self._check_shard(number)
+            shard = self.manifest["shards"][number]
+            self._check(shard["file"], shard["sha256"])
             self._checked.add(number)
         _, columns = self._shard(number)
-        return {
-            name: column[local].as_buffer() if binary else column[local].as_py() for name, column, binary in columns
-        }
+        return {name: of[local].as_buffer() if binary else of[local].as_py() for name, of, binary in columns}
 
     def __getitem__(self, index: int) -> dict:
         stored = self.stored_row(index)
@@ -168,11 +163,8 @@ class Representation:
         """Number of tokens of every row (int64 [rows]), without decoding the rows."""
         return np.asarray(self.column("num_tokens"))
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["path"])
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path,)
 
     def __repr__(self) -> str:
         return f"Representation({str(self.path)!r}, {self.manifest['kind']}, {len(self)} conversations)"

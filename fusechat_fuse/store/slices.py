@@ -160,9 +160,7 @@ def _automatic(data: Representation) -> list[str]:
 def names_by_pattern(ids: Sequence[str], pattern: str, where: str) -> list[str]:
     """The first group, or else the whole match, of a regular expression in each id; "" where it does not match.
 
-    Args:
-        where: what the ids are of, for errors.
-    Raises: InputError for a pattern that is none or matches no id.
+    Raises: InputError, which says where the ids are of, for a pattern that is none or matches no id.
     """
     try:
         compiled = re.compile(pattern)

@@ -16,20 +16,12 @@ _FOLDER, _FILE = "tokenizer", "tokenizer/tokenizer.json"
 
 
 def save_tokenizer(tokenizer, path) -> None:
-    """Write a tokenizer into a store, as `tokenizer/`, complete or not at all.
-
-    Args:
-        tokenizer: transformers fast tokenizer; borrowed.
-        path: the store's directory.
-    """
+    """Write a fast tokenizer of transformers into a store, as `tokenizer/`, complete or not at all."""
     _put(Path(path), tokenizer.save_pretrained)
 
 
 def copy_tokenizer(source: Representation, target) -> None:
-    """Copy the tokenizer of one store into another, complete or not at all.
-
-    Raises: InputError if a file of it is damaged.
-    """
+    """Copy the tokenizer of one store into another, complete or not at all; InputError if a file is damaged."""
 
     def fill(staging: Path) -> None:
         for name in source.manifest["files"]:
