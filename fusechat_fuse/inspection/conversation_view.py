@@ -6,7 +6,7 @@ aligned, whose path is in the manifest, and aligned again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -20,7 +20,7 @@ from fusechat_fuse.alignment.tokenizer_pair import Side, TokenizerPair, load_cou
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.tokenizers import read_tokenizer
-from fusechat_fuse.text.tokens import token_table
+from fusechat_fuse.text.tokens import TokenTable, token_table
 
 Names = Callable[[int], str]  # id -> readable text
 CLASSES = {EXACT: "exact", INSIDE: "inside"}
@@ -36,13 +36,13 @@ def readable(piece: bytes | None) -> str:
     )
 
 
-def names_of(pieces: Sequence[str | None], spelled: Sequence[bytes | None]) -> Names:
-    """Readable text for the ids of one tokenizer, by their pieces and bytes (`text.tokens.TokenTable`)."""
+def names_of(tokenizer: TokenTable | Side) -> Names:
+    """Readable text for the ids of one tokenizer, by their pieces and bytes."""
 
     @cache
     def name(i: int) -> str:
-        piece = pieces[i] if 0 <= i < len(pieces) else None
-        own = None if piece is None else spelled[i]
+        piece = tokenizer.pieces[i] if 0 <= i < len(tokenizer.pieces) else None
+        own = None if piece is None else tokenizer.bytes[i]
         return f"#{i}" if piece is None else piece if own is None else readable(own)
 
     return name
@@ -50,8 +50,7 @@ def names_of(pieces: Sequence[str | None], spelled: Sequence[bytes | None]) -> N
 
 def names_in(store: Representation) -> Names:
     """Readable text for the ids of the tokenizer in a store."""
-    table = token_table(read_tokenizer(store))
-    return names_of(table.pieces, table.bytes)
+    return names_of(token_table(read_tokenizer(store)))
 
 
 def conversation_view(opened: Representation, number: int, source_representation=None, *, required=True) -> dict:
@@ -82,8 +81,7 @@ def conversation_view(opened: Representation, number: int, source_representation
     mapped = align_batch(batch, pair, vocab, mapping, manifest["options"]["safe_only"])
     outcomes = mapping.outcomes(batch.pivot, batch.source, batch.match, vocab)
     probs = np.exp(batch.source.topk_logprobs.astype(np.float64))  # [Q, K]
-    pivot_name = names_of(pair.pivot.pieces, pair.pivot.bytes)
-    source_name = names_of(pair.source.pieces, pair.source.bytes)
+    pivot_name, source_name = names_of(pair.pivot), names_of(pair.source)
     source_tokens = [
         {"text": _own_text(pair.source, batch.source, q, source_name), "ce": float(ce)}
         for q, ce in enumerate(batch.source.ce)

@@ -99,24 +99,19 @@ if (tokens.length) { tokens[0].tabIndex = 0; show(0); }
 """
 
 
-def _line(view: dict, numbers: list[int], side: str) -> str:
-    cells = []
-    for n in numbers:
-        if side == "pivot":
-            token = view["tokens"][n]
-            label = html.escape(f"{token['text']}, {token['class']}{', safe' if token['safe'] else ''}", quote=True)
-            cells.append(
-                f'<span class="token {token["class"]}" id="p{n}" role="button" tabindex="-1" aria-label="{label}">'
-                f"{html.escape(token['text'])}</span>"
-            )
-        else:
-            text = html.escape(view["source_tokens"][n]["text"])
-            cells.append(f'<span class="token" id="s{n}">{text}</span>')
-    return f'<span class="line {side}">{"".join(cells) or "&nbsp;"}</span>'
-
-
 def _stretch(view: dict, stretch: dict) -> str:
-    lines = _line(view, stretch["pivot"], "pivot") + _line(view, stretch["source"], "source")
+    """Two lines of tokens over the same text."""
+    cells: dict[str, list[str]] = {"pivot": [], "source": []}
+    for n in stretch["pivot"]:
+        token = view["tokens"][n]
+        label = html.escape(f"{token['text']}, {token['class']}{', safe' if token['safe'] else ''}")
+        cells["pivot"].append(
+            f'<span class="token {token["class"]}" id="p{n}" role="button" tabindex="-1" aria-label="{label}">'
+            f"{html.escape(token['text'])}</span>"
+        )
+    for n in stretch["source"]:
+        cells["source"].append(f'<span class="token" id="s{n}">{html.escape(view["source_tokens"][n]["text"])}</span>')
+    lines = "".join(f'<span class="line {side}">{"".join(of) or "&nbsp;"}</span>' for side, of in cells.items())
     ends = any("⏎" in view["tokens"][n]["text"] for n in stretch["pivot"])
     return f'<span class="stretch">{lines}</span>' + ('<span class="break"></span>' if ends else "")
 

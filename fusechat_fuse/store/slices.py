@@ -135,18 +135,10 @@ def name_slices(data: Representation, *, column: str = "slice", pattern: str | N
         return [""] * len(data)
     if column == "slice" and any(names := own_slices(data)):
         return names
-    if column in COLUMNS:
-        return _automatic(data)
-    raise InputError(f"value for slice_column: expected one of {', '.join(COLUMNS)}, got {column!r}. Use one of them.")
-
-
-def own_slices(data: Representation) -> list[str]:
-    """The slice that each row of a store names, "" where it names none."""
-    return [name or "" for name in data.column("slice")]
-
-
-def _automatic(data: Representation) -> list[str]:
-    """Clusters of the prompts."""
+    if column not in COLUMNS:
+        raise InputError(
+            f"value for slice_column: expected one of {', '.join(COLUMNS)}, got {column!r}. Use one of them."
+        )
     if len(data) < 2 * PER_CLUSTER:
         return [""] * len(data)
     names = cluster(prompts(data))
@@ -155,6 +147,11 @@ def _automatic(data: Representation) -> list[str]:
         listed = ", ".join(f"{name} ({count})" for name, count in found.most_common())
         logger.info("%s: no slices are named; these were found among the prompts: %s", data.path, listed)
     return names
+
+
+def own_slices(data: Representation) -> list[str]:
+    """The slice that each row of a store names, "" where it names none."""
+    return [name or "" for name in data.column("slice")]
 
 
 def names_by_pattern(ids: Sequence[str], pattern: str, where: str) -> list[str]:
