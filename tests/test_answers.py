@@ -501,3 +501,9 @@ def test_no_prompts_of_data_are_no_answers_and_no_model_is_loaded(model, tmp_pat
     (tmp_path / "d.jsonl").write_text("")
     assert answer(model, tmp_path / "d.jsonl", tmp_path / "a.jsonl", benchmark="data")["questions"] == 0
     assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+def test_several_processes_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Process, "current", classmethod(lambda cls: cls(count=2)))
+    with pytest.raises(InputError, match=r"answer in 2 processes: expected one\. Start it without a launcher"):
+        answer(model, mt_bench(tmp_path / "q.jsonl"), tmp_path / "m.jsonl", benchmark="mt_bench")

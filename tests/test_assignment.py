@@ -66,7 +66,9 @@ def test_a_conversation_goes_to_the_model_that_is_selected_for_its_slice(tmp_pat
     assert lines(tmp_path / "out" / "one.jsonl") == [
         {"id": f"c{n}", "slice": "chinese", "messages": rows[n]["messages"]} for n in range(12)
     ]
-    assert [one["id"] for one in lines(tmp_path / "out" / "pivot.jsonl")] == [f"c{n}" for n in range(12, 28)]
+    kept = lines(tmp_path / "out" / "pivot.jsonl")
+    assert [one["id"] for one in kept] == [f"c{n}" for n in range(12, 28)]
+    assert {one["answered_by"] for one in kept} == {"data"}
     assert (tmp_path / "out" / "two.jsonl").read_text() == ""
     table = json.loads((tmp_path / "out" / "assignment.json").read_text())["slices"]
     assert {name: entry["best"] for name, entry in table.items()} == {"": 0, "chinese": 1, "maths": 0}

@@ -28,6 +28,7 @@ from fusechat_fuse.evaluation.questions import (
 from fusechat_fuse.models.files import adapter_base, is_named, load_fast_tokenizer, model_file, with_gguf
 from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import load_in_of, load_to_device
+from fusechat_fuse.processes import Process
 from fusechat_fuse.progress import progress
 from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.files import short_digest, write_atomic
@@ -123,6 +124,8 @@ def _check_options(benchmark: str, temperature, samples: int, max_new_tokens: in
         raise InputError(f"temperature for answer: expected a number from 0, got {temperature}. Change it.")
     check_integer("batch_size for answer", batch_size)
     check_integer("samples for answer", samples)
+    if (count := Process.current().count) > 1:
+        raise InputError(f"answer in {count} processes: expected one. Start it without a launcher.")
     check_integer("max_new_tokens for answer", MAX_NEW_TOKENS[benchmark] if max_new_tokens is None else max_new_tokens)
     if samples > 1 and (benchmark != "data" or not temperature):
         raise InputError(

@@ -66,7 +66,7 @@ def assign(
         key = (one.id, one.content_hash)
         best = choice.of(slice_of[key]) if key in slice_of else 0
         row = {"id": one.id, "slice": slice_of.get(key, one.slice) or "", "messages": one.messages}
-        rows[names[best]].append(row)
+        rows[names[best]].append(row if best else {**row, "answered_by": "data"})
     output.mkdir(parents=True, exist_ok=True)
     for name, of_model in rows.items():
         write_atomic(output / f"{name}.jsonl", as_lines(of_model).encode())
