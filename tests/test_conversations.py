@@ -123,6 +123,7 @@ SKIPPED = {
         {"messages": [ANSWER, USER]},
         {"messages": [USER, {**ANSWER, "weight": 0}]},
     ],
+    "unwanted": [{"prompt": "x", "completion": "y", "label": False}],
     "tool_calls": [
         {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f"}}]}]},
         {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},

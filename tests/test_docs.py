@@ -137,7 +137,9 @@ def test_the_readmes_configurations_are_taken_as_they_stand(in_readmes_place, ca
     with caplog.at_level(logging.INFO):
         assert main(["run", "recipe.yml", "--dry_run"]) == 0
     commands = caplog.text
-    for command, times in (("represent", 3), ("align", 2), ("combine", 1), ("train", 4)):  # plain, a target each, multi
+    expected = {"represent": 6, "assign": 1, "answer": 2}  # the data, and the sources' answers to them
+    expected |= {"align": 2, "combine": 1, "train": 4}  # plain, a target each, multi
+    for command, times in expected.items():
         assert len(re.findall(rf"fusechat_fuse {command} ", commands)) == times, commands
     assert main(["plan", "recipe.yml", "--gpu", "h100"]) == 0
     assert "multi" in capsys.readouterr().out

@@ -9,7 +9,7 @@ Rules, each counted by its name and listed with the row:
 - skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
   `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
   in a row), `no_answer` (no assistant message to be predicted), `no_question` (no user message, of prompts to be
-  answered), `tool_calls` (an answer that is more than its text).
+  answered), `unwanted` (a completion whose `label` is false), `tool_calls` (an answer that is more than its text).
 With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
 """
 
@@ -112,7 +112,9 @@ def _raw_messages(row: Any, column: str | None, prompts: bool) -> list:
 
 
 def _prompt_and_completion(row: dict) -> list:
-    """TRL's columns `prompt` and `completion`, each a text or a list of messages."""
+    """TRL's columns `prompt` and `completion`, each a text or a list of messages (KTO's: with a `label`)."""
+    if row.get("label") is False:
+        raise Unusable("unwanted", "label is false: expected a completion that is wanted")
     messages = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(column, [])
