@@ -22,6 +22,13 @@ LOADING = {
     "load_in_8bit": "quantise the weights to 8 bits while loading (bitsandbytes)",
     "trust_remote_code": TRUST,
 }
+SERVERS = {
+    "server": "URL[,URL] of inference servers that run the model instead of this process (API key: the environment "
+    "variable FUSECHAT_SERVER_API_KEY)",
+    "server_kind": "kind of the servers: vllm or sglang",
+    "server_model": "name of the served model, if a server has several (such as adapters)",
+    "server_requests": "concurrent requests to each server",
+}
 READING = {
     "split": "split to read",
     "limit": "stop after this number of usable conversations",
@@ -122,13 +129,7 @@ COMMANDS = {
                 "tokens_per_batch": "padded tokens of one forward pass; halved when memory runs out",
             },
             "loading the model": LOADING,
-            "inference servers": {
-                "server": "URL[,URL] of inference servers that run the model instead of this process (API key: the "
-                "environment variable FUSECHAT_SERVER_API_KEY)",
-                "server_kind": "kind of the servers: vllm or sglang",
-                "server_model": "name of the served model, if a server has several (such as adapters)",
-                "server_requests": "concurrent requests to each server",
-            },
+            "inference servers": SERVERS,
             "reading the data": READING,
         },
         parameters={"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"},
@@ -281,6 +282,7 @@ COMMANDS = {
                 "seed": "random seed for temperatures above 0",
             },
             "loading the model": LOADING,
+            "inference servers": SERVERS,
         },
         parameters={"pivot_name_or_path": "pivot"},
     ),

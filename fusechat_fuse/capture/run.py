@@ -31,7 +31,7 @@ from fusechat_fuse.models.files import (
     with_gguf,
 )
 from fusechat_fuse.models.identity import identify
-from fusechat_fuse.models.loading import check_causal, load_in_of, load_to_device, quantization_of
+from fusechat_fuse.models.loading import check_causal, check_server_options, load_in_of, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.store.shard_writer import ShardWriter
@@ -121,7 +121,8 @@ def represent(
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     load_in = load_in_of("represent", model, load_in_4bit, load_in_8bit)
     loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-    _check_options(options, tokens_per_batch, device_map, process, None if server else server_model)
+    _check_options(options, tokens_per_batch, device_map, process)
+    check_server_options("represent", server, server_model, loading, gguf_file)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
@@ -135,19 +136,18 @@ def represent(
         options |= {"load_in": load_in} if load_in else {}
     else:
         asked = {"server": server, "kind": server_kind, "model": server_model, "requests": server_requests}
-        served = _connect(model, encoder, loading, gguf_file, top_k, asked)
+        served = _connect(model, encoder, loading, top_k, asked)
         made_from, make_runner = served.identity, lambda: served
         options |= {"dtype": "the server's", "server": server_kind}
     capture = Capture(found, report, encoder, made_from, _template_of(template, encoder, made_from["name"], pivot))
-    data = "".join(json.dumps([one.id, one.content_hash, one.slice]) for one in found)
-    identity = capture.identity(options, short_digest(data))
-    writer = ShardWriter(output_dir, identity, kind="representation", encoding=encoding)
+    data = short_digest("".join(json.dumps([one.id, one.content_hash, one.slice]) for one in found))
+    writer = ShardWriter(output_dir, capture.identity(options, data), kind="representation", encoding=encoding)
     if process.first:
         _log_settings(capture, template, pivot, max_length)
     return write_representation(capture, writer, shard_size, process, make_runner)
 
 
-def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process, unused: str | None) -> None:
+def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
     for name in ("top_k", "max_length", "shard_size"):
         check_integer(f"{name} for represent", options[name])
     check_integer("tokens_per_batch for represent", tokens_per_batch)
@@ -155,17 +155,10 @@ def _check_options(options: dict, tokens_per_batch: int, device_map, process: Pr
         raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
     if device_map and process.count > 1:
         raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
-    if unused:
-        raise InputError(f"server_model {unused} for represent: expected server with it, got none. Give its URL.")
 
 
-def _connect(model, encoder: ConversationEncoder, loading: dict, gguf_file: str | None, top_k: int, asked: dict):
+def _connect(model, encoder: ConversationEncoder, loading: dict, top_k: int, asked: dict):
     """The runner of the servers; conversations are cut at what they take."""
-    if loading["load_in"] or loading["device_map"] or gguf_file:
-        raise InputError(
-            "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
-            "Leave them out."
-        )
     from fusechat_fuse.capture.server import ServerRunner
     from fusechat_fuse.models.servers import Servers
 

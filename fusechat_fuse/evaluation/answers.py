@@ -13,7 +13,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.evaluation.generation import Answer, Generator
@@ -25,15 +25,26 @@ from fusechat_fuse.evaluation.questions import (
     read_questions,
     text_of_answers,
 )
-from fusechat_fuse.models.files import adapter_base, is_named, load_fast_tokenizer, model_file, with_gguf
+from fusechat_fuse.models.files import (
+    adapter_base,
+    is_named,
+    load_config,
+    load_fast_tokenizer,
+    model_file,
+    positions_of,
+    with_gguf,
+)
 from fusechat_fuse.models.identity import identify
-from fusechat_fuse.models.loading import load_in_of, load_to_device
+from fusechat_fuse.models.loading import check_server_options, load_in_of, load_to_device
 from fusechat_fuse.processes import Process
 from fusechat_fuse.progress import progress
 from fusechat_fuse.store.claim import first_difference
-from fusechat_fuse.store.files import short_digest, write_atomic
+from fusechat_fuse.store.files import read_json, short_digest, write_atomic
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.templates import native_template
+
+if TYPE_CHECKING:
+    from fusechat_fuse.evaluation.served import ServedGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +70,10 @@ def answer(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     trust_remote_code: bool = False,
+    server: str | list[str] | None = None,
+    server_kind: str = "vllm",
+    server_model: str | None = None,
+    server_requests: int = 32,
 ) -> dict[str, Any]:
     """Answer a benchmark's questions, or the prompts of chat data.
 
@@ -78,7 +93,10 @@ def answer(
         batch_size: questions answered at once. seed: for sampling at temperatures above 0.
         dtype, device_map, attn_implementation, gguf_file, load_in_4bit, load_in_8bit, trust_remote_code: as
             `represent` takes them; without a device_map, the GPU if there is one.
-    Returns: counts: questions, answered_before, empty_answers; for data also kept_from_data, by reason.
+        server, server_kind, server_model, server_requests: inference servers that answer instead of this process, as
+            `represent` takes them; `model` then gives tokenizer, template and generation settings.
+    Returns: counts: questions, answered_before, empty_answers; for data also kept_from_data, by reason; with a server
+        refused_prompts, of this start.
     Raises: InputError for a bad file or option, a model without a chat template, or another run's answers at `output`.
     """
     output, model = Path(output), with_gguf(model, gguf_file)
@@ -86,12 +104,15 @@ def answer(
     asked = list(read_questions(benchmark, questions, temperature, samples))
     if not asked and benchmark != "data":
         raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
-    if tokenizer is None:
-        tokenizer = load_fast_tokenizer(model, trust_remote_code)
+    tokenizer = load_fast_tokenizer(model, trust_remote_code) if tokenizer is None else tokenizer
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
+    options["batch_size"] = batch_size
     load_in = load_in_of("answer", model, load_in_4bit, load_in_8bit)
-    options |= {"batch_size": batch_size, "dtype": dtype, **({"load_in": load_in} if load_in else {})}
-    identity = identify(model)
+    loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
+    check_server_options("answer", server, server_model, loading, gguf_file)
+    servers = _connect(server, server_kind, server_model, server_requests)
+    identity = _identity(model, loading, servers)
     digest = short_digest(json.dumps([asdict(question) for question in asked]))
     kept = _Kept(output, {**options, **identity, "questions": digest, **_generation_identity(model, tokenizer, asked)})
     encoder = None
@@ -99,12 +120,11 @@ def answer(
         pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
         encoder = ConversationEncoder(pivot_tokenizer, template)
     batches = [batch for batch in _batches(asked, batch_size) if any(q.key not in kept.answers for q in batch)]
-    before = len(kept.answers)
+    counts: dict[str, Any] = {"questions": len(asked), "answered_before": len(kept.answers)}
     if batches:
-        loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        loaded = load_to_device(model, **loading, load_in=load_in, trust_remote_code=trust_remote_code)
-        _answer_batches(Generator(loaded, tokenizer, options["max_new_tokens"]), batches, kept, seed)
-    counts: dict[str, Any] = {"questions": len(asked), "answered_before": before}
+        generator = _generator(model, tokenizer, options["max_new_tokens"], loading, servers)
+        _answer_batches(generator, batches, kept, seed)
+        counts |= {"refused_prompts": len(refused)} if (refused := getattr(generator, "refused", None)) else {}
     if benchmark == "data":
         rows, counts["kept_from_data"] = answered_data(asked, kept.answers, identity["name"], encoder)
         write_atomic(output, as_lines(rows).encode())
@@ -134,6 +154,44 @@ def _check_options(benchmark: str, temperature, samples: int, max_new_tokens: in
         )
 
 
+def _connect(server, kind: str, model: str | None, requests: int):
+    """The servers; None where none is named."""
+    if server is None:
+        return None
+    from fusechat_fuse.models.servers import Servers
+
+    return Servers("answer", server, kind=kind, model=model, requests=requests)
+
+
+def _identity(model, loading: dict[str, Any], servers) -> dict[str, Any]:
+    """Name and version of what answers: the weights as they are loaded, or the model as it is served."""
+    if servers is not None:
+        return {"name": servers.served.name, "server": f"{servers.kind} {servers.served.version}"}
+    load_in = {"load_in": loading["load_in"]} if loading["load_in"] else {}
+    return {**identify(model), "dtype": loading["dtype"], **load_in}
+
+
+def _generator(model, tokenizer, max_new_tokens: int, loading: dict[str, Any], servers) -> Generator | ServedGenerator:
+    if servers is None:
+        return Generator(load_to_device(model, **loading), tokenizer, max_new_tokens)
+    from fusechat_fuse.evaluation.served import ServedGenerator
+
+    config = load_config(model, trust_remote_code=loading["trust_remote_code"])
+    if not is_named(model):
+        ends = model.generation_config.eos_token_id
+    elif files := _generation_files(model):
+        ends = read_json(files[-1], "generation settings").get("eos_token_id")
+    else:
+        ends = getattr(config.get_text_config(), "eos_token_id", None)
+    return ServedGenerator(servers, tokenizer, max_new_tokens, ends, positions_of(config))
+
+
+def _generation_files(model) -> list[Path]:
+    """The files with generation settings of a model, and of the base below adapters."""
+    files = [model_file(name, "generation_config.json") for name in (model, adapter_base(model)) if name]
+    return [file for file in files if file]
+
+
 def _warn(counts: dict[str, Any]) -> None:
     """Warn of answers that are of no use."""
     if counts["empty_answers"]:
@@ -142,6 +200,8 @@ def _warn(counts: dict[str, Any]) -> None:
             "model ended its turn at once.",
             counts["empty_answers"],
         )
+    if refused := counts.get("refused_prompts"):
+        logger.warning("%d prompts were refused by the server: their answers are empty.", refused)
     if kept := counts.get("kept_from_data"):
         reasons = ", ".join(f"{count} {reason}" for reason, count in kept.items())
         logger.warning(
@@ -158,8 +218,7 @@ def _generation_identity(model, tokenizer, asked: list[Question]) -> dict[str, s
     if not asked:
         return {}
     if is_named(model):
-        files = [model_file(name, "generation_config.json") for name in (model, adapter_base(model)) if name]
-        settings = b"".join(file.read_bytes() for file in files if file)
+        settings = b"".join(file.read_bytes() for file in _generation_files(model))
     else:
         settings = model.generation_config.to_json_string()
     name = str(model) if is_named(model) else "the model"
@@ -228,7 +287,9 @@ class _Kept:
         self.answers |= {entry["key"]: entry for entry in entries}
 
 
-def _answer_batches(generator: Generator, batches: list[list[Question]], kept: _Kept, seed: int) -> None:
+def _answer_batches(
+    generator: Generator | ServedGenerator, batches: list[list[Question]], kept: _Kept, seed: int
+) -> None:
     """Answer batch after batch; what is sampled depends on the seed and the batch alone."""
     import torch
 
@@ -252,7 +313,7 @@ def _answer_batches(generator: Generator, batches: list[list[Question]], kept: _
             bar.update(len(batch))
 
 
-def _answer_batch(generator: Generator, batch: list[Question]) -> list[list[Answer]]:
+def _answer_batch(generator: Generator | ServedGenerator, batch: list[Question]) -> list[list[Answer]]:
     """The answers of every question, turn by turn, each after the answers before it."""
     messages, answers = [list(question.history) for question in batch], [[] for _ in batch]
     for turn in range(max(len(question.turns) for question in batch)):

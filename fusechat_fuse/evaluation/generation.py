@@ -30,25 +30,21 @@ class Answer:
     problem: str | None = None
 
 
-class Generator:
-    """Generates answers with one model.
+class Prompter:
+    """A model's prompts, and the tokens that end its turns.
 
     Args:
-        model: a loaded causal language model. tokenizer: its fast tokenizer.
-        max_new_tokens: per answer; fewer where the model's positions run out.
+        tokenizer: its fast tokenizer. max_new_tokens: per answer; fewer where the model's positions run out.
+        ends: eos_token_id of its generation settings. positions: of the model, None where it does not say.
     """
 
-    def __init__(self, model, tokenizer, max_new_tokens: int):
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+    def __init__(self, tokenizer, max_new_tokens: int, ends: int | list[int] | None, positions: int | None):
+        self.tokenizer, self.max_new_tokens, self.positions = tokenizer, max_new_tokens, positions
         self.template = native_template(tokenizer)
-        ends = model.generation_config.eos_token_id
         found = {ends} if isinstance(ends, int) else set(ends or ())
         found |= {tokenizer.eos_token_id, added_texts(tokenizer).get(self.template.end_of_turn)} - {None}
         self.ends = sorted(found)
         self.special = set(special_texts(tokenizer).values())
-        rows, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
-        self.padding = padding if padding is not None and padding < rows else self.ends[0]
-        self.positions = positions_of(model.config)
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The text up to where the answer begins. Raises: Unusable where the template refuses the messages."""
@@ -57,28 +53,61 @@ class Generator:
         whole = self.template.render([*messages, {"role": "assistant", "content": _PLACEHOLDER}])
         return whole.partition(_PLACEHOLDER)[0]
 
+    def prompts(self, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[int]]]:
+        """Text and ids of each conversation's prompt; empty where the template refuses it."""
+        texts = []
+        for messages in conversations:
+            try:
+                texts.append(self.prompt(messages))
+            except Unusable:
+                texts.append("")
+        return [(text, self.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+    def room(self, prompt: list[int]) -> int:
+        """The most tokens that an answer to a prompt may have; 0 where there is no prompt."""
+        return min(self.max_new_tokens, (self.positions or sys.maxsize) - len(prompt)) if prompt else 0
+
+    def read(self, made: list[int], finished: bool) -> Answer:
+        """The answer of generated ids: the text before the first end of turn."""
+        end = next((n for n, token in enumerate(made) if token in self.ends), len(made))
+        text = self.tokenizer.decode(made[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        return Answer(text, finished, None if self.special.isdisjoint(made[:end]) else "special_token")
+
+    def reopened(self, answer: Answer, text: str) -> Answer:
+        """The answer, with the mark of reasoning that its prompt's text ends with."""
+        opened = _OPENED.search(text) if answer.text else None
+        return replace(answer, text=opened[0] + answer.text) if opened else answer
+
+
+class Generator(Prompter):
+    """Generates answers with one model.
+
+    Args:
+        model: a loaded causal language model. tokenizer: its fast tokenizer.
+        max_new_tokens: per answer; fewer where the model's positions run out.
+    """
+
+    def __init__(self, model, tokenizer, max_new_tokens: int):
+        super().__init__(tokenizer, max_new_tokens, model.generation_config.eos_token_id, positions_of(model.config))
+        self.model = model
+        rows, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+        self.padding = padding if padding is not None and padding < rows else self.ends[0]
+
     def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[Answer]:
         """One answer per conversation, of as many tokens as its own prompt leaves positions for.
 
         Where the prompt opens the answer's reasoning (`<think>`), the answer's text begins with that mark.
         """
-        texts, answers = [], [Answer("", False)] * len(conversations)
-        for n, messages in enumerate(conversations):
-            try:
-                texts.append(self.prompt(messages))
-            except Unusable:
-                texts.append("")
-                answers[n] = Answer("", False, "refused")
-        prompts = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        positions = self.positions or sys.maxsize
-        rooms = [min(self.max_new_tokens, positions - len(prompt)) if prompt else 0 for prompt in prompts]
+        both = self.prompts(conversations)
+        texts, prompts = [text for text, _ in both], [ids for _, ids in both]
+        answers = [Answer("", False, None if prompt else "refused") for prompt in prompts]
+        rooms = [self.room(prompt) for prompt in prompts]
         together = [n for n, room in enumerate(rooms) if room == self.max_new_tokens]
         for group in ([together] if together else []) + [[n] for n in range(len(prompts)) if n not in together]:
             if rooms[group[0]] > 0:
                 found = self._complete([prompts[n] for n in group], rooms[group[0]], temperature)
                 for n, answer in zip(group, found, strict=True):
-                    opened = _OPENED.search(texts[n]) if answer.text else None
-                    answers[n] = replace(answer, text=opened[0] + answer.text) if opened else answer
+                    answers[n] = self.reopened(answer, texts[n])
         return answers
 
     def _complete(self, prompts: list[list[int]], room: int, temperature: float) -> list[Answer]:
@@ -112,7 +141,5 @@ class Generator:
         size = len(made)
         while size and made[size - 1] == self.padding:
             size -= 1
-        end = next((n for n, token in enumerate(made) if token in self.ends), size)
-        text = self.tokenizer.decode(made[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        problem = None if self.special.isdisjoint(made[:end]) else "special_token"
-        return Answer(text, end < len(made) or len(made) < room, problem)
+        finished = size < len(made) or len(made) < room or not set(self.ends).isdisjoint(made)
+        return self.read(made[:size], finished)

@@ -156,6 +156,17 @@ def load_in_of(command: str, model, four: bool, eight: bool) -> str | None:
     return "4bit" if four else "8bit" if eight else None
 
 
+def check_server_options(command: str, server, server_model: str | None, loading: dict, gguf_file: str | None) -> None:
+    """Raise InputError for options of loading with a server, or the name of a served model without one."""
+    if server is None and server_model:
+        raise InputError(f"server_model {server_model} for {command}: expected server with it, got none. Give its URL.")
+    if server is not None and (loading["load_in"] or loading["device_map"] or gguf_file):
+        raise InputError(
+            "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
+            "Leave them out."
+        )
+
+
 def load_to_device(model, device: str | None = None, **loading) -> Any:
     """The model in evaluation mode on a device; a model that was given loaded stays where it is.
 

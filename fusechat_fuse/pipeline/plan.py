@@ -197,12 +197,13 @@ class _Planner:
         count = assigned["conversations"][step.name] if assigned else encoded.conversations
         share = count * options["samples"] / encoded.conversations
         tokens, predicted = encoded.total(encoded.lengths) * share, encoded.total(encoded.predicted) * share
+        row = {"conversations": count, "predicted_tokens": round(predicted), "tokens": round(tokens)}
+        row["disk_bytes"] = round(8 * tokens)
+        if options["server"]:  # its model, memory and time are not this machine's
+            return row
         cached = options["batch_size"] * int(encoded.lengths.max()) * size.layers * 2 * size.hidden * size.stored_bytes
         return {
-            "conversations": count,
-            "predicted_tokens": round(predicted),
-            "tokens": round(tokens),
-            "disk_bytes": round(8 * tokens),
+            **row,
             "memory_bytes": costs.represent_memory(size, options, options["batch_size"], 1, self.device) + cached,
             "flops": size.forward_flops(tokens, predicted),
         }

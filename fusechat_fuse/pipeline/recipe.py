@@ -39,10 +39,10 @@ MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perh
 KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", "answers", *FLAGGED)
 KEYS += ("plain", "multi", "targets", "merge", "launcher", "devices")
 TARGETS, ANSWERS = ("serving", "all"), ("data", "sources")
-# flags of represent: how data are read, and how a model is loaded
+# flags of represent: how data are read, and how a model is loaded, or which server runs it
 READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
 LOADING = ("dtype", "device_map", "attn_implementation", "gguf_file", "load_in_4bit", "load_in_8bit")
-LOADING += ("trust_remote_code",)
+LOADING += ("trust_remote_code", "server", "server_kind", "server_model", "server_requests")
 RESERVED = {  # flags that the pipeline sets
     "represent": ("model_name_or_path", "data_path", "output_dir", "pivot_name_or_path"),
     "answer": ("benchmark", "model", "questions", "output", "pivot_name_or_path"),

@@ -12,10 +12,11 @@ LONGEST = 200  # tokens of a prompt that it takes
 
 
 class InferenceServer(ThreadingHTTPServer):
-    """`url`, `asked` (requests so far), and what can be changed: `fails` (answers left that are errors of `status`),
-    `lives` (requests after which it is dead), `bends` (temperature counts), `silent` (no log-probabilities), `babbles`
-    (no JSON), `most` (largest k), `text_of` (what it says that a token is), `key` (that requests must bring),
-    `adapters` (served beside the model), `refuses` (prompt -> status), `change` (prompt, answer -> answer).
+    """`url`, `asked` (requests so far), `generations` (bodies that asked for text), and what can be changed: `fails`
+    (answers left that are errors of `status`), `lives` (requests after which it is dead), `bends` (temperature counts),
+    `silent` (no log-probabilities), `babbles` (no JSON), `most` (largest k), `text_of` (what it says that a token is),
+    `key` (that requests must bring), `adapters` (served beside the model), `refuses` (prompt -> status), `change`
+    (prompt, answer -> answer).
 
     Args:
         model: causal language model. tokenizer: its own. kind: vllm or sglang.
@@ -31,7 +32,7 @@ class InferenceServer(ThreadingHTTPServer):
         self.bends = self.silent = self.babbles = False
         self.key, self.adapters, self.adapters_first, self.names_asked = "", [], False, set()
         self.refuses, self.change = lambda ids: 0, lambda ids, content: content
-        self.lives = 10**9
+        self.lives, self.generations = 10**9, []
         self.text_of = lambda token: tokenizer.decode([token])
         self.lock = threading.Lock()
 
@@ -97,7 +98,27 @@ class _Handler(JsonHandler):
         self.server.names_asked.add(body.get("model") or body.get("lora_path"))
         if status := self.server.refuses(ids):
             return self.say({"error": "Out of range float values are not JSON compliant"}, status)
+        if "prompt_logprobs" not in body and "return_logprob" not in body:
+            return self._generated(ids, body)
         return self._vllm(body) if self.server.kind == "vllm" else self._sglang(body)
+
+    def _generated(self, ids, body):
+        """The most likely tokens, up to one of the ends."""
+        self.server.generations.append(body)
+        options, made = body.get("sampling_params", body), []
+        longest = options.get("max_tokens", options.get("max_new_tokens"))
+        if len(ids) + longest > LONGEST + 1:
+            return self.say({"error": {"message": "the prompt is longer than the maximum model length"}}, 400)
+        while len(made) < longest and not set(made) & set(options["stop_token_ids"]):
+            made.append(int(self.server.logprobs([*ids, *made, 0], 0.0)[-1].argmax()))
+        reason = "stop" if set(made) & set(options["stop_token_ids"]) else "length"
+        text = self.server.tokenizer.decode(made, skip_special_tokens=options["skip_special_tokens"])
+        if self.server.kind == "vllm":
+            own = {"token_ids": made} if body["return_token_ids"] else {}
+            found = {"choices": [{"text": text, "finish_reason": reason, **own}]}
+        else:
+            found = {"text": text, "output_ids": made, "meta_info": {"finish_reason": {"type": reason}}}
+        return self.say(self.server.change(ids, found))
 
     def _vllm(self, body):
         ids, k = body["prompt"], body["prompt_logprobs"]
