@@ -1,4 +1,4 @@
-"""The one source of defaults: option values that belong together under one name.
+"""The one source of defaults of fusion, mapping and combination: option values that belong together under one name.
 
 `fusechat` (the default) does best in our measurements (`examples/results`); `paper` is FuseChat's own. An option that
 is given explicitly overrides the preset.
