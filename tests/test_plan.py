@@ -76,6 +76,7 @@ def test_weights_are_counted_without_weights(family, tmp_path):
     assert size.active == layers - idle
 
 
+@pytest.mark.slow
 def test_a_model_of_real_size_on_a_named_gpu(recipe_models, planned, tmp_path):
     config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=4096)  # Llama-2-7B's
     pivot = without_weights(recipe_models, tmp_path / "7b", config)

@@ -146,6 +146,7 @@ def test_a_run_ends_with_its_best_result(monkeypatch, tmp_path, recipe_models, c
     assert "best" not in json.loads((out / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_them_out_as_soon_as_it_knows(monkeypatch, tmp_path, recipe_models, caplog):
     ran = []
 
