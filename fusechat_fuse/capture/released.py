@@ -33,7 +33,7 @@ from fusechat_fuse.models.files import load_fast_tokenizer
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import read_json, short_digest
-from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shard_writer import ROWS_PER_SHARD, ShardWriter
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations
@@ -53,7 +53,7 @@ def import_released(
     template: str = "native",
     source_number: int | None = None,
     max_length: int = 2048,
-    shard_size: int = 256,
+    shard_size: int = ROWS_PER_SHARD,
     encoding: str = "plain",
     trust_remote_code: bool = False,
 ) -> Representation:

@@ -34,7 +34,7 @@ from fusechat_fuse.models.identity import identify
 from fusechat_fuse.models.loading import check_causal, check_server_options, load_in_of, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
-from fusechat_fuse.store.shard_writer import ShardWriter
+from fusechat_fuse.store.shard_writer import ROWS_PER_SHARD, ShardWriter
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, read_conversations
@@ -55,7 +55,7 @@ def represent(
     top_k: int = 10,
     max_length: int = 2048,
     tokens_per_batch: int = 8192,
-    shard_size: int = 256,
+    shard_size: int = ROWS_PER_SHARD,
     dtype: str = "auto",
     device_map: str | dict | None = None,
     attn_implementation: str | None = None,
