@@ -139,11 +139,10 @@ class _Steps:
 
     def _represent(self, name: str, model: Model) -> Step:
         output = self.home / "representations" / name
-        words = self._arguments("represent", model, output, **self._represented(name, model))
+        flags = {**self.recipe.flags["represent"], **model.flags.get("represent", {})}
         if self.derived:  # the data were read before
-            flags = {**self.recipe.flags["represent"], **model.flags.get("represent", {})}
-            kept = {flag: value for flag, value in flags.items() if flag not in READING}
-            words = ["represent", *as_flags({**self._represented(name, model), "output_dir": output, **kept})]
+            flags = {flag: value for flag, value in flags.items() if flag not in READING}
+        words = ["represent", *as_flags({**self._represented(name, model), "output_dir": output, **flags})]
         return self._launched("represent", name, model, words, output)
 
     def _represented(self, name: str, model: Model) -> dict[str, Any]:
