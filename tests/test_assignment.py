@@ -1,9 +1,7 @@
 """`assign`, and a recipe with `answers: sources`: who answers what, what stays, kills, and what is refused."""
 
 import json
-import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +15,7 @@ from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import Record
 from fusechat_fuse.pipeline.steps import steps_of
 from fusechat_fuse.text.messages import content_hash
-from tests.helpers.recipes import recipe_of, written
+from tests.helpers.recipes import kill_in_step, recipe_of, written
 from tests.test_compare import row, write
 
 SLICES = ["chinese"] * 12 + ["maths"] * 12 + [None] * 4
@@ -172,15 +170,10 @@ def test_a_run_with_answers_by_sources_killed_in_the_stage_ends_with_the_same_fi
     done = forked.run(commands["whole"])
     assert done.returncode == 0, done.stderr[-2000:]
     moments = np.random.default_rng(3)
-    for key in ("answer-represent-one", "answer-assign", "answer-one", "answer-one", "represent-pivot"):
-        process = forked.Popen(commands["killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (home["killed"] / "out" / "logs" / f"{key}.log").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        forked.wait_until_idle()
+    keys = ("answer-represent-pivot", "answer-represent-one", "answer-assign", "answer-one", "answer-one", "answer-one")
+    for key in (*keys, "represent-pivot", "represent-one", "align-one", "train-target-one"):
+        log = home["killed"] / "out" / "logs" / f"{key}.log"
+        kill_in_step(forked, commands["killed"], log, moments.uniform(0, 0.4))
     done = forked.run(commands["killed"])
     assert done.returncode == 0, done.stderr[-2000:]
     names = ("answers/one/answers.jsonl", "answers/assigned/one.jsonl", "answers/assigned/assignment.json")

@@ -27,7 +27,7 @@ from fusechat_fuse.pipeline.report import report_page
 from fusechat_fuse.pipeline.run import _locked, execute, last_message, run
 from fusechat_fuse.pipeline.steps import Step, launched, steps_of
 from fusechat_fuse.store.files import file_sha256
-from tests.helpers.recipes import recipe_of, written
+from tests.helpers.recipes import kill_in_step, recipe_of, written
 from tests.test_inspect import CHROMIUM
 
 
@@ -329,15 +329,8 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_files(finished, recipe_m
     command = [sys.executable, "-m", "fusechat_fuse", "run", str(recipe)]
     moments = np.random.default_rng(13)
     for step in steps_of(read_recipe(recipe)):
-        process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         log = tmp_path / "out" / "logs" / f"{step.key.replace(' ', '-')}.log"
-        while not log.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        forked.wait_until_idle()
+        kill_in_step(forked, command, log, moments.uniform(0, 0.4))
     done = forked.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert contents(tmp_path / "out") == {

@@ -1,6 +1,8 @@
 """Recipes of tiny models, for `run` and `plan`."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import yaml
@@ -49,3 +51,15 @@ def recipe_of(models: Path, folder: Path, sources: tuple, **changes) -> Path:
         **changes,
     }
     return written(folder, **entries)
+
+
+def kill_in_step(forked, command: list[str], log: Path, seconds: float) -> None:
+    """Start a run, and kill it some seconds after the step with this log has begun."""
+    process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    forked.wait_until_idle()
