@@ -95,4 +95,6 @@ def table(summary: dict) -> str:
     for pair, value in summary["cosines"].items():
         if value is not None:
             lines.append(f"cosine of task vectors: {pair} {value:.3f}")
+    if summary["distance_to_linear"] is not None:
+        lines.append(f"distance to linear merging: {summary['distance_to_linear']:.1%} of its task vector")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""The report on a merge, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement.
+"""The report on a merge, tensor by tensor: coefficients, update norms, selected and erased shares, sign agreement, and
+the distance to the mean of the targets (linear merging).
 
-The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs and cosines are
-taken from one stretch of a tensor in 256 (from all by `fusechat-merge inspect`), so that only the pictures take time.
+The numbers come from the merge itself. Coefficients, norms and the selected share cost nothing. Signs, cosines and
+distances are taken from one stretch of a tensor in 256 (from all by `fusechat-merge inspect`), so that only the
+pictures take time.
 `reporting` says which merges get a report.
 
 Shape letters: M targets.
@@ -31,36 +33,41 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def count_signs(
-    pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pivot: Tensor, targets: Sequence[Tensor], keep: Tensor | None, every: int, merged: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Signs and products of the task vectors in the first of each `every` stretches of a tensor.
 
-    Args: as for `kernel.sce`; `keep` as in `kernel.Merge`.
+    Args: as for `kernel.sce`; `keep` and `merged` as in `kernel.Merge`.
 
-    Returns, over the elements that `keep` has (products: over all):
+    Returns, over the elements that `keep` has (products and apart: over all):
         moved: float64 [M, M], elements that both targets move (on the diagonal: that the target moves).
         agreement: float64 [M, M], of those, moved the same way minus moved opposite ways.
         erased: float64 [M], elements that the target moves against the majority.
         products: float64 [M, M], d_i . d_j.
+        apart: float64, the squared distance of the merged elements from pivot + mean_j d_j, both in the result's dtype.
     """
     pivot, targets = pivot.detach().reshape(-1), [target.detach().reshape(-1) for target in targets]
+    merged = merged.reshape(-1)
     dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in (pivot, *targets)} else torch.float32
     length = STRETCH if every > 1 else LONG_STRETCH
 
-    def count(chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def count(chunk: slice) -> tuple[Tensor, ...]:
         stretch = slice(chunk.start, chunk.start + length)
-        rows = torch.stack([target[stretch].to(dtype) for target in targets]).sub_(pivot[stretch].to(dtype))
+        base = pivot[stretch].to(dtype)
+        rows = torch.stack([target[stretch].to(dtype) for target in targets]).sub_(base)
         products = rows.double() @ rows.double().T
+        linear = (base + rows.mean(0)).to(merged.dtype)
+        apart = (merged[stretch].double() - linear.double()).square_().sum()
         if keep is not None:
             rows *= keep[stretch]
         majority = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
         signs = rows.sign_().float()  # products of these are whole numbers, exact in float32
         present = signs.abs()
-        return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2, products
+        return present @ present.T, signs @ signs.T, (present.sum(1) - signs @ majority) / 2, products, apart
 
     counts = map_chunks(count, pivot.numel(), length * every, pivot.device)
-    moved, agreement, erased, products = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
-    return moved, agreement, erased, products
+    moved, agreement, erased, products, apart = (torch.stack(parts).double().sum(0).cpu() for parts in zip(*counts))
+    return moved, agreement, erased, products, apart
 
 
 class Report:
@@ -79,6 +86,7 @@ class Report:
         self.pairs = [f"{a} | {b}" for a, b in combinations(self.names, 2)]
         self.rows: list[dict] = []
         self._products = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)  # over all tensors
+        self._apart = self._linear = torch.zeros((), dtype=torch.float64)  # squares, likewise
 
     def takes(self, method: str, pivot: str, targets: Sequence[str]) -> bool:
         """Whether it is about this method, this pivot and, among others, these targets."""
@@ -86,7 +94,10 @@ class Report:
 
     def add(self, tensor: str, pivot: Tensor, tensors: Sequence[Tensor], targets: Sequence[str], merge: Merge) -> None:
         """Add the row of a merged tensor. `targets`: the names of those that have it, in the order of `tensors`."""
-        both_moved, agreement, erased, products = count_signs(pivot, tensors, merge.keep, self.every)
+        both_moved, agreement, erased, products, apart = count_signs(
+            pivot, tensors, merge.keep, self.every, merge.merged
+        )
+        linear = products.sum() / len(tensors) ** 2  # |mean_j d_j|^2
         layer = LAYER.search(tensor)
         name = tensor[layer.end() :] if layer else tensor
         row = {
@@ -96,7 +107,9 @@ class Report:
             "elements": pivot.numel(),
             "selected": merge.selected,
             "erased": None,
+            "distance to linear": _share(apart.sqrt(), linear.sqrt()),
         }
+        self._apart, self._linear = self._apart + apart, self._linear + linear
         places = torch.tensor([self.targets.index(target) for target in targets])
         self._products[places[:, None], places] += products
         names = [self.names[place] for place in places]
@@ -115,7 +128,7 @@ class Report:
 
     def columns(self) -> list[str]:
         """Columns of coefficients.csv."""
-        columns = ["tensor", "layer", "kind", "elements", "selected", "erased"]
+        columns = ["tensor", "layer", "kind", "elements", "selected", "erased", "distance to linear"]
         for quantity in ("coefficient", "norm", "erased"):
             columns += [f"{quantity} {name}" for name in self.names]
         return columns + [f"agreement {pair}" for pair in self.pairs]
@@ -142,6 +155,7 @@ class Report:
             "erased_shares": {name: self._mean(f"erased {name}") for name in self.names},
             "sign_agreement": {pair: self._mean(f"agreement {pair}") for pair in self.pairs},
             "cosines": self._cosines(),
+            "distance_to_linear": _share(self._apart.sqrt(), self._linear.sqrt()),
             "coefficients_by_kind": {
                 kind: {name: self._mean(f"coefficient {name}", kind) for name in self.names} for kind in kinds
             },

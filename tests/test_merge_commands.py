@@ -100,6 +100,12 @@ def test_inspect_writes_what_the_oracle_says(config, models, tmp_path, capsys):
     vectors = [torch.cat([(of[k].double() - base[k].double()).flatten() for k in base]) for of in moved]
     cosine = float(torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0))
     assert summary["cosines"]["target0 | target1"] == pytest.approx(cosine, abs=1e-6)
+    merged = torch.cat([kernel.sce_merge(base[k], [of[k] for of in moved], select_topk=0.5).flatten() for k in base])
+    start = torch.cat([base[k].flatten() for k in base])
+    linear = (start.double() + torch.stack(vectors).mean(0)).to(start.dtype).double()
+    distance = float((merged.double() - linear).norm() / torch.stack(vectors).mean(0).norm())
+    assert summary["distance_to_linear"] == pytest.approx(distance, rel=1e-3)
+    assert f"distance to linear merging: {distance:.1%} of its task vector" in table
     for picture in ("coefficients.png", "erased.png"):
         assert (out / picture).stat().st_size > 5000
     assert not list(tmp_path.rglob("*.safetensors"))  # no model
@@ -663,17 +669,20 @@ def test_a_report_counts_the_signs_of_a_sample(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     pivot = torch.zeros(64 * 1024)
     targets = [torch.randn(64 * 1024, generator=generator) for _ in range(3)]
-    sampled, every = (report.count_signs(pivot, targets, None, step) for step in (16, 1))
+    sampled, every = (report.count_signs(pivot, targets, None, step, pivot) for step in (16, 1))
     assert sampled[0].diagonal().tolist() == [4 * 1024] * 3
     assert every[0].diagonal().tolist() == [64 * 1024] * 3
-    shares = [(erased / moved.diagonal()).tolist() for moved, _, erased, _ in (sampled, every)]
+    shares = [(erased / moved.diagonal()).tolist() for moved, _, erased, *_ in (sampled, every)]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
     signs = torch.stack(targets).sign()
     majority = torch.stack(targets).sum(0).sign()
     assert every[2].tolist() == (signs != majority).sum(1).tolist()
-    assert report.count_signs(torch.zeros(0), [torch.zeros(0)] * 2, None, 1)[0].tolist() == [[0, 0], [0, 0]]
+    assert report.count_signs(torch.zeros(0), [torch.zeros(0)] * 2, None, 1, torch.zeros(0))[0].tolist() == [
+        [0, 0],
+        [0, 0],
+    ]
     keep = (torch.arange(64 * 1024) % 4 == 0).byte()
-    moved, agreement, *_ = report.count_signs(pivot, targets, keep, 1)
+    moved, agreement, *_ = report.count_signs(pivot, targets, keep, 1, pivot)
     assert agreement[0, 1] == (signs[0] * signs[1] * keep).sum()
     assert moved[0, 1] == 16 * 1024
 
@@ -690,6 +699,9 @@ def test_a_merge_with_equal_coefficients_is_called_a_mean(tmp_path, caplog):
             "all coefficients are within 5 % of equal, so this merge is nearly the mean of its targets (cosines of "
         )
         assert (sentence + "task vectors: a | b 1.00)" in caplog.text) == told
+        away = 0 if told else (9 / 5 - 3 / 2) / (3 / 2)  # coefficients 1/5 and 4/5 in place of 1/2
+        assert made.summary()["distance_to_linear"] == pytest.approx(away)
+        assert made.rows[0]["distance to linear"] == pytest.approx(away)
 
 
 # --- card -----------------------------------------------------------------------------------------------------------

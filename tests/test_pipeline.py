@@ -198,7 +198,7 @@ FOUND = {
             },
         }
     },
-    "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}}},
+    "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}, "distance_to_linear": 0.125}},
     "held_out": {
         "models": ["pivot", "plain"],
         "slices": {"all": {"conversations": 3, "models": {"pivot": {"mean": 1.25}, "plain": {"mean": 1.0}}}},
@@ -219,6 +219,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing():
         "<p>slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data</p>" in page
     )
     assert page.count("<polyline") == 2
+    assert "<p>Distance to linear merging: 12.5% of its task vector.</p>" in page
     assert "p&lt;q" in page
     assert "run &lt;this&gt;" in page
     assert not re.search(r"https?://|src=|href=", page)

@@ -162,7 +162,10 @@ def _coefficient_table(summary: dict[str, Any]) -> str:
     targets = list(next(iter(kinds.values()))) if kinds else []
     rows = {kind: [of.get(name) for name in targets] for kind, of in kinds.items()}
     pairs = {pair: [cosine] for pair, cosine in summary.get("cosines", {}).items() if cosine is not None}
-    return _table(["tensors", *targets], rows) + (_table(["task vectors", "cosine"], pairs) if pairs else "")
+    lines = [_table(["tensors", *targets], rows), *([_table(["task vectors", "cosine"], pairs)] if pairs else [])]
+    if (distance := summary.get("distance_to_linear")) is not None:
+        lines += _paragraphs([f"Distance to linear merging: {distance:.1%} of its task vector."])
+    return "\n".join(lines)
 
 
 def _certificate_table(certificates: dict[str, Any]) -> str:
