@@ -4,7 +4,10 @@ For every seed a pivot and three sources of other tokenizers, sizes and architec
 skills that can be checked exactly, `toy_models.py`); 30 % of the fusion data's answers are wrong. Then every row of the
 table is trained, merged and asked the same held-out questions: plain fine-tuning, distillation from one source, targets
 and multi (one training on the best source of each slice) by the paper's settings and by ours, merges of the targets by
-seven methods, and one change at a time from our settings.
+seven methods, the same on the answers of the selected sources (`answers: sources` of a recipe), and one change at a
+time from our settings. All but the changes also where no answer is wrong. Rounds go on from `multi`: the student
+answers the prompts of the slices that a source serves, at temperature 1, and learns the source's distributions at its
+own samples (fusion loss alone); beside them stand as many epochs more on the data.
 
     python examples/paper_in_miniature.py [--output DIR] [--seeds 5] [--ablation_seeds 3] [--jobs 2] [--fast]
 
@@ -16,6 +19,7 @@ interval (Student's t over seeds).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -82,7 +86,10 @@ CHANGES = {  # one change at a time from "multi"
     "slices: automatic": ("automatic", OURS),
     "slices: none": ("none", OURS),
 }
-NO_WRONG_ANSWERS = ("plain", "paper multi", *TARGETS, "multi")
+ON_ANSWERS = ("plain", *TARGETS, "multi")  # rows that are also trained on the sources' answers
+NO_WRONG_ANSWERS = (*ON_ANSWERS, "paper multi")
+ROUNDS, EPOCHS_OF_A_ROUND = 3, 4
+STUDENT = {"lm_loss_weight": 0.0, "fusion_function": "source", "fusion_tail": "drop"}
 COMBINATIONS = {  # options of combine; an entry with a mapping combines data aligned with that mapping
     "ours": {"slice_pattern": BY_SKILL},
     "paper": {"preset": "paper"},
@@ -94,6 +101,10 @@ COMBINATIONS = {  # options of combine; an entry with a mapping combines data al
     "automatic": {"slice_column": "auto"},
     "none": {"slice_column": "none"},
 }
+NATIVE = {"template": "native", "dtype": "float32"}
+ANSWERING = {"benchmark": "data", "max_new_tokens": 24, "batch_size": 64}
+NO_WRONG = ", no wrong answers"
+ANSWERS = "answers"  # in names of aligned data: made of the sources' answers, with our pivot
 METHODS = {  # merges of our targets, base the pivot
     "linear": ("linear", {"weight": 1.0}),
     "task arithmetic": ("task_arithmetic", {"weight": 0.5}),
@@ -105,12 +116,24 @@ METHODS = {  # merges of our targets, base the pivot
     **{f"sce {share}": ("sce", {"select_topk": share}) for share in SELECT_TOPK},
 }
 
+PAIRS = (  # rows whose difference is told, too
+    *(("sce 1.0", name) for name in ("linear", "paper sce", "sce, mergekit's own", "varm, element", "varm, matrix")),
+    ("sce 1.0", "the best target"),
+    ("multi", "paper multi"),
+    ("plain, sources' answers", "multi"),
+    ("multi, sources' answers", "plain, sources' answers"),
+    ("sce, sources' answers", "sce 1.0"),
+    ("sce, sources' answers", "sce"),
+    ("multi, sources' answers", "sce, sources' answers"),
+    (f"multi, round {ROUNDS}", f"multi, {ROUNDS * EPOCHS_OF_A_ROUND} epochs more"),
+)
+
 
 class Work:
     """The directory of one seed: models, representations, aligned data and results, each made once."""
 
-    def __init__(self, root: Path, seed: int, fast: bool):
-        self.seed, self.fast, self.path = seed, fast, root / f"seed-{seed}"
+    def __init__(self, root: Path, seed: int, fast: bool, part: str = "all"):
+        self.seed, self.fast, self.part, self.path = seed, fast, part, root / f"seed-{seed}"
         self.models = self.path / "models"
         self.count = 200 if fast else 1000
         self.epochs = 2 if fast else 13
@@ -149,44 +172,126 @@ class Work:
 
     def prepare(self, wrong: float, pivot: str = "pivot") -> None:
         """All representations and aligned data of one data set, which the trainings then only read."""
-        from fusechat_fuse import align, combine, represent
-
         if pivot == "pivot":
             rows = conversations(SKILLS, self.count, self.seed + 10, wrong=wrong)
             for row in rows:  # ids by which slices can be named: group-skill-number
                 row["id"] = f"{'numbers' if row['id'].split('-')[0] in NUMBER_SKILLS else 'words'}-{row['id']}"
             self.data(wrong).write_text(json.dumps(rows))
+        whole = wrong == WRONG_ANSWERS and pivot == "pivot" and self.part == "all"
+        mappings = ("prefix", "statistics", "exact", "min_edit")[: 4 if whole else 2]
+        represented = self.represent([self.data(wrong)], pivot, wrong)
+        self.align(represented, wrong, pivot, mappings, tuple(COMBINATIONS) if whole else ("ours", "paper"))
 
-        def representation(model: str) -> Path:
-            output = self.path / "representations" / f"{model}-{wrong}"
-            represent(self.models / model, [str(self.data(wrong))], output, template="native", dtype="float32")
-            return output
+    def represent(self, files: list[Path], pivot: str, name) -> dict[str, Path]:
+        """Data represented by a pivot and all sources: model -> directory."""
+        from fusechat_fuse import represent
 
-        pivots, whole = representation(pivot), wrong > 0 and pivot == "pivot"
-        sources = {source: representation(f"source-{source}") for source in SOURCES}
-        for mapping in ("prefix", "statistics", "exact", "min_edit")[: 4 if whole else 2]:
-            for source, represented in sources.items():
+        found = {}
+        for model in (pivot, *(f"source-{source}" for source in SOURCES)):
+            found[model] = self.path / "representations" / f"{model}-{name}"
+            represent(self.models / model, [str(file) for file in files], found[model], **NATIVE)
+        return found
+
+    def align(self, represented: dict[str, Path], wrong: float, pivot: str, mappings=("prefix",), combined=("ours",)):
+        """Every source aligned to the pivot by every mapping, and combined."""
+        from fusechat_fuse import align, combine
+
+        pivots, *sources = represented.values()
+        for mapping in mappings:
+            for source, directory in zip(SOURCES, sources, strict=True):
                 output = self.aligned(source, wrong, pivot, mapping)
-                align(pivots, represented, output, mapping=mapping, cache_dir=self.path / "maps")
-        for name in COMBINATIONS if whole else ("ours", "paper"):
+                align(pivots, directory, output, mapping=mapping, cache_dir=self.path / "maps")
+        for name in combined:
             options = dict(COMBINATIONS[name])
             mapping = options.pop("mapping", "statistics" if options.get("preset") == "paper" else "prefix")
             parts = [self.aligned(source, wrong, pivot, mapping) for source in SOURCES]
             combine(parts, self.aligned(name, wrong, pivot), **options)
+
+    def assigned(self, wrong: float) -> dict[str, Path]:
+        """The conversations of each model, as the slices' rule selects it, the pivot's first: model -> file."""
+        from fusechat_fuse.evaluation.assignment import assign
+
+        models = ("pivot", *(f"source-{source}" for source in SOURCES))
+        directories = [self.path / "representations" / f"{model}-{wrong}" for model in models]
+        output = self.path / "assigned" / str(wrong)
+        assign(directories, [str(self.data(wrong))], output, slice_pattern=BY_SKILL)
+        return {model: output / f"{model}-{wrong}.jsonl" for model in models}
+
+    def answer(self, wrong: float) -> None:
+        """Data with the answers of the source that serves each slice, represented and aligned."""
+        from fusechat_fuse import answer
+
+        own, *others = self.assigned(wrong).items()
+        files = [own[1]]
+        for model, questions in others:
+            files.append(self.path / "answers" / f"{model}-{wrong}.jsonl")
+            files[-1].parent.mkdir(exist_ok=True)
+            answer(self.models / model, questions, files[-1], pivot=self.models / "pivot", dtype="float32", **ANSWERING)
+        self.align(self.represent(files, "pivot", f"{ANSWERS}-{wrong}"), wrong, ANSWERS)
+
+    def rounds(self, wrong: float) -> None:
+        """From `multi`: the student's samples at temperature 1, scored by the sources, teach it, fusion loss alone."""
+        from fusechat_fuse import align, combine, represent
+
+        after = "" if wrong else NO_WRONG
+        student, served = f"multi{after}", dict(list(self.assigned(wrong).items())[1:])
+        for number in range(1, ROUNDS + 1):
+            name = f"multi, round {number}{after}"
+            home = self.path / "rounds" / name
+            home.mkdir(parents=True, exist_ok=True)
+            files = {
+                model: self.sample(student, file, home / f"{model}.jsonl", number) for model, file in served.items()
+            }
+            files = {model: str(file) for model, file in files.items() if file.stat().st_size}
+            if files:
+                represent(self.models / student, list(files.values()), home / "student", **NATIVE)
+            parts = []
+            for model, file in files.items():
+                represent(self.models / model, [file], home / f"represented-{model}", **NATIVE)
+                parts.append(home / f"aligned-{model}")
+                align(home / "student", home / f"represented-{model}", parts[-1], cache_dir=self.path / "maps")
+            if len(parts) > 1:
+                combine(parts, home / "data", function="min_ce")  # each conversation is in one part
+                parts = [home / "data"]
+            if parts:
+                self.fine_tune(name, parts[0], STUDENT, student, EPOCHS_OF_A_ROUND)
+            else:  # nothing was answered
+                shutil.copytree(self.models / student, self.models / name, dirs_exist_ok=True)
+                self.ask(name)
+            student = name
+
+    def sample(self, student: str, questions: Path, output: Path, seed: int) -> Path:
+        """The student's own answers to questions, those that it ended, as chat data."""
+        from fusechat_fuse import answer
+
+        sampling = {"temperature": 1.0, "seed": self.seed + seed, "dtype": "float32", **ANSWERING}
+        answer(self.models / student, questions, output, **sampling)
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        own = output.with_suffix(".own.jsonl")
+        own.write_text("\n".join(json.dumps(row) for row in rows if row["answered_by"] != "data"))
+        return own
 
     def aligned(self, data: str, wrong: float, pivot: str, mapping: str = "prefix") -> Path:
         """The path of aligned data: one source with a mapping, or a combination of all sources."""
         return self.path / "aligned" / "-".join([pivot, data, *([mapping] if data in SOURCES else []), str(wrong)])
 
     def train(self, name: str, data: str, options: dict, wrong: float, pivot: str = "pivot") -> None:
-        """One row of the table: fine-tune the pivot, test the result."""
+        """One row of the table: fine-tune the pivot, test the result; pivot: ANSWERS, or a model."""
+        mapping = "statistics" if options.get("preset") == "paper" else "prefix"
+        start = "pivot" if pivot == ANSWERS else pivot
+        self.fine_tune(name, self.aligned(data, wrong, pivot, mapping), options, start, self.epochs)
+
+    def go_on(self, name: str, wrong: float, start: str) -> None:
+        """`multi` trained on the same data for as many epochs as the rounds have."""
+        self.fine_tune(name, self.aligned("ours", wrong, "pivot"), OURS, start, ROUNDS * EPOCHS_OF_A_ROUND)
+
+    def fine_tune(self, name: str, data: Path, options: dict, start: str, epochs: int) -> None:
         from fusechat_fuse import FusionConfig
         from fusechat_fuse.training.run import train
 
-        mapping = "statistics" if options.get("preset") == "paper" else "prefix"
         config = FusionConfig(
             output_dir=str(self.models / name),
-            num_train_epochs=self.epochs,
+            num_train_epochs=epochs,
             per_device_train_batch_size=16,
             total_batch_size=16,
             learning_rate=1e-3,
@@ -198,7 +303,7 @@ class Work:
             report_to=[],
             **options,
         )
-        train(self.models / pivot, self.aligned(data, wrong, pivot, mapping), config)
+        train(self.models / start, data, config)
         self.ask(name)
 
     def merge(self, name: str, method: str, targets: tuple[str, ...], parameters: dict, base: str = "pivot") -> None:
@@ -227,45 +332,65 @@ class Work:
 
 
 def no_wrong(name: str) -> str:
-    return f"{name}, no wrong answers"
+    return f"{name}{NO_WRONG}"
 
 
 def phases(work: Work, ablations: bool) -> list[list[tuple[str, str, tuple]]]:
     """The tasks of a seed in phases, as (result, method of Work, arguments); tasks of one phase are independent."""
-    wrong, round_two = WRONG_ANSWERS, [f"second round {target}" for target in TARGETS]
-    rows = MAIN | (CHANGES if ablations else {})
-    trainings = [(name, "train", (name, data, options, wrong)) for name, (data, options) in rows.items()]
-    for name in NO_WRONG_ANSWERS if ablations else ():
-        data, options = MAIN[name]
-        trainings.append((no_wrong(name), "train", (no_wrong(name), data, options, 0.0)))
-    methods = {name: METHODS[name] for name in ("linear", "sce 1.0")} if work.fast else METHODS
-    merges = [(name, "merge", (name, method, TARGETS, parameters)) for name, (method, parameters) in methods.items()]
-    papers = tuple(f"paper {target}" for target in TARGETS)
-    clean = tuple(no_wrong(target) for target in TARGETS)
-    for name, targets in (("paper sce", papers), (no_wrong("sce"), clean))[: 1 + ablations]:
-        merges.append((name, "merge", (name, "sce", targets, {"select_topk": 1.0})))
-    second = [
-        (name, "train", (name, source, OURS, wrong, "sce 1.0")) for name, source in zip(round_two, SOURCES, strict=True)
+    wrong, second_round = WRONG_ANSWERS, [f"second round {target}" for target in TARGETS]
+    rows = {"all": MAIN | (CHANGES if ablations else {}), "answers": {name: MAIN[name] for name in ON_ANSWERS}}[
+        work.part
     ]
-    last = ("second round sce", "merge", ("second round sce", "sce", tuple(round_two), {"select_topk": 1.0}, "sce 1.0"))
+    trainings = [(name, "train", (name, data, options, wrong)) for name, (data, options) in rows.items()]
+    shares = (wrong,) if work.fast else (wrong, 0.0)
+    clean = NO_WRONG_ANSWERS if work.part == "all" else ON_ANSWERS
+    for name in clean if 0.0 in shares else ():
+        trainings.append((no_wrong(name), "train", (no_wrong(name), *MAIN[name], 0.0)))
+    answers, more = [], []
+    for share in shares:
+        named = str if share else no_wrong
+        for name in ON_ANSWERS:
+            result = named(f"{name}, sources' answers")
+            answers.append((result, "train", (result, *MAIN[name], share, ANSWERS)))
+        result = named(f"multi, {ROUNDS * EPOCHS_OF_A_ROUND} epochs more")
+        more.append((result, "go_on", (result, share, named("multi"))))
+        more.append((named(f"multi, round {ROUNDS}"), "rounds", (share,)))
+    few = work.fast or work.part == "answers"
+    methods = {name: METHODS[name] for name in ("linear", "sce 1.0")} if few else METHODS
+    merges = [(name, "merge", (name, method, TARGETS, parameters)) for name, (method, parameters) in methods.items()]
+    others = {"sce, sources' answers": [f"{target}, sources' answers" for target in TARGETS]}
+    if 0.0 in shares:
+        others |= {no_wrong(name): [no_wrong(target) for target in targets] for name, targets in others.items()}
+        others[no_wrong("sce")] = [no_wrong(target) for target in TARGETS]
+    if work.part == "all":
+        others["paper sce"] = [f"paper {target}" for target in TARGETS]
+    merges += [(name, "merge", (name, "sce", tuple(several), {"select_topk": 1.0})) for name, several in others.items()]
+    second = [
+        (name, "train", (name, source, OURS, wrong, "sce 1.0"))
+        for name, source in zip(second_round, SOURCES, strict=True)
+    ]
+    last = (
+        "second round sce",
+        "merge",
+        ("second round sce", "sce", tuple(second_round), {"select_topk": 1.0}, "sce 1.0"),
+    )
     models = [(name, "teach", (name,)) for name in ("pivot", *(f"source-{source}" for source in SOURCES))]
-    prepared = [("", "prepare", (wrong,)), ("", "prepare", (0.0,))][: 1 + ablations]
-    once = [models, prepared, trainings, merges]
+    prepared = [[("", "prepare", (share,)) for share in shares], [("", "answer", (share,)) for share in shares]]
+    once = [models, *prepared, trainings + answers, merges + more]
     return once + ([[("", "prepare", (wrong, "sce 1.0"))], second, [last]] if ablations else [])
 
 
-def perform(root: Path, seed: int, fast: bool, method: str, arguments: tuple) -> None:
+def perform(work: Work, method: str, arguments: tuple) -> None:
     """Carry out one task, in a process of the pool."""
     torch.set_num_threads(1)
     for name in ("transformers", "fusechat_fuse", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    getattr(Work(root, seed, fast), method)(*arguments)
+    getattr(work, method)(*arguments)
 
 
-def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None:
+def run(works: list[Work], ablations: int, jobs: int) -> None:
     """Carry out all tasks of all seeds, those of one phase side by side; a task with a result is not repeated."""
     start = time.monotonic()
-    works = [Work(root, seed, fast) for seed in seeds]
     plans = [phases(work, work.seed < ablations) for work in works]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for number in range(max(map(len, plans))):
@@ -274,7 +399,7 @@ def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None
                 work.models.mkdir(parents=True, exist_ok=True)
                 for result, method, arguments in plan[number] if number < len(plan) else ():
                     if not (result and (work.path / "results" / f"{result}.json").exists()):
-                        future = pool.submit(perform, root, work.seed, fast, method, arguments)
+                        future = pool.submit(perform, work, method, arguments)
                         tasks[future] = f"seed {work.seed}: {method} {result}"
             for done, future in enumerate(as_completed(tasks), 1):
                 future.result()
@@ -282,12 +407,20 @@ def run(root: Path, seeds: range, ablations: int, jobs: int, fast: bool) -> None
                 print(f"[{seconds:5.0f} s] phase {number + 1}, {done} of {len(tasks)}: {tasks[future]}", flush=True)
 
 
-def collect(root: Path, seeds: range, ablations: int, fast: bool) -> dict[str, list[dict]]:
+def rows_of(task: tuple[str, str, tuple]) -> list[str]:
+    """The rows of the table that a task writes: a round has a row of its own."""
+    result, method, _ = task
+    if method != "rounds":
+        return [result] if result else []
+    return [result.replace(f"round {ROUNDS}", f"round {number}") for number in range(1, ROUNDS + 1)]
+
+
+def collect(works: list[Work], ablations: int) -> dict[str, list[dict]]:
     """row -> its scores, one entry per seed, in the order of the table."""
-    works, found = [Work(root, seed, fast) for seed in seeds], {}
+    found: dict[str, list[dict]] = {}
     for work in works:
         for phase in phases(work, work.seed < ablations):
-            for name in (result for result, _, _ in phase if result):
+            for name in itertools.chain.from_iterable(map(rows_of, phase)):
                 scores = json.loads((work.path / "results" / f"{name}.json").read_text())
                 found.setdefault(name, []).append(scores)
     return found
@@ -303,24 +436,26 @@ def with_interval(mean: float, half: float | None, sign: str = "") -> str:
 
 
 def summary(scores: dict[str, list[dict]]) -> dict[str, dict]:
-    """row -> mean, and paired difference to `plain` on the same data, with their intervals (in points)."""
+    """row -> mean, and paired differences to `plain` and `multi` on data of the same share of wrong answers, with their
+    intervals (in points); "pairs" holds the differences of PAIRS."""
     overall = {name: np.array([100 * seed["overall"] for seed in several]) for name, several in scores.items()}
     found = {}
     for name, values in overall.items():
-        plain = overall["plain" if "no wrong" not in name else no_wrong("plain")][: len(values)]
-        found[name] = {
-            "mean": rounded(values.mean()),
-            "interval": rounded(half_width(values)),
-            "to_plain": rounded((values - plain).mean()),
-            "to_plain_interval": rounded(half_width(values - plain)),
-            "seeds": values.round(2).tolist(),
-        }
-    ours = overall["sce 1.0"]
-    best = np.max([overall[target] for target in TARGETS], axis=0)
-    others = ("linear", "paper sce", "sce, mergekit's own", "varm, element", "varm, matrix")
-    compared = {name: ours - overall[name] for name in others if name in overall} | {"the best target": ours - best}
-    compared["paper multi (multi less it)"] = overall["multi"] - overall["paper multi"]
-    found["our sce less"] = {
+        of_data = no_wrong if NO_WRONG in name else str
+        found[name] = {"seeds": values.round(2).tolist(), "mean": rounded(values.mean())}
+        found[name]["interval"] = rounded(half_width(values))
+        for base in ("plain", "multi"):
+            difference = values - overall[of_data(base)][: len(values)]
+            found[name] |= {f"to_{base}": rounded(difference.mean())}
+            found[name] |= {f"to_{base}_interval": rounded(half_width(difference))}
+    overall["the best target"] = np.max([overall[target] for target in TARGETS], axis=0)
+    pairs = [*PAIRS, *((no_wrong(row), no_wrong(other)) for row, other in PAIRS)]
+    compared = {
+        f"{row} less {other}": overall[row] - overall[other]
+        for row, other in pairs
+        if row in overall and other in overall
+    }
+    found["pairs"] = {
         name: {"mean": rounded(d.mean()), "interval": rounded(half_width(d))} for name, d in compared.items()
     }
     return found
@@ -331,26 +466,27 @@ def markdown(found: dict[str, dict], about: dict) -> str:
     lines = [
         "# The paper in miniature",
         "",
-        f"Held-out exact match in %, mean of {about['seeds']} seeds ± 95 % interval, and paired difference to plain;",
-        "where another number of seeds is in brackets, of those.",
+        f"Held-out exact match in %, mean of {about['seeds']} seeds ± 95 % interval, and paired differences to plain",
+        "and to multi on the same data; where another number of seeds is in brackets, of those.",
         "",
         sentence(about),
         "",
-        "| row | exact match | less plain |",
-        "|---|---|---|",
+        "| row | exact match | less plain | less multi |",
+        "|---|---|---|---|",
     ]
     for name, row in found.items():
-        if name != "our sce less":
-            difference = (
-                "" if name.startswith("plain") else with_interval(row["to_plain"], row["to_plain_interval"], "+")
-            )
+        if name != "pairs":
+            differences = [
+                ""
+                if name in (base, no_wrong(base))
+                else with_interval(row[f"to_{base}"], row[f"to_{base}_interval"], "+")
+                for base in ("plain", "multi")
+            ]
             of = len(row["seeds"])
             name += "" if of == about["seeds"] else f" ({of})"
-            lines.append(f"| {name} | {with_interval(row['mean'], row['interval'])} | {difference} |")
-    lines += ["", "| our SCE merge less | difference |", "|---|---|"]
-    lines += [
-        f"| {name} | {with_interval(d['mean'], d['interval'], '+')} |" for name, d in found["our sce less"].items()
-    ]
+            lines.append(f"| {name} | {with_interval(row['mean'], row['interval'])} | {' | '.join(differences)} |")
+    lines += ["", "| pair | difference |", "|---|---|"]
+    lines += [f"| {name} | {with_interval(d['mean'], d['interval'], '+')} |" for name, d in found["pairs"].items()]
     return "\n".join([*lines, ""])
 
 
@@ -361,27 +497,31 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ablation_seeds", type=int, default=3, help="seeds that also run the changes of one option")
+    parser.add_argument("--part", choices=("all", "answers"), default="all", help="answers: their rows and ours alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--fast", action="store_true", help="test the script, with models that know nothing")
     options = parser.parse_args()
     root = options.output.resolve()
     root.mkdir(parents=True, exist_ok=True)
     quiet()
-    run(root, range(options.seeds), options.ablation_seeds, options.jobs, options.fast)
-    scores = collect(root, range(options.seeds), options.ablation_seeds, options.fast)
+    works = [Work(root, seed, options.fast, options.part) for seed in range(options.seeds)]
+    run(works, options.ablation_seeds, options.jobs)
+    scores = collect(works, options.ablation_seeds)
     found = summary(scores)
-    fast = " --fast" if options.fast else ""
-    command = f"paper_in_miniature.py --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}{fast}"
+    command = f"paper_in_miniature.py --seeds {options.seeds} --ablation_seeds {options.ablation_seeds}"
+    command += "" if options.part == "all" else f" --part {options.part}"
+    command += " --fast" if options.fast else ""
     about = {**facts(command, root, ("torch", "transformers", "mergekit")), "seeds": options.seeds}
     results = options.results or root
-    write(results, "miniature", {**about, "summary": found, "scores": scores}, markdown(found, about))
+    name = "miniature" if options.part == "all" else f"miniature_{options.part}"
+    write(results, name, {**about, "summary": found, "scores": scores}, markdown(found, about))
     differences = [
         (name, row["to_plain"], row["to_plain_interval"] or 0)
         for name, row in found.items()
-        if "to_plain" in row and not name.startswith("plain")
+        if name not in ("pairs", "plain", no_wrong("plain"))
     ]
     label = "exact match less plain fine-tuning, points (95 % interval over seeds)"
-    draw(differences, label, results / "miniature.png")
+    draw(differences, label, results / f"{name}.png")
 
 
 if __name__ == "__main__":

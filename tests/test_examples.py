@@ -24,21 +24,38 @@ def test_an_interval_is_students():
 
 def test_the_summary_is_paired_and_rows_may_have_fewer_seeds(tmp_path):
     work = paper_in_miniature.Work(tmp_path, 0, fast=False)
-    names = [name for phase in paper_in_miniature.phases(work, ablations=True) for name, _, _ in phase if name]
+    rows_of = paper_in_miniature.rows_of
+    names = [
+        name for phase in paper_in_miniature.phases(work, ablations=True) for task in phase for name in rows_of(task)
+    ]
     assert len(names) == len(set(names))
-    main = {name for phase in paper_in_miniature.phases(work, ablations=False) for name, _, _ in phase if name}
+    main = {
+        name for phase in paper_in_miniature.phases(work, ablations=False) for task in phase for name in rows_of(task)
+    }
     assert main < set(names)
+    answers = paper_in_miniature.Work(tmp_path, 0, fast=False, part="answers")
+    part = {
+        name
+        for phase in paper_in_miniature.phases(answers, ablations=False)
+        for task in phase
+        for name in rows_of(task)
+    }
+    assert {"multi, sources' answers, no wrong answers", "multi, round 2", "sce 1.0"} < part < main
     for seed in range(3):
         folder = tmp_path / f"seed-{seed}" / "results"
         folder.mkdir(parents=True)
         for n, name in enumerate(names if seed < 2 else main):
             (folder / f"{name}.json").write_text(json.dumps({"overall": 0.1 * seed + 0.001 * (n if seed < 2 else 0)}))
-    found = paper_in_miniature.summary(paper_in_miniature.collect(tmp_path, range(3), 2, fast=False))
+    works = [paper_in_miniature.Work(tmp_path, seed, fast=False) for seed in range(3)]
+    found = paper_in_miniature.summary(paper_in_miniature.collect(works, 2))
     assert list(found)[: len(names)] == names
     assert len(found["multi"]["seeds"]) == 3
     assert len(found["tail drop"]["seeds"]) == 2
     more = names.index("tail drop") - names.index("plain")
     assert found["tail drop"]["to_plain"] == pytest.approx(0.1 * more, abs=0.01)  # of the same two seeds
+    less = names.index("multi, sources' answers") - names.index("plain, sources' answers")
+    pair = found["pairs"]["multi, sources' answers less plain, sources' answers"]
+    assert pair["mean"] == pytest.approx(0.1 * less * 2 / 3, abs=0.01)  # of three seeds the third is without it
     about = {"seeds": 3, "command": "c", "minutes": 1, "machine": "m", "versions": "v"}
     table = paper_in_miniature.markdown(found, about)
     assert "| tail drop (2) |" in table
@@ -54,7 +71,7 @@ def test_the_miniature_runs_and_goes_on(tmp_path, forked):
     done = forked.run(command, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results" / "miniature.json").read_text())
-    assert {"pivot", "plain", "paper sce", "multi", "linear", "sce 1.0"} <= results["scores"].keys()
+    assert {"pivot", "plain", "paper sce", "multi", "linear", "sce 1.0", "multi, round 3"} <= results["scores"].keys()
     assert all(len(seeds) == 1 and 0 <= seeds[0]["overall"] <= 1 for seeds in results["scores"].values())
     assert (tmp_path / "results" / "miniature.png").read_bytes().startswith(b"\x89PNG")
     again = forked.run(command, env=environment)
