@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusechat_fuse.training.collator import FusionCollator as FusionCollator
     from fusechat_fuse.training.config import FusionConfig as FusionConfig
     from fusechat_fuse.training.loss import fusion_loss as fusion_loss
+    from fusechat_fuse.training.slice_choice import source_by_slice as source_by_slice
     from fusechat_fuse.training.trainer import FusionTrainer as FusionTrainer
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "align": "alignment.run",
     "combine": "alignment.combination",
     "fusion_loss": "training.loss",
+    "source_by_slice": "training.slice_choice",
     "FusionConfig": "training.config",
     "FusionCollator": "training.collator",
     "FusionTrainer": "training.trainer",

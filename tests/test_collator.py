@@ -1,5 +1,8 @@
 """Batches hold what the rows say: padded, packed, cut, from memory or from disk."""
 
+import re
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -203,3 +206,22 @@ def test_the_first_conversations_alone_keep_labels_and_figures(packing, count):
     assert [(kept[name] != -100).sum().item() for name in ("labels", "shift_labels")] == [expected] * 2
     assert kept["conversation_stats"].reshape(-1, 5)[:, 3].sum().item() == expected
     assert torch.equal(kept["input_ids"], batch["input_ids"])
+
+
+def test_the_row_of_the_api_page_makes_the_batch_that_it_names():
+    page = (Path(__file__).parents[1] / "docs/api.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(program, names)
+    row, batch = names["row"], names["batch"]
+    columns = {
+        name for cell in re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert columns - {*row} == {"source_token_ce", "content_hash", "source_index"}  # of no need to the defaults
+    assert {*row} <= columns
+    assert batch["shift_labels"].tolist() == [[-100, -100, -100, 402, 2, -100]]
+    pivot, source = 1.31 / 4, 0.127 * 2 / 4  # nats per byte
+    share = 1 / (1 + np.exp(4 * (source - pivot)))  # docs/method.md, "Choice", `avg_ce_slice`
+    assert distribution(batch["target_ids"][0, 3], batch["target_probs"][0, 3])[402] == pytest.approx(
+        share * 0.8 + (1 - share) * np.exp(-1.2), rel=1e-5
+    )
