@@ -421,6 +421,7 @@ def test_every_turn_of_data_is_answered_after_the_models_own_answers(model, tmp_
     for name, row in zip(("e", "c", "m"), rows[1:]):
         assert found[name]["messages"] == row["messages"]
         assert found[name]["answered_by"] == "data"
+    assert [found[name].get("kept_because") for name in found] == [None, "empty", "cut", "refused"]
     again, _ = read_conversations(tmp_path / "a.jsonl")
     assert {one.id: one.slice for one in again} == dict.fromkeys(found, "words")
 

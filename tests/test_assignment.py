@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -182,5 +183,11 @@ def test_a_run_with_answers_by_sources_killed_in_the_stage_ends_with_the_same_fi
         assert whole == killed
     assigned = json.loads((home["whole"] / "out" / names[2]).read_text())["conversations"]
     assert sum(assigned.values()) == 24
+    answered = [json.loads(line) for line in (home["whole"] / "out" / names[0]).read_text().splitlines()]
+    kept = Counter(one["kept_because"] for one in answered if one["answered_by"] == "data")
+    assert json.loads((home["whole"] / "out" / "report.json").read_text())["answers"] == {
+        "pivot": {"conversations": assigned["pivot"], "kept": {"pivot": assigned["pivot"]}},
+        "one": {"conversations": assigned["one"], "kept": dict(kept)},
+    }
     after = {row["step"]: row for row in plan(recipes["whole"], options_of=options_of)["steps"]}
     assert after["answer one"]["conversations"] == assigned["one"]

@@ -180,6 +180,10 @@ FOUND = {
     "pivot": "p<q",
     "sources": {"a": "one"},
     "preset": "fusechat",
+    "answers": {
+        "pivot": {"conversations": 7, "kept": {"pivot": 7}},
+        "a": {"conversations": 9, "kept": {"cut": 2, "empty": 1}},
+    },
     "certificates": {"a": {"mapping": "prefix", "coverage": 0.93, "mean_mapped_mass": 0.5, "gap_bits_per_byte": 0.0}},
     "losses": {"plain": [{"step": 1, "loss": 2.0}, {"step": 9, "loss": 1.0}], "multi": [{"step": 1, "loss": 1.5}]},
     "slices": {
@@ -211,13 +215,16 @@ def test_the_page_holds_every_figure_and_asks_for_nothing():
     page = report_page("fused", FOUND)
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Held-out bits per byte, means (lower is better)",
-        *("Alignment", "Training loss", "Model selected for each slice", "Merge coefficients"),
+        *("Who answered the training data", "Alignment", "Training loss"),
+        *("Model selected for each slice", "Merge coefficients"),
     ]
     assert "<td>1.2500</td><td class=best>1.0000</td>" in page
     assert "<td>0.5000</td><td class=best>0.2500</td><td>one</td>" in page
     assert (
         "<p>slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data</p>" in page
     )
+    assert "<tr><td>pivot</td><td>7</td><td>0</td><td>7</td><td></td></tr>" in page
+    assert "<tr><td>a</td><td>9</td><td>6</td><td>3</td><td>2 cut, 1 empty</td></tr>" in page
     assert page.count("<polyline") == 2
     assert "<p>Distance to linear merging: 12.5% of its task vector.</p>" in page
     assert "p&lt;q" in page
@@ -237,7 +244,7 @@ def test_the_page_in_chromium(tmp_path):
     done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    assert title[1] == "4 false true"
+    assert title[1] == "5 false true"
 
 
 def contents(folder: Path) -> dict[str, str]:

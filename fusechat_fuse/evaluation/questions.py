@@ -8,7 +8,7 @@ alpaca_eval  questions (JSON list): instruction, dataset?
 chat         questions: chat data as `represent` reads them, or prompts alone; each last user message is answered
              answers (JSONL): id, messages
 data         questions: chat data; every turn is answered, each after the answers to the turns before it
-             answers (JSONL): id, slice, messages, answered_by, data_answers
+             answers (JSONL): id, slice, messages, answered_by, data_answers, and kept_because of the data's own
 """
 
 from __future__ import annotations
@@ -153,14 +153,15 @@ def answered_data(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Chat data with a model's answers in place of the data's own.
 
-    A conversation keeps the data's answers (`answered_by` is "data") where one of the model's is `empty`, was `cut` at
-    its longest length, held a `special_token`, or is `refused`: its prompt by the model's chat template, or the
-    conversation by the pivot's.
+    A conversation keeps the data's answers (`answered_by` is "data", `kept_because` the reason) where one of the
+    model's is `empty`, was `cut` at its longest length, held a `special_token`, or is `refused`: its prompt by the
+    model's chat template, or the conversation by the pivot's.
 
     Args:
         answers: key -> {turns, finished, problems}. name: the model's. pivot: the pivot's encoder; None where nothing
             is asked.
-    Returns: rows {id, slice, messages, answered_by, data_answers}; the number of conversations kept, by reason.
+    Returns: rows {id, slice, messages, answered_by, kept_because?, data_answers}; the number of conversations kept, by
+        reason.
     """
     rows, kept = [], Counter()
     for question in asked:
@@ -171,7 +172,9 @@ def answered_data(
         if problem:
             kept[problem] += 1
         own = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-        by = {"answered_by": "data"} if problem else {"messages": messages, "answered_by": name}
+        by = {"messages": messages, "answered_by": name}
+        if problem:
+            by = {"answered_by": "data", "kept_because": problem}
         rows.append({**row, **by, "data_answers": own})
     return rows, dict(sorted(kept.items()))
 

@@ -7,6 +7,8 @@ figures stand below it.
 from __future__ import annotations
 
 import html
+import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +56,7 @@ def write_report(
         "preset": recipe.preset,
         "best": best and {"path": str(best.output.relative_to(home)), "summary": best.summary},
         "left_out": left_out,
+        "answers": _answers(home / "answers", [*recipe.sources]) if recipe.answers == "sources" else None,
         "compare": read_json(home / "compare" / "compare.json", "comparison"),
         "certificates": _each({name: home / "aligned" / name for name in recipe.sources}, _certificate),
         "losses": _each({model.name: model for model in models}, _losses),
@@ -73,6 +76,21 @@ def _each(paths: dict[str, Path], read: Callable[[Path], Any]) -> dict[str, Any]
     """What `read` finds at each path, by name; names without a finding are left out."""
     values = {name: read(path) for name, path in paths.items()}
     return {name: value for name, value in values.items() if value}
+
+
+def _answers(folder: Path, sources: list[str]) -> dict[str, dict[str, Any]] | None:
+    """By selected model: its conversations, how many of them it answered, and how many keep the data's answers, why."""
+    assigned = read_json(folder / "assigned" / "assignment.json", "assignment")
+    if not assigned:
+        return None
+    count = assigned["conversations"]["pivot"]
+    found = {"pivot": {"conversations": count, "kept": {"pivot": count}}}
+    for name in sources:
+        if (file := folder / name / "answers.jsonl").exists():
+            reasons = Counter(json.loads(line).get("kept_because") for line in file.read_text("utf-8").split("\n")[:-1])
+            kept = {str(reason): number for reason, number in sorted(reasons.items(), key=str) if reason}
+            found[name] = {"conversations": reasons.total(), "kept": kept}
+    return found
 
 
 def _certificate(folder: Path) -> dict[str, float] | None:
@@ -168,6 +186,15 @@ def _coefficient_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _answer_table(answers: dict[str, dict[str, Any]]) -> str:
+    rows = {}
+    for name, entry in answers.items():
+        why = ", ".join(f"{number} {reason}" for reason, number in entry["kept"].items())
+        kept = sum(entry["kept"].values())
+        rows[name] = [entry["conversations"], entry["conversations"] - kept, kept, "" if name == "pivot" else why]
+    return _table(["selected", "conversations", "answered by it", "with the data's answers", "unusable answers"], rows)
+
+
 def _certificate_table(certificates: dict[str, Any]) -> str:
     columns = ("mapping", "coverage", "mean_mapped_mass", "gap_bits_per_byte")
     rows = {name: [of_source.get(column) for column in columns] for name, of_source in certificates.items()}
@@ -208,6 +235,7 @@ def _loss_chart(losses: dict[str, list[dict[str, float]]]) -> str:
 
 _SECTIONS: dict[str, tuple[str, Callable[[Any], str], tuple[str, ...]]] = {  # heading, body, stages with commands
     "held_out": ("Held-out bits per byte, means (lower is better)", _comparison_table, ("evaluate",)),
+    "answers": ("Who answered the training data", _answer_table, ("answer",)),
     "compare": (
         "Bits per byte of the training data, medians",
         _source_table,
