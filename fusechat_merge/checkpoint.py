@@ -1,4 +1,5 @@
-"""Checks of checkpoints before anything is merged: complete files, dtypes that can be merged, an output layer.
+"""Checks of checkpoints before anything is merged: whole and unambiguous files, dtypes that can be merged, an output
+layer, settings that agree with the pivot's.
 
 Of the weights only the headers are read. A safetensors file begins with the length of its header (8 bytes, little
 endian) and the header, JSON: name -> {dtype, shape, data_offsets}; the tensors' bytes follow.
@@ -7,6 +8,7 @@ endian) and the header, JSON: name -> {dtype, shape, data_offsets}; the tensors'
 import json
 import logging
 import os
+import re
 import struct
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,10 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 BYTES = ("I8", "U8")
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
+NO_COMPUTATION = re.compile(  # settings in config.json that change no forward pass, or are checked elsewhere
+    r"(.*\.)?(_\w+|architectures|auto_map|dtype|torch_dtype|transformers_version|use_cache|initializer_range|\w*dropout|"
+    r"\w+_token_id|\w+_token_index|vocab_size|num_hidden_layers|tie_word_embeddings|quantization_config)(\..*)?"
+)
 
 
 def read_json(file: Path) -> dict:
@@ -40,11 +46,13 @@ def stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
     """Name -> safetensors' name of the dtype, of every tensor in these safetensors files.
 
     Raises:
-        ValueError: a file is not a safetensors file, or is cut off.
+        ValueError: a file is missing, is not a safetensors file, is cut off, or holds a tensor of another one.
         OSError: a file cannot be read.
     """
-    found = {}
+    found, place = {}, {}
     for file in files:
+        if not os.path.exists(file):
+            raise ValueError(f"weights file {file}: expected it, as the index names it, got none. Copy or download it.")
         size = os.path.getsize(file)
         with open(file, "rb") as stream:
             start = stream.read(8)
@@ -60,6 +68,12 @@ def stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
                 f"weights file {file}: expected a safetensors file, got {size} bytes without its header. "
                 "Copy or download it again."
             ) from None
+        if twice := place.keys() & entries.keys():
+            raise ValueError(
+                f"tensor {min(twice)} in {file}: expected it in one weights file, got it in {place[min(twice)]} too. "
+                "Save that model again."
+            )
+        place |= dict.fromkeys(entries, file)
         whole = 8 + length + max(ends, default=0)
         if size < whole:
             raise ValueError(
@@ -76,6 +90,26 @@ def weight_files(directory: str | Path) -> list[Path]:
         return [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     single = directory / "model.safetensors"
     return [single] if single.is_file() else []
+
+
+def check_one_save(directory: str | Path) -> None:
+    """Raises ValueError where a directory holds two saves, of which transformers reads one and mergekit the other."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = Path(directory, f"{single}.index.json")
+        if index.is_file() and index.with_name(single).is_file():
+            raise ValueError(
+                f"weights in {directory}: expected one save, got {single}, which transformers reads, and {index.name}, "
+                "which mergekit reads. Remove the older one."
+            )
+
+
+def check_output(config: Any, out_path: str | Path) -> None:
+    """Raises ValueError where a merge would be written over one of its inputs."""
+    for model in config.referenced_models():
+        if os.path.isdir(model.model.path) and os.path.realpath(model.model.path) == os.path.realpath(out_path):
+            raise ValueError(
+                f"output {out_path}: expected a directory of its own, got the input {model}. Choose another."
+            )
 
 
 def check_precision(model: str, stored: dict[str, str], config: dict) -> None:
@@ -113,20 +147,31 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
     """Refuse checkpoints that cannot be merged, or that mergekit would read wrongly. Called while mergekit plans.
 
     Raises:
-        ValueError: a weights file is cut off, weights are quantised, or the output layer of a model that does not share
-            it with the embeddings is missing (mergekit would take the embeddings for it).
+        ValueError: a weights file is cut off or in two versions, weights are quantised, the cached merge of an adapter
+            is older than the adapter, or the output layer of a model that does not share it with the embeddings is
+            missing (mergekit would take the embeddings for it).
     """
     cache = LoaderCache()
     outputs: dict[Hashable, set[str]] = {}
     configs: dict[Hashable, Any] = {}
     for model in models:
         index = cache.get(model).index
+        check_one_save(index.base_path)
+        if model.lora is not None:
+            check_adapter_cache(model, Path(index.base_path))
         files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
         stored = stored_dtypes(files) if index.is_safetensors else {}
         configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
         if model.lora is None:
             check_precision(f"{model} for {method}", stored, configs[model].to_dict())
         outputs[model] = {name for name in index.tensor_paths if name.endswith(OUTPUT_LAYERS)}
+    for model in models:
+        if differing := _differences(configs[model].to_dict(), configs[pivot].to_dict()):
+            warn_once(
+                logger,
+                f"config.json of {model} differs from the pivot's, by which the merged model computes, in "
+                f"{', '.join(differing)}.",
+            )
     expected = set().union(*outputs.values()) or _output_layers(configs[models[0]])
     for model in models:
         missing = expected - outputs[model]
@@ -142,6 +187,35 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
                 "says tie_word_embeddings: true, so a program may use the embeddings instead. Set tie_word_embeddings: "
                 f"false in {pivot} first.",
             )
+
+
+def check_adapter_cache(model: ModelReference, merged: Path) -> None:
+    """Raises ValueError where what mergekit keeps of `model+adapter` is older than one of the two."""
+    assert model.lora is not None
+    parts = [Path(path.path) for path in (model.model, model.lora)]
+    weights = [file for part in parts for file in part.glob("*.safetensors")] + [*parts[1].glob("adapter_*")]
+    kept = min((file.stat().st_mtime for file in merged.iterdir()), default=0.0)
+    if any(file.stat().st_mtime > kept for file in weights):
+        raise ValueError(
+            f"merged adapter in {merged}: expected one made of {model} as it is, got an older one. Remove it."
+        )
+
+
+def _differences(settings: dict, pivots: dict) -> list[str]:
+    """The settings in which two configurations compute differently, with both values."""
+    ours, theirs = _flat(settings), _flat(pivots)
+    return [
+        f"{name} ({ours.get(name)!r:.60}, the pivot's {theirs.get(name)!r:.60})"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and not NO_COMPUTATION.fullmatch(name)
+    ]
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + str(name): value}
+    return found
 
 
 def _tied(config: Any) -> bool:

@@ -42,7 +42,10 @@ def _sentence(error: Exception) -> str:
         return errors()[0]["msg"]
     if format_message is not None:  # click
         return format_message()
-    return str(error) or repr(error)
+    text = " ".join(str(error).split())  # some hold a whole configuration
+    text = text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
+    clear = isinstance(error, ValueError | OSError | RuntimeError) and text
+    return text if clear else f"{type(error).__name__}: {text}"
 
 
 def _parser() -> argparse.ArgumentParser:

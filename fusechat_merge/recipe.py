@@ -8,11 +8,13 @@ models of the Hub when mergekit plans.
 import difflib
 import logging
 import os
+from importlib import resources
 from pathlib import Path
 
 import torch
 import yaml
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
@@ -96,9 +98,18 @@ def load(path: str | Path) -> MergeConfiguration:
         dtype = getattr(config, key)
         if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
             raise ValueError(f"{key} in {name}: " + _unexpected(dtype, DTYPES, DTYPE_ALIASES.get(dtype.lower())))
+    check_chat_template(config.chat_template, name)
     _check_parameters(config, name)
     _check_models(config, name)
     return config
+
+
+def check_chat_template(template: str | None, name: str) -> None:
+    """Raises ValueError for a template that is none: mergekit would write the model without its tokenizer."""
+    files = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
+    known = ["auto", *sorted(file.stem for file in files if file.suffix == ".jinja")]
+    if template and "{" not in template and template not in known:
+        raise ValueError(f"chat_template in {name}: " + _unexpected(template, known))
 
 
 def _check_parameters(config: MergeConfiguration, name: str) -> None:
@@ -181,7 +192,8 @@ def _layers_and_rounding(model: ModelReference, name: str) -> tuple[int | None, 
     if not file.is_file():
         raise ValueError(
             f"model {path} in {name}: expected a model directory with config.json, got "
-            f"{'one without' if os.path.isdir(path) else 'no such directory'}. Correct the path."
+            f"{'one without' if os.path.isdir(path) else 'no such directory'}. Correct the path"
+            + (" (one with + or @ in it is written as `model: {model: {path: PATH}}`)." if str(model) != path else ".")
         )
     settings = checkpoint.read_json(file)
     stored = checkpoint.stored_dtypes(checkpoint.weight_files(path))

@@ -165,6 +165,7 @@ def test_pictures_of_any_number_of_targets(count, tmp_path):
         ({"out_dtype": "fp16"}, "out_dtype in .*: expected one of float32, .*, got 'fp16'. Did you mean float16?"),
         ({"dtype": "Bfloat16"}, "got 'Bfloat16'. Did you mean bfloat16?"),
         ({7: 1}, "got 7"),
+        ({"chat_template": "chatlm"}, "chat_template in .*expected one of auto, .* got 'chatlm'. Did you mean chatml?"),
         ({"merge_method": "ties", "parameters": {}}, "expected sce or varm, got ties"),
         ({"base_model": None}, "base_model in .*expected the pivot, got none"),
         (
