@@ -13,6 +13,14 @@ class InputError(ValueError):
     """Bad input. The message is one sentence: what, for which file, row or option, what was expected, what to do."""
 
 
+class Unusable(InputError):
+    """A conversation that cannot be used; `reason` is the name of the rule, the text says what was found."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
 def check_integer(what: str, value, least: int = 1) -> None:
     """Raise InputError unless a value is an integer of at least `least` (booleans are refused).
 

@@ -785,10 +785,10 @@ def test_answers_probed_in_a_few_places_are_as_if_each_was_probed(source, monkey
     for count in (*range(1, 12), 40):
         for system in ((), ("system",)):
             roles = (*system, *("user", "assistant") * count)
-            few = layout.probe_layout(template, roles)
+            few = layout.probe_layout(template, [{"role": role} for role in roles])
             with monkeypatch.context() as patch:
                 patch.setattr(layout, "_probe_alike", lambda pieces, probe: {n: probe(n) for n in pieces})
-                assert layout.probe_layout(template, roles) == few
+                assert layout.probe_layout(template, [{"role": role} for role in roles]) == few
 
 
 def test_cost_of_a_template_grows_with_the_messages(openchat, monkeypatch):
@@ -799,7 +799,7 @@ def test_cost_of_a_template_grows_with_the_messages(openchat, monkeypatch):
         monkeypatch.setattr(
             type(template), "render", lambda self, m, *more: rendered.append(len(m)) or whole(self, m, *more)
         )
-        layout.probe_layout(template, ("user", "assistant") * count)
+        layout.probe_layout(template, [{"role": role} for role in ("user", "assistant") * count])
         monkeypatch.undo()
         return sum(rendered)
 

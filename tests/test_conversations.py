@@ -110,7 +110,7 @@ SKIPPED = {
         {"id": "a\ud800", "messages": [USER, ANSWER]},
         {"dataset": "a\ud800", "messages": [USER, ANSWER]},
     ],
-    "unknown_role": [{"messages": [{"role": "tool", "content": "x"}, ANSWER]}],
+    "unknown_role": [{"messages": [{"role": "observer", "content": "x"}, ANSWER]}],
     "system_not_first": [
         {"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]},
         {"messages": [SYSTEM, SYSTEM, USER, ANSWER]},
@@ -124,10 +124,7 @@ SKIPPED = {
         {"messages": [USER, {**ANSWER, "weight": 0}]},
     ],
     "unwanted": [{"prompt": "x", "completion": "y", "label": False}],
-    "tool_calls": [
-        {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f"}}]}]},
-        {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
-    ],
+    "tool_calls": [{"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}, USER, ANSWER]}],
 }
 REPAIRED = {
     "leading_assistant": ({"messages": [SYSTEM, ANSWER, ANSWER, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),

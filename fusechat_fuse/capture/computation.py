@@ -132,6 +132,7 @@ def _counts(encoded: list[Encoded], rows: list[dict], end_of_turn_id: int) -> di
     return {
         "truncated": sum(one.truncated for one in encoded),
         "context_answers": sum(one.context_answers for one in encoded),
+        "tool_call_turns": sum(one.tool_call_turns for one in encoded),
         "run_tokens": sum(len(one.input_ids) for one in encoded),
         "ends": [int(sum(each.sum() for each in of)) for of in (ends, kept)],
     }

@@ -98,6 +98,8 @@ def _log_outcome(writer: ShardWriter, encoder: ConversationEncoder, skipped: lis
             "%d answers are context only: the chat template renders them otherwise once the conversation goes on. %s.",
             *(answers, OTHER_TEMPLATE),
         )
+    if turns := counts["tool_call_turns"]:
+        logger.info("%d turns that call tools are context only: nothing of a call is predicted.", turns)
     if counts["ends_kept"] < counts["ends"] / 10:
         logger.warning(
             "The model's end-of-turn token %r is among its %d most likely tokens at only %d of %d ends of turn: it may "
@@ -117,7 +119,8 @@ def _manifest(identity: dict, capture: Capture, infos: list[dict], skipped: dict
     """What made the representation, and counts; infos: as kept beside each shard."""
     encoder, tokenizer, report = capture.encoder, capture.encoder.tokenizer, capture.report
     ends, ends_kept = np.sum([info["ends"] for info in infos], axis=0).tolist()
-    sums = {name: sum(info[name] for info in infos) for name in ("truncated", "context_answers")}
+    counted = ("truncated", "context_answers", "tool_call_turns")
+    sums = {name: sum(info.get(name, 0) for info in infos) for name in counted}
     run, padded = (sum(info[name] for info in infos) for name in ("run_tokens", "padded_tokens"))
     return {
         "options": {**identity["options"], "template": identity["template"]["name"]},

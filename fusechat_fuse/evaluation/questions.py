@@ -27,6 +27,7 @@ from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.data_files import data_sources
 from fusechat_fuse.text.messages import Unusable, check_unicode
+from fusechat_fuse.text.tools import uses_tools
 
 TEMPERATURES = dict.fromkeys(("writing", "roleplay"), 0.7) | dict.fromkeys(("stem", "humanities"), 0.1)
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
@@ -58,7 +59,7 @@ def read_questions(benchmark: str, path, temperature: float | None, samples: int
         return
     if benchmark == "chat":
         for row in read_conversations(path, prompts=True)[0]:
-            *history, last = [{"role": m["role"], "content": m["content"]} for m in row.messages]
+            *history, last = [{k: v for k, v in m.items() if k != "weight"} for m in row.messages]
             yield Question(row.id, history, [last["content"]], temperature or 0.0, {"id": row.id})
         return
     seen = set()
@@ -73,15 +74,16 @@ def read_questions(benchmark: str, path, temperature: float | None, samples: int
 
 
 def _questions_of_data(path, temperature: float, samples: int) -> Iterator[Question]:
-    """Whole conversations, of which every turn is answered but those whose answer is not trained on."""
+    """Whole conversations, of which every turn is answered but those whose answer is not trained on; none where tools
+    are called, whose results follow from the data's own calls."""
     if Path(path).is_file() and not Path(path).stat().st_size:  # no conversation is this model's
         return
     for conversation in read_conversations(path)[0]:
         messages = conversation.messages
         history = [message for message in messages if message["role"] == "system"]
-        turns = [message["content"] for message in messages if message["role"] == "user"]
+        turns = [m["content"] for m in messages if m["role"] == "user" and not uses_tools(messages)]
         answers = [message for message in messages if message["role"] == "assistant"]
-        given = {turn: answer["content"] for turn, answer in enumerate(answers) if answer.get("weight") == 0}
+        given = {n: a["content"] for n, a in enumerate(answers) if a.get("weight") == 0 and n < len(turns)}
         for n in range(1, samples + 1):
             key = conversation.id if samples == 1 else f"{conversation.id}#{n}"
             row = {"id": key, "slice": conversation.slice or "", "messages": messages}
@@ -155,7 +157,7 @@ def answered_data(
 
     A conversation keeps the data's answers (`answered_by` is "data", `kept_because` the reason) where one of the
     model's is `empty`, was `cut` at its longest length, held a `special_token`, or is `refused`: its prompt by the
-    model's chat template, or the conversation by the pivot's.
+    model's chat template, or the conversation by the pivot's; and where it calls tools (`tool_calls`).
 
     Args:
         answers: key -> {turns, finished, problems}. name: the model's. pivot: the pivot's encoder; None where nothing
@@ -180,6 +182,8 @@ def answered_data(
 
 
 def _problem(question: Question, entry: dict, messages: list[dict], pivot: ConversationEncoder | None) -> str | None:
+    if uses_tools(question.row["messages"]):
+        return "tool_calls"
     made = [turn for turn in range(len(question.turns)) if turn not in question.given]
     if problem := next((entry["problems"][turn] for turn in made if entry["problems"][turn]), None):
         return problem

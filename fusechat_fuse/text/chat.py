@@ -9,19 +9,24 @@ A template of another family (`template="pivot"`) is rendered as its own tokeniz
 around the contents, its BOS and end of turn are replaced by the model's own; a model's BOS is also put before a
 template that has none. A content with the text of one of the model's special tokens is refused: it must not become one.
 
+Calls of tools and their results are part of the pieces around the contents, so the layout of a conversation with them
+is its own; nothing of them is predicted.
+
 Refusals (`Unusable`, counted by name): `special_token`, `template` (it raises, changes, drops or moves a content),
-`bytes` (the tokens do not spell the text), `too_long` (nothing predicted within max_length).
+`tool_calls` (the same, where tools are called), `bytes` (the tokens do not spell the text), `too_long` (nothing
+predicted within max_length).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.text.layout import Layout, probe_layout
-from fusechat_fuse.text.messages import Unusable
+from fusechat_fuse.text.messages import Unusable, is_answer
 from fusechat_fuse.text.spans import token_spans
 from fusechat_fuse.text.templates import (
     ChatTemplate,
@@ -34,6 +39,7 @@ from fusechat_fuse.text.templates import (
     resolve_template,
     template_of,
 )
+from fusechat_fuse.text.tools import as_texts, calls_tools, check_rendered, uses_tools
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Encoded:
     input_ids int32 [T]; predicted int32 [P], indices into it, ascending and > 0; message int16 [P]; start, end int32
     [P], UTF-8 bytes of that message's content, the end of turn at len(content), len(content) + 1; truncated: whether
     max_length cut tokens off; context_answers: number of answers that are not predicted because the template renders
-    them differently once the conversation goes on.
+    them differently once the conversation goes on; tool_call_turns: number of assistant messages that call tools.
     """
 
     input_ids: np.ndarray
@@ -53,6 +59,7 @@ class Encoded:
     end: np.ndarray
     truncated: bool
     context_answers: int = 0
+    tool_call_turns: int = 0
 
 
 class ConversationEncoder:
@@ -88,12 +95,12 @@ class ConversationEncoder:
         native = template_of(self.tokenizer)
         return native is not None and self.template.sha256 == native.sha256
 
-    def encode(self, messages: list[dict[str, str]]) -> Encoded:
+    def encode(self, messages: list[dict[str, Any]]) -> Encoded:
         """Ids, predicted tokens and byte spans of one conversation.
 
         Args:
-            messages: {role, content} each, as `read_conversations` leaves them (an answer of `weight` 0 is not
-                predicted); borrowed.
+            messages: {role, content} each, as `read_conversations` leaves them (an answer of `weight` 0, or that
+                calls tools, is not predicted); borrowed.
         Raises: Unusable naming the rule and the message.
         """
         layout, contents = self._rendered(messages)
@@ -134,14 +141,14 @@ class ConversationEncoder:
                 at_least = 2 * cut
         return text, np.array(self._ids(text), np.int32)
 
-    def check(self, messages: list[dict[str, str]]) -> None:
+    def check(self, messages: list[dict[str, Any]]) -> None:
         """Raise Unusable, as `encode` does, for what is known without tokenizing (far cheaper)."""
         self._rendered(messages)
 
     def parse(self, text: str, roles: tuple[str, ...]) -> list[dict[str, str]] | None:
         """The messages of these roles that were rendered to `text`, whose last turn may be cut off; None where the
         template renders no such text. Raises: Unusable, as `encode` does."""
-        layout = self._layout(roles)
+        layout = self._layout([{"role": role} for role in roles])
         first, *between, last = self._own_pieces(layout.pieces)
         if not text.startswith(first):
             return None
@@ -154,15 +161,24 @@ class ConversationEncoder:
         contents.append(text[position:].removesuffix(last))
         return [{"role": role, "content": contents[layout.order.index(n)]} for n, role in enumerate(roles)]
 
-    def _rendered(self, messages: list[dict[str, str]]) -> tuple[Layout, list[str]]:
+    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[Layout, list[str]]:
         """The layout of a conversation and its contents as the template renders them, in the order of the text."""
         for n, message in enumerate(messages):
-            if found := self._reserved.search(message["content"]):
+            texts = [text for text in as_texts(message).values() if isinstance(text, str)]
+            if found := next(filter(None, map(self._reserved.search, texts)), None):
                 raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
         reasoning = tuple(n for n, message in enumerate(messages) if "</think>" in message["content"])
-        layout = self._layout(tuple(message["role"] for message in messages), reasoning)
+        try:
+            return self._checked(messages, self._layout(messages, reasoning))
+        except Unusable as problem:
+            if uses_tools(messages):
+                raise Unusable("tool_calls", str(problem)) from problem
+            raise
+
+    def _checked(self, messages: list[dict[str, Any]], layout: Layout) -> tuple[Layout, list[str]]:
+        """The layout and the contents, where the template puts just these there. Raises: Unusable where not."""
         contents = [messages[i]["content"].lstrip(a).rstrip(b) for i, (a, b) in zip(layout.order, layout.trims)]
-        text, position = self.template.render([{"role": m["role"], "content": m["content"]} for m in messages]), 0
+        text, position = self.template.render(messages), 0
         for n, piece, content in zip([*layout.order, len(messages) - 1], layout.pieces, [*contents, ""]):
             if not text.startswith(piece + content, position):
                 raise Unusable("template", f"the chat template changes the text of or around message {n}")
@@ -174,11 +190,15 @@ class ConversationEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
 
-    def _layout(self, roles: tuple[str, ...], reasoning: tuple[int, ...] = ()) -> Layout:
-        key = roles, reasoning
+    def _layout(self, messages: list[dict[str, Any]], reasoning: tuple[int, ...] = ()) -> Layout:
+        """The layout of the messages: kept for a sequence of roles, made anew where tools are called."""
+        if uses_tools(messages):
+            check_rendered(messages, self.template.render)
+            return probe_layout(self.template, messages, reasoning)
+        key = tuple(message["role"] for message in messages), reasoning
         if key not in self._layouts:
             try:
-                self._layouts[key] = probe_layout(self.template, roles, reasoning)
+                self._layouts[key] = probe_layout(self.template, [{"role": role} for role in key[0]], reasoning)
             except Unusable as problem:
                 self._layouts[key] = problem
         if isinstance(layout := self._layouts[key], Unusable):
@@ -209,7 +229,7 @@ class ConversationEncoder:
         for k, n in enumerate(layout.order[: len(places)]):
             if is_special[low[k] : high[k]].any():
                 raise Unusable("special_token", f"message {n} joins its surroundings to a special token")
-            if not (layout.predicted[k] and _may_be_predicted(messages[n])):
+            if not (layout.predicted[k] and is_answer(messages[n])):
                 continue
             stop = int(high[k])
             if layout.ended[k]:
@@ -236,15 +256,9 @@ class ConversationEncoder:
             start=starts[keep].astype(np.int32),
             end=ends[keep].astype(np.int32),
             truncated=len(ids) > self.max_length,
-            context_answers=sum(
-                _may_be_predicted(messages[n]) and not p for n, p in zip(layout.order, layout.predicted)
-            ),
+            context_answers=sum(is_answer(messages[n]) and not p for n, p in zip(layout.order, layout.predicted)),
+            tool_call_turns=sum(map(calls_tools, messages)),
         )
-
-
-def _may_be_predicted(message: dict) -> bool:
-    """Whether a message is an answer, and not one of weight 0."""
-    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _spans_in(content: str, left: str | None, kept: int, start: np.ndarray, end: np.ndarray) -> np.ndarray:

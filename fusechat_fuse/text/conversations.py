@@ -1,9 +1,9 @@
 """Chat data of the usual shapes, read into one: an id and a list of {role, content} per conversation.
 
 Read: ShareGPT (`conversations: [{from, value}]`), OpenAI / Hugging Face (`messages: [{role, content}]`, a content may
-be a list of text parts), `prompt` and `completion`, Alpaca (`instruction`, `input`, `output`, `history`), each beside a
-column `system` or `system_prompt`; from files, directories, globs and Hub names (`data_files.py`). The rules by which
-rows are repaired and skipped are in `messages.py`.
+be a list of text parts, messages may call tools), `prompt` and `completion`, Alpaca (`instruction`, `input`, `output`,
+`history`), each beside a column `system` or `system_prompt`; from files, directories, globs and Hub names
+(`data_files.py`). The rules by which rows are repaired and skipped are in `messages.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ from fusechat_fuse.errors import InputError, check_integer
 from fusechat_fuse.store.card import shown_name
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.data_files import Source, data_sources, names_in
-from fusechat_fuse.text.messages import Unusable, canonical_json, check_unicode, clean_messages, row_name, slice_of
+from fusechat_fuse.text.messages import (
+    Unusable,
+    canonical_json,
+    check_unicode,
+    clean_messages,
+    message_of,
+    row_name,
+    slice_of,
+)
 from fusechat_fuse.text.spool import Spool
+from fusechat_fuse.text.tools import FIELDS as TOOL_FIELDS
+from fusechat_fuse.text.tools import as_texts
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +59,8 @@ class Conversation:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """{role, content} each: perhaps a system message, then user and assistant by turns, an assistant last. An
-        answer that is not to be predicted has `weight` 0."""
-        keys = ("role", "content", "weight")
-        return [dict(zip(keys, fields)) for fields in self.spool.read(self.start, self.size)]
+        answer that is not to be predicted has `weight` 0. Calls of tools: see `text/tools.py`."""
+        return [message_of(*fields) for fields in self.spool.read(self.start, self.size)]
 
     def __reduce__(self):  # for a user's own processes; the spool belongs to this one
         fields = (self.id, self.content_hash, self.slice, self.row, canonical_json(self.messages))
@@ -228,9 +237,10 @@ def load_conversations(
         messages_column: column with the messages, if neither `messages` nor `conversations`.
     Returns: `datasets.Dataset` with columns `id` (string; the given one, else a hash of the content), `messages` (list
         of {role, content}; system first if any, then user and assistant by turns, an answer last; `weight` 0 on an
-        answer that is not to be predicted, else none); if any row has one, `slice` (string or None: the row's own
-        `slice`, `dataset`, `source` or `category`, else, of several paths, the file's name without trailing numbers;
-        the `slice` "" names none).
+        answer that is not to be predicted, else none; where tools are called, `tool_calls` and, in the first message,
+        `tools` as JSON texts, and `tool_call_id` and `name` of results); if any row has one, `slice` (string or None:
+        the row's own `slice`, `dataset`, `source` or `category`, else, of several paths, the file's name without
+        trailing numbers; the `slice` "" names none).
     Raises: InputError where nothing usable is found, the file cannot be read, or (strict) a row breaks a rule.
     """
     import datasets
@@ -245,10 +255,14 @@ def load_conversations(
     )
     text = datasets.Value("string")
     message = {"role": text, "content": text}
-    if any("weight" in each for conversation in found for each in conversation.messages):
+    messages = [conversation.messages for conversation in found]
+    present = {name for each in messages for one in each for name in one}
+    message |= {name: text for name in TOOL_FIELDS if name in present}
+    if "weight" in present:
         message["weight"] = datasets.Value("int32")
     features = {"id": text, "messages": datasets.List(message)}
     if any(conversation.slice for conversation in found):
         features["slice"] = text
     columns = {key: [getattr(conversation, key) for conversation in found] for key in features}
+    columns["messages"] = [[as_texts(one) for one in each] for each in messages]
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

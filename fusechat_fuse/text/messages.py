@@ -3,13 +3,15 @@
 Rules, each counted by its name and listed with the row:
 - repaired: `leading_assistant` (assistant messages before the first user message are left out), `trailing_user` (what
   follows the last answer is left out: nothing in it is predicted), `duplicate_id` (a second row of the same id becomes
-  ID#2); left out as well: `tools`, `documents`, `images` (columns), `reasoning_content` (of a message), `system_column`
+  ID#2); left out as well: `tools` (where no message calls one), `documents`, `images` (columns), `reasoning_content`
+  (of a message), `system_column`
   (the messages have another system text); `weight` (a mark of what is trained on that is neither true nor false:
   taken as true), `unknown_mark` (a field of an answer that looks like such a mark, and is not known).
 - skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
   `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
   in a row), `no_answer` (no assistant message to be predicted), `no_question` (no user message, of prompts to be
-  answered), `unwanted` (a completion whose `label` is false), `tool_calls` (an answer that is more than its text).
+  answered), `unwanted` (a completion whose `label` is false), `tool_calls` (a call without a name, or a tool's result
+  that no call stands before).
 With `strict=True` each of them is an error that names file and row. Rows are counted from 0.
 """
 
@@ -17,20 +19,23 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import Unusable
 from fusechat_fuse.store.files import short_digest
+from fusechat_fuse.text.tools import FIELDS as TOOL_FIELDS
+from fusechat_fuse.text.tools import as_texts, calls_tools, fields_of, tools_of, uses_tools
 
 ROLES: dict[str, str] = dict.fromkeys(("user", "human"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 ROLES |= dict.fromkeys(("system", "developer"), "system")
+ROLES |= dict.fromkeys(("tool", "function"), "tool")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 UNUSED_COLUMNS = {"tools": "tools", "functions": "tools", "documents": "documents", "images": "images"}
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-CALL_FIELDS = ("tool_calls", "function_call")
 # fields of a message that say whether it is trained on: it is not where one is false (TRAINED) or true (MASKED)
 TRAINED_FIELDS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask", "compute_loss")
 MASKED_FIELDS = ("masked", "no_loss", "ignore_loss")
@@ -39,23 +44,32 @@ _TRUTH = {"true": 1, "false": 0, "yes": 1, "no": 0, "1": 1, "0": 0, "1.0": 1, "0
 SLICE_COLUMNS = ("slice", "dataset", "source", "category")
 
 
-class Unusable(InputError):
-    """A conversation that cannot be used; `reason` is the name of the rule, the text says what was found."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
 def content_hash(messages: list[dict[str, Any]]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (and weights of 0)."""
+    """First 16 hexadecimal digits of the SHA-256 of the messages' roles and contents (weights of 0, tool calls)."""
     return short_digest(canonical_json(messages))
 
 
 def canonical_json(messages: list[dict[str, Any]]) -> str:
-    """Roles and contents (and weights of 0) as JSON in ASCII."""
-    fields = [[m["role"], m["content"], *([0] if m.get("weight") == 0 else [])] for m in messages]
+    """Roles and contents as JSON in ASCII: [role, content], then 0 where the weight is 0, then the fields of tools."""
+    fields = []
+    for message in messages:
+        more = {name: message[name] for name in TOOL_FIELDS if name in message}
+        weight = [0] if message.get("weight") == 0 else []
+        fields.append([message["role"], message["content"], *weight, *([more] if more else [])])
     return json.dumps(fields, ensure_ascii=True, separators=(",", ":"))
+
+
+def message_of(role: str, content: str, *more: Any) -> dict[str, Any]:
+    """A message of its fields in `canonical_json`."""
+    message: dict[str, Any] = {"role": role, "content": content}
+    for part in more:
+        message |= part if isinstance(part, dict) else {"weight": part}
+    return message
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    """Whether a message is a text answer to be predicted: not of weight 0, and not one that calls tools."""
+    return message["role"] == "assistant" and message.get("weight") != 0 and not calls_tools(message)
 
 
 def clean_messages(
@@ -66,8 +80,9 @@ def clean_messages(
     Args:
         row: one record of any shape read here. column: the column with the messages, if it has a name of its own.
         prompts: read what is to be answered: the messages up to the last user message; no answer is needed.
-    Returns: messages as {role, content} with roles system, user, assistant, and `weight` 0 where an answer is not to
-        be predicted; [(rule, detail)] of repairs.
+    Returns: messages as {role, content} with roles system, user, assistant, tool, `weight` 0 where an answer is not to
+        be predicted, and the fields of tools (`tools.FIELDS`), the list of tools in the first; [(rule, detail)] of
+        repairs.
     Raises: Unusable naming the rule.
     """
     row = _as_python(row)
@@ -76,7 +91,11 @@ def clean_messages(
         raise Unusable("empty", "expected at least one message, got none")
     messages = [_checked(n, message) for n, message in enumerate(raw)]
     repairs = _unused_parts(row, raw, messages)
-    return _alternating(_with_system(row, messages, repairs), repairs, prompts), repairs
+    tools = tools_of(row, raw) if uses_tools(messages) else []
+    messages = _in_order(_with_system(row, messages, repairs), repairs, prompts)
+    if tools and uses_tools(messages):
+        messages[0] = {**messages[0], "tools": tools}
+    return messages, repairs
 
 
 def _as_python(value: Any) -> Any:
@@ -147,11 +166,12 @@ def _checked(position: int, message: Any) -> dict[str, Any]:
     if role is None:
         known = ", ".join(ROLES)
         raise Unusable("unknown_role", f"message {position}: expected a role among {known}, got {message['role']!r}")
-    if calls := next((name for name in CALL_FIELDS if message.get(name)), None):
-        raise Unusable("tool_calls", f"message {position}: expected an answer of text alone, got {calls} as well")
-    content = _text_of(position, message.get("value") if message.get("content") is None else message["content"])
-    check_unicode(f"message {position}", content)
-    return {"role": role, "content": content} | ({"weight": 0} if role == "assistant" and _is_masked(message) else {})
+    more = fields_of(position, message, role)
+    content = message.get("value") if message.get("content") is None else message["content"]
+    checked = {"role": role, "content": "" if content is None and more else _text_of(position, content), **more}
+    for text in as_texts(checked).values():
+        check_unicode(f"message {position}", text)
+    return checked | ({"weight": 0} if role == "assistant" and _is_masked(message) else {})
 
 
 def _is_masked(message: dict) -> bool:
@@ -194,7 +214,8 @@ def _text_of(position: int, content: Any) -> str:
 
 def _unused_parts(row: dict, raw: list, messages: list[dict]) -> list[tuple[str, str]]:
     """Repairs: the parts of a row that are not used, though a model might have seen them."""
-    columns = [name for name in UNUSED_COLUMNS if row.get(name) not in (None, "", "[]", "{}", [], {})]
+    unused = [name for name, rule in UNUSED_COLUMNS.items() if rule != "tools" or not uses_tools(messages)]
+    columns = [name for name in unused if row.get(name) not in (None, "", "[]", "{}", [], {})]
     repairs = [(UNUSED_COLUMNS[name], f"column {name} left out") for name in columns]
     reasoning = [str(n) for n, message in enumerate(raw) if any(message.get(name) for name in REASONING_FIELDS)]
     if reasoning:
@@ -228,8 +249,9 @@ def _with_system(row: dict, messages: list[dict], repairs: list[tuple[str, str]]
     return messages
 
 
-def _alternating(messages: list[dict], repairs: list[tuple[str, str]], prompts: bool) -> list[dict]:
-    """The messages from the system's or first user's to the last answer (or prompt): users and assistants by turns."""
+def _in_order(messages: list[dict], repairs: list[tuple[str, str]], prompts: bool) -> list[dict]:
+    """The messages from the system's or first user's to the last answer (or prompt): users and assistants by turns, and
+    after a call of tools their results."""
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
     for n, message in enumerate(body):
@@ -238,9 +260,10 @@ def _alternating(messages: list[dict], repairs: list[tuple[str, str]], prompts: 
     users = [n for n, message in enumerate(body) if message["role"] == "user"]
     if prompts and not users:
         raise Unusable("no_question", "expected a user message to be answered, got none")
-    answers = [n for n, message in enumerate(body) if message["role"] == "assistant" and message.get("weight") != 0]
+    answers = [n for n, message in enumerate(body) if is_answer(message)]
     if not answers and not prompts:
-        raise Unusable("no_answer", "expected an assistant message to be predicted, got none")
+        got = "tool calls alone" if uses_tools(body) else "none"
+        raise Unusable("no_answer", f"expected an assistant message to be predicted, got {got}")
     first, last = users[0] if users else len(body), (users if prompts else answers)[-1]
     if first > last:
         got = "assistant messages alone" if first == len(body) else "none after the first user message"
@@ -250,9 +273,11 @@ def _alternating(messages: list[dict], repairs: list[tuple[str, str]], prompts: 
     if (left := len(body) - last - 1) and not prompts:
         repairs.append(("trailing_user", f"{left} message(s) after the last answer left out"))
     body = body[first : last + 1]
-    for n in range(1, len(body)):
-        if body[n]["role"] == body[n - 1]["role"]:
-            raise Unusable("repeated_role", f"two {body[n]['role']} messages in a row (message {n + len(head)})")
+    for n, (before, message) in enumerate(pairwise(body), start=len(head) + 1):
+        if message["role"] != "tool" and message["role"] == before["role"]:
+            raise Unusable("repeated_role", f"two {message['role']} messages in a row (message {n})")
+        if message["role"] == "tool" != before["role"] and not calls_tools(before):
+            raise Unusable("tool_calls", f"message {n}: expected a tool's result after a tool call, got it after none")
     return head + body
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
@@ -44,13 +45,15 @@ class ChatTemplate:
         """SHA-256 of everything that decides what it renders."""
         return hashlib.sha256(repr((self.source, self.bos, self.end_of_turn, self.variables)).encode()).hexdigest()
 
-    def render(self, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
         """The conversation as transformers renders it, but with a fixed date, perhaps with the generation prompt of the
-        next answer. Raises: Unusable where the template refuses it."""
+        next answer; the first message may hold the list of `tools`. Raises: Unusable where the template refuses it."""
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         today = {"date_string": _TODAY.strftime("%d %b %Y"), "strftime_now": _TODAY.strftime}
-        context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+        tools = messages[0].get("tools") if messages else None
+        messages = [{k: v for k, v in message.items() if k not in ("weight", "tools")} for message in messages]
+        context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation_prompt}
         try:
             return _compile_jinja_template(self.source).render(**context, **today, **dict(self.variables))
         except Exception as error:  # a template is a program: division by zero, recursion, ...

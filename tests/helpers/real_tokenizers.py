@@ -36,6 +36,7 @@ LLAMA3_TEMPLATE = (
     "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+MISTRAL_FILE = "mistral_instruct_tokenizer_240323.model.v3"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -97,10 +98,11 @@ def _special(*contents: str) -> list[AddedToken]:
     return [AddedToken(content, special=True, normalized=False) for content in contents]
 
 
-def _build_openchat() -> PreTrainedTokenizerFast:
+def _sentencepiece_bpe(file: str) -> tuple[Tokenizer, list[str]]:
+    """A SentencePiece model of mistral-common, without normalizer, and its control pieces."""
     import sentencepiece
 
-    path = files("mistral_common") / "data" / "tokenizer.model.v1"
+    path = files("mistral_common") / "data" / file
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -113,13 +115,17 @@ def _build_openchat() -> PreTrainedTokenizerFast:
         pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         merges += [(-model.get_score(i), pair) for pair in pairs]
     merges.sort(key=lambda merge: merge[0])
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe = models.BPE(vocabulary, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return tokenizer, [piece for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
+
+
+def _build_openchat() -> PreTrainedTokenizerFast:
+    tokenizer, _ = _sentencepiece_bpe("tokenizer.model.v1")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens(_special("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
@@ -131,6 +137,18 @@ def _build_openchat() -> PreTrainedTokenizerFast:
         eos_token="<|end_of_turn|>",
         pad_token="<|pad_0|>",
         chat_template=OPENCHAT_TEMPLATE,
+    )
+
+
+def _build_mistral() -> PreTrainedTokenizerFast:
+    from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
+
+    tokenizer, control = _sentencepiece_bpe(MISTRAL_FILE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(_special(*control))
+    template = convert_tokenizer_to_chat_template(str(files("mistral_common") / "data" / MISTRAL_FILE))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
     )
 
 
@@ -185,6 +203,11 @@ def _cached(name: str, package: str, build) -> PreTrainedTokenizerFast:
 def openchat() -> PreTrainedTokenizerFast:
     """OpenChat-3.5's tokenizer: 32,002 ids, SentencePiece BPE with byte fallback, legacy '▁' after special tokens."""
     return _cached("openchat", "mistral-common", _build_openchat)
+
+
+def mistral() -> PreTrainedTokenizerFast:
+    """Mistral-7B-Instruct-v0.3's tokenizer: 32,768 ids, with marks of tool calls; chat template of mistral-common."""
+    return _cached("mistral", "mistral-common", _build_mistral)
 
 
 def qwen() -> PreTrainedTokenizerFast:
