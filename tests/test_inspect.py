@@ -15,7 +15,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.inspection.conversation_view import _row, conversation_view, readable
 from fusechat_fuse.inspection.run import inspect_path
 from fusechat_fuse.store.shards import load_representation
-from tests.helpers.alignment_data import rows_for, write
+from tests.helpers.alignment_data import make_row, rows_for, write
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,8 @@ def test_view_accounts_for_every_candidate(mapping, aligned):
     stored = opened[9]
     view = conversation_view(opened, 9)
     assert len(view["tokens"]) == len(stored["predicted"])
-    numbers = [n for message in view["messages"] for stretch in message for n in stretch["pivot"]]
+    (message,) = view["messages"]
+    numbers = [n for stretch in message["stretches"] for n in stretch["pivot"]]
     assert numbers == list(range(len(view["tokens"])))
     for n, token in enumerate(view["tokens"]):
         row = {name for name, _ in token["row"]}
@@ -133,21 +134,73 @@ def test_view_accounts_for_every_candidate(mapping, aligned):
             if token["class"] != "none" and c["became"] and c["p"] > 0:
                 assert c["became"] in row
         assert len(token["row"]) == (stored["source_ids"][n] >= 0).sum()
+        assert token["row"] == [(name, p) for name, p, _ in token["compared"] if p is not None]
+        if mapping == "prefix" and token["class"] == "exact":
+            assert token["kept"] >= sum(c["p"] for c in token["candidates"]) - 1e-6
+            assert token["mass"] + token["unmapped"] <= token["kept"] + 1e-3
     assert {token["class"] for token in view["tokens"]} >= {"exact"}
+
+
+@pytest.mark.parametrize("mapping", ["prefix", "statistics"])
+def test_disagreement_is_the_total_variation_of_what_is_known(mapping, aligned):
+    opened = load_representation(aligned / mapping)
+    for token in conversation_view(opened, 9)["tokens"]:
+        if token["class"] == "none":
+            assert token["disagreement"] is None
+            continue
+        given, own = (
+            np.array([*(entry[side] or 0.0 for entry in token["compared"]), rest])
+            for side, rest in zip((1, 2), token["rests"])
+        )
+        assert given.sum() == pytest.approx(1, abs=2e-3)
+        assert own.sum() == pytest.approx(1, abs=2e-3)
+        assert token["disagreement"] == pytest.approx(np.abs(given - own).sum() / 2, abs=2e-3)
+    own = conversation_view(load_representation(aligned / "prefix"), 9)["tokens"][0]["compared"]
+    first = opened[9]
+    most_likely = float(np.exp(first["topk_logprobs"][0].astype(float)).max())
+    assert max(p for *_, p in own if p is not None) == pytest.approx(most_likely)
+
+
+def test_figures_of_conversations_add_up_to_those_of_the_data(aligned):
+    opened = load_representation(aligned / "prefix")
+    figures = [conversation_view(opened, n)["figures"] for n in range(len(opened))]
+    here, data = [of["conversation"] for of in figures], opened.manifest["certificate"]["all"]
+    assert all(of["data"] == data for of in figures)
+    assert sum(of["predicted_tokens"] for of in here) == data["predicted_tokens"]
+    for share, of in (("coverage", "predicted_tokens"), ("source_bits_per_byte", "covered_bytes")):
+        mean = np.average([one[share] for one in here], weights=[one[of] for one in here])
+        assert mean == pytest.approx(data[share])
+    row = opened[2]
+    bits = row["ce"].sum(dtype=float) / np.log(2) / (row["end"] - row["start"]).sum()
+    assert here[2]["pivot_bits_per_byte"] == pytest.approx(bits)
+
+
+def test_the_text_before_each_answer_is_shown(tiny_bpe, tiny_unigram, tmp_path):
+    for role, tokenizer in (("pivot", tiny_bpe), ("source", tiny_unigram)):
+        more = {"header": "Say <yes>:\n", "end_of_turn": tokenizer.eos_token_id, "K": 5, "seed": 0}
+        write(tmp_path / role, tokenizer, [make_row(tokenizer, "c0", ["yes", "no"], **more)])
+    align(tmp_path / "pivot", tmp_path / "source", tmp_path / "out", mapping="prefix", cache_dir=tmp_path / "cache")
+    inspect_path(tmp_path / "out", html=tmp_path / "x.html")
+    page = Structure()
+    page.feed((tmp_path / "x.html").read_text())
+    assert [text.strip() for text in page.prompts] == ["Say <yes>:", "Say <yes>:"]
 
 
 class Structure(HTMLParser):
     def __init__(self):
         super().__init__()
         self.ids, self.open, self.links, self.buttons, self.data = [], [], [], [], ""
+        self.prompts, self.cells = [], []  # texts of prompts; rows of the table of figures
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag not in ("meta", "link", "br", "img"):
+        if tag not in ("meta", "link", "br", "img", "input"):
             self.open.append((tag, attrs))
         self.ids += [attrs["id"]] if "id" in attrs else []
         self.links += [value for name, value in attrs.items() if name in ("src", "href", "srcset", "action")]
         self.buttons += [attrs] if attrs.get("role") == "button" else []
+        self.prompts += [""] if attrs.get("class") == "prompt" else []
+        self.cells += [[]] if tag == "tr" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
@@ -155,6 +208,27 @@ class Structure(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1][1].get("id") == "view":
             self.data += data
+        if self.open and self.open[-1][1].get("class") == "prompt":
+            self.prompts[-1] += data
+        if self.open and self.open[-1][0] in ("td", "th"):
+            self.cells[-1].append(data)
+
+
+class Drawing(HTMLParser):
+    """The figures of a page: attributes and texts of each svg."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawings, self.inside = [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        if tag == "svg":
+            self.drawings.append((dict(attrs), []))
+
+    def handle_data(self, data):
+        if self.inside == "text":
+            self.drawings[-1][1].append(data)
 
 
 def test_page_structure(aligned, tmp_path):
@@ -165,12 +239,26 @@ def test_page_structure(aligned, tmp_path):
     page.feed(text)
     assert page.open == []
     assert page.links == []
-    assert "http" not in text.replace("http-equiv", "")
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")  # a name, never asked
     assert len(page.ids) == len(set(page.ids))
     view = json.loads(page.data)
     assert len(page.buttons) == len(view["tokens"])
     assert all(button["aria-label"] and "tabindex" in button for button in page.buttons)
     assert "default-src 'none'" in text
+    for button, token in zip(page.buttons, view["tokens"]):
+        shown = dict(part.split(": ") for part in button.get("style", "").split("; ") if part)
+        expected = (
+            {} if token["disagreement"] is None else {"mass": token["mass"], "disagreement": token["disagreement"]}
+        )
+        assert shown == {f"--{name}": f"{value:.3f}" for name, value in expected.items()}
+    figures = conversation_view(load_representation(aligned / "prefix"), 3)["figures"]
+    rows = {name: tuple(values) for name, *values in page.cells[1:]}
+    here, data = figures["conversation"], figures["data"]
+    assert rows["predicted tokens"] == (str(here["predicted_tokens"]), str(data["predicted_tokens"]))
+    assert rows["answered"] == (f"{here['coverage']:.2%}", f"{data['coverage']:.2%}")
+    assert rows["pivot, bits per byte"] == (f"{here['pivot_bits_per_byte']:.4f}", "–")
+    for name in ("source", "aligned"):
+        assert rows[f"{name}, bits per byte"] == tuple(f"{of[f'{name}_bits_per_byte']:.4f}" for of in (here, data))
 
 
 def test_page_escapes_what_it_shows(tiny_bpe, tiny_unigram, tmp_path):
@@ -195,10 +283,13 @@ def test_page_in_chromium_by_keyboard(aligned, tmp_path):
     const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
     document.querySelector('.pivot .token[tabindex="0"]').focus();
     press("ArrowRight"); press("ArrowRight"); press("ArrowLeft");
+    const shade = () => getComputedStyle(document.getElementById("p1")).backgroundColor;
+    const shades = [shade(), document.getElementById("by-mass").click() ?? shade()];
     document.title = [document.activeElement.id, document.querySelectorAll("#details tr").length,
-      document.querySelectorAll(".answers").length].join(" ");
+      document.querySelectorAll(".answers").length, shades[0] !== shades[1]].join(" ");
     press("End");
     document.title += " " + document.activeElement.id;
+    document.body.append(figure(3, 2));
     </script></body>"""
     file.write_text(file.read_text().replace("</body>", keys))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -210,12 +301,22 @@ def test_page_in_chromium_by_keyboard(aligned, tmp_path):
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    where, rows, answers, last = title[1].split()
-    tokens = len(conversation_view(load_representation(aligned / "prefix"), 9)["tokens"])
+    where, rows, answers, shaded, last = title[1].split()
+    view = conversation_view(load_representation(aligned / "prefix"), 9)
     assert where == "p1"
     assert int(rows) > 6
     assert answers == "1"
-    assert last == f"p{tokens - 1}"
+    assert shaded == "true"
+    assert last == f"p{len(view['tokens']) - 1}"
+    drawing = Drawing()
+    drawing.feed(done.stdout)
+    ((drawn, texts),) = drawing.drawings
+    assert float(drawn["width"]) > 100
+    stretches = [s for s in view["messages"][0]["stretches"] if s["pivot"] and s["pivot"][-1] >= 3]
+    pivot = stretches[0]["pivot"] + (stretches[1]["pivot"] if len(stretches[0]["pivot"]) < 2 else [])
+    expected = [view["tokens"][n]["text"] for n in pivot]
+    expected += [f"{name} {p:.2f}" for n in pivot for name, p in view["tokens"][n]["row"][:5] if p >= 0.005]
+    assert set(expected) <= set(texts)
 
 
 def test_another_source_than_the_aligned_one_is_refused(aligned, tiny_unigram, tmp_path):

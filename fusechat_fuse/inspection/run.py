@@ -59,7 +59,7 @@ def inspect_path(
             if Path(html).exists() and not Path(html).is_file():
                 raise InputError(f"page for {opened.path}: expected a file's name, got {html}. Choose another.")
             try:
-                write_atomic(Path(html), page(view, summary_lines(opened.manifest["certificate"])).encode())
+                write_atomic(Path(html), page(view).encode())
             except OSError as error:
                 raise InputError(describe_os_error(error)) from error
             lines.append(f"page written to {html}")
