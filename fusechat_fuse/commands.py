@@ -77,7 +77,7 @@ COMMANDS = {
     "run": Command(
         "Run a whole recipe: every stage below, the merges and a report.",
         "pipeline.run.run",
-        "run examples/recipes/fusechat-7b-v2.yml",
+        "run recipe.yml",
         {
             "input and output": {
                 "RECIPE.yml": "models, data and options of the whole fusion",
@@ -94,7 +94,7 @@ COMMANDS = {
     "plan": Command(
         "Show what a recipe costs, and which of its steps will fail, before anything runs.",
         "pipeline.plan.plan",
-        "plan examples/recipes/fusechat-7b-v2.yml --gpu h100",
+        "plan recipe.yml --gpu h100",
         {
             "input and output": {
                 "RECIPE.yml": "recipe, as `run` takes it",
@@ -265,11 +265,11 @@ COMMANDS = {
         "answer --benchmark mt_bench --model MERGED --questions question.jsonl --output model_answer/MERGED.jsonl",
         {
             "input and output": {
-                "benchmark": "what is answered: mt_bench, alpaca_eval, chat (the last user message of each "
-                "conversation) or data (every turn of chat data, to train on the answers)",
+                "benchmark": "what is answered: mt_bench, alpaca_eval, arena_hard, chat (the last user message of "
+                "each conversation) or data (every turn of chat data, to train on the answers)",
                 "model": "model that answers: a directory, Hub name or GGUF file",
                 "questions": "file of the benchmark's questions; for chat and data any chat data",
-                "output": "file for the answers; for mt_bench model_answer/MODEL_ID.jsonl",
+                "output": "file for the answers; for mt_bench and arena_hard model_answer/MODEL_ID.jsonl",
                 "pivot_name_or_path": "for data: pivot whose chat template must take the answers; where one is "
                 "refused, empty, cut or holds a special token, the data's answers stay",
                 "template": "for data: chat template of the pivot, as represent takes it",
@@ -277,7 +277,7 @@ COMMANDS = {
             "generation": {
                 "temperature": "temperature for all questions; 0 is greedy (default: mt_bench by category, else 0)",
                 "samples": "for data: answers to each conversation, as conversations ID#1, ID#2, ...",
-                "max_new_tokens": "longest answer in tokens (default: 1024, alpaca_eval 2048)",
+                "max_new_tokens": "longest answer in tokens (default: 1024, alpaca_eval 2048, arena_hard 4096)",
                 "batch_size": "questions generated at once",
                 "seed": "random seed for temperatures above 0",
             },

@@ -12,7 +12,7 @@ from fusechat_fuse.errors import InputError
 from fusechat_fuse.evaluation import answers as module
 from fusechat_fuse.evaluation.answers import answer
 from fusechat_fuse.evaluation.generation import Answer, Generator
-from fusechat_fuse.evaluation.questions import read_questions
+from fusechat_fuse.evaluation.questions import Question, read_questions, style_counts, text_of_answers
 from fusechat_fuse.models.loading import load_model
 from fusechat_fuse.text.conversations import read_conversations
 from tests.helpers.real_tokenizers import tiny_bpe, tiny_unigram
@@ -78,6 +78,76 @@ def test_alpaca_eval_outputs_are_what_its_reader_takes(model, tmp_path):
     assert [list(row) for row in rows] == [["instruction", "output", "generator", "dataset"]] * 3
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in questions]
     assert {(row["generator"], row["dataset"]) for row in rows} == {("my-model", "helpful_base")}
+
+
+def judged(folder, name: str, questions: list[dict]) -> list[tuple]:
+    """What Arena-Hard v2 takes of a model's answers.
+
+    utils/completion.py: answers by the file's name and uid. gen_judgment.py: prompt, and `answer` of the last message's
+    content. show_result.py: style features by the `model` of the file's first line and uid, a number or a sum each.
+    """
+    rows = {path.stem: lines(path) for path in folder.glob("*.jsonl")}
+    answers = {row["uid"]: row for row in rows[name]}
+    features = {of[0]["model"]: {row["uid"]: row["metadata"] for row in of} for of in rows.values()}
+    found = []
+    for question in questions:
+        row = answers[question["uid"]]
+        style = features[row["model"]][question["uid"]].values()
+        counts = [value if isinstance(value, int) else sum(value.values()) for value in style]
+        found.append((question["prompt"], row["messages"][-1]["content"]["answer"], counts))
+    return found
+
+
+def test_arena_hard_answers_are_what_its_judge_reads(model, tmp_path):
+    questions = [
+        {"uid": f"{n:032x}", "category": category, "subcategory": "coding", "prompt": f"say {n}"}
+        for n, category in enumerate(("hard_prompt", "creative_writing"))
+    ]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    output = tmp_path / "model_answer" / "fused-7b.jsonl"
+    command = ["answer", "--benchmark", "arena_hard", "--model", str(model), "--output", str(output)]
+    assert main([*command, "--questions", str(tmp_path / "question.jsonl"), "--max_new_tokens", "4"]) == 0
+    for row, question in zip(lines(output), questions, strict=True):
+        assert list(row) == ["uid", "ans_id", "model", "messages", "tstamp", "metadata"]
+        assert row["messages"][0] == {"role": "user", "content": question["prompt"]}
+        assert list(row["metadata"]) == ["token_len", "header_count", "list_count", "bold_count"]
+    for (prompt, text, counts), question in zip(judged(output.parent, "fused-7b", questions), questions, strict=True):
+        assert prompt == question["prompt"]
+        assert text
+        assert counts[0] == len(tiny_bpe()(text).input_ids) > 0
+    assert {q.temperature for q in read_questions("arena_hard", tmp_path / "question.jsonl", None)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("plain", {"answer": "plain"}),
+        ("<think>\nso\n</think>\n\nHi", {"thought": "so", "answer": "Hi"}),
+        ("so</think>Hi", {"thought": "so", "answer": "Hi"}),
+        ("<think>\nso\n</think>", {"answer": "<think>\nso\n</think>"}),  # as in its own generation
+        ("<think>\nand so on", {"answer": "<think>\nand so on"}),
+    ],
+    ids=["plain", "thought", "opened", "thought_alone", "cut"],
+)
+def test_arena_hard_judges_what_follows_the_thoughts(text, content, tmp_path):
+    question = Question("1", [], ["say"], 0.0, {"uid": 1, "prompt": "say"})
+    entries = {"1": {"turns": [text], "tstamp": 0.5}}
+    output = tmp_path / "m.jsonl"
+    output.write_text(text_of_answers("arena_hard", output, "other", [question], entries, tiny_bpe()))
+    (row,) = lines(output)
+    assert (row["uid"], row["model"], row["tstamp"]) == (1, "m", 0.5)
+    assert row["messages"][-1] == {"role": "assistant", "content": content}
+    assert judged(tmp_path, "m", [question.row])[0][:2] == ("say", content["answer"])
+
+
+def test_the_style_of_an_answer_is_counted_as_arena_hard_does():
+    answer = "# One\n## Two\n####### none\n#none\n1. a\n  2. b\n- c\n* d\n+ e\n-none\n**f** and __g__, **h**\n"
+    answer += "```python\n# code\n- code **code**\n```\n### Three\n"
+    assert style_counts(answer) == {
+        "header_count": {"h1": 1, "h2": 1, "h3": 1, "h4": 0, "h5": 0, "h6": 0},
+        "list_count": {"ordered": 2, "unordered": 3},
+        "bold_count": {"**": 2, "__": 1},
+    }
 
 
 def test_greedy_answers_are_the_models_own_alone_and_in_a_batch(model, tmp_path):
@@ -345,8 +415,14 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
         ("mt_bench", [], "questions .*: expected at least one, got none"),
         ("alpaca_eval", [{"prompt": "x"}], "row 0 of .*: expected an instruction"),
         ("alpaca_eval", [{"instruction": "a \ud83d b"}], "row 0 of .*: character .* is a lone surrogate"),
+        ("arena_hard", [{"uid": "1", "turns": ["x"]}], r"row 0 of .*: expected uid and prompt \(text\), got"),
+        ("arena_hard", [{"uid": 7, "prompt": "x"}] * 2, "row 1 of .*: expected each question once, got '7' again"),
         ("mt_bench", [{"question_id": 1, "turns": ["\ud83d"]}], "row 0 of .*: character .* is a lone surrogate"),
-        ("arena", [{}], "value for benchmark: expected one of mt_bench, alpaca_eval, chat, data, got 'arena'"),
+        (
+            "arena",
+            [{}],
+            "value for benchmark: expected one of mt_bench, alpaca_eval, arena_hard, chat, data, got 'arena'",
+        ),
     ],
 )
 def test_bad_questions_are_named(model, tmp_path, benchmark, rows, message):

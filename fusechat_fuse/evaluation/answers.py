@@ -80,16 +80,17 @@ def answer(
     Args:
         model: directory, Hub name, or a loaded causal language model (then give `tokenizer`).
         questions: the benchmark's file; for chat and data anything `load_conversations` takes.
-        output: the answers' file; for mt_bench the judge takes its name without .jsonl as the model's name.
-        benchmark: mt_bench, alpaca_eval, chat (the last user message of each conversation) or data (every turn, for
-            training on the answers).
+        output: the answers' file; the judges of mt_bench and arena_hard take its name without .jsonl as the model's.
+        benchmark: mt_bench, alpaca_eval, arena_hard, chat (the last user message of each conversation) or data (every
+            turn, for training on the answers).
         pivot: for data: the model whose chat template must take the answers (None: the answering model). Where it
             refuses one, or one is empty, cut at max_new_tokens or unusable otherwise (`questions.answered_data`), the
             conversation keeps the data's answers.
         template: for data: the pivot's chat template, as `represent` takes it.
         temperature: for all questions; 0 is greedy. None: by category for mt_bench, else greedy.
         samples: for data: answers to each conversation, each a conversation ID#1, ID#2, ... of its own.
-        max_new_tokens: per answer; None: 1024, for alpaca_eval 2048; fewer if the model's positions run out.
+        max_new_tokens: per answer; None: 1024, for alpaca_eval 2048, for arena_hard 4096; fewer if the model's
+            positions run out.
         batch_size: questions answered at once. seed: for sampling at temperatures above 0.
         dtype, device_map, attn_implementation, gguf_file, load_in_4bit, load_in_8bit, trust_remote_code: as
             `represent` takes them; without a device_map, the GPU if there is one.
@@ -106,15 +107,14 @@ def answer(
         raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
     tokenizer = load_fast_tokenizer(model, trust_remote_code) if tokenizer is None else tokenizer
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
-    options["batch_size"] = batch_size
     load_in = load_in_of("answer", model, load_in_4bit, load_in_8bit)
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
     check_server_options("answer", server, server_model, loading, gguf_file)
     servers = _connect(server, server_kind, server_model, server_requests)
     identity = _identity(model, loading, servers)
-    digest = short_digest(json.dumps([asdict(question) for question in asked]))
-    kept = _Kept(output, {**options, **identity, "questions": digest, **_generation_identity(model, tokenizer, asked)})
+    run = {**options, "batch_size": batch_size, **identity, **_generation_identity(model, tokenizer, asked)}
+    kept = _Kept(output, {**run, "questions": short_digest(json.dumps([asdict(question) for question in asked]))})
     encoder = None
     if benchmark == "data" and asked:  # before anything is generated
         pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
@@ -129,7 +129,8 @@ def answer(
         rows, counts["kept_from_data"] = answered_data(asked, kept.answers, identity["name"], encoder)
         write_atomic(output, as_lines(rows).encode())
     else:
-        write_atomic(output, text_of_answers(benchmark, output, identity["name"], asked, kept.answers).encode())
+        text = text_of_answers(benchmark, output, identity["name"], asked, kept.answers, tokenizer)
+        write_atomic(output, text.encode())
     counts["empty_answers"] = sum(not turn.strip() for entry in kept.answers.values() for turn in entry["turns"])
     _warn(counts)
     return counts

@@ -5,6 +5,9 @@ mt_bench     questions (JSONL): question_id, category, turns, reference?
              file's name without .jsonl. The temperature depends on the category.
 alpaca_eval  questions (JSON list): instruction, dataset?
              answers (JSON list): instruction, output, generator, dataset
+arena_hard   questions (JSONL, version 2): uid, category?, subcategory?, prompt
+             answers (JSONL): uid, ans_id, model, messages, tstamp, metadata; model is the file's name without .jsonl,
+             the last message's content {thought?, answer}, metadata the counts that its style control takes
 chat         questions: chat data as `represent` reads them, or prompts alone; each last user message is answered
              answers (JSONL): id, messages
 data         questions: chat data; every turn is answered, each after the answers to the turns before it
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +36,8 @@ from fusechat_fuse.text.tools import uses_tools
 TEMPERATURES = dict.fromkeys(("writing", "roleplay"), 0.7) | dict.fromkeys(("stem", "humanities"), 0.1)
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 TEMPERATURE_OF_OTHERS = 0.7
-MAX_NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "chat": 1024, "data": 1024}  # the judges' own limits
+MAX_NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "arena_hard": 4096}  # the judges' own limits
+MAX_NEW_TOKENS |= {"chat": 1024, "data": 1024}
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ def _questions_of_data(path, temperature: float, samples: int) -> Iterator[Quest
 
 
 def _question(benchmark: str, where: str, row: Any, temperature: float | None) -> Question:
+    if benchmark == "arena_hard":
+        if not isinstance(row, dict) or "uid" not in row or not isinstance(row.get("prompt"), str):
+            raise InputError(f"{where}: expected uid and prompt (text), got {str(row)[:80]!r}. Correct the file.")
+        return Question(str(row["uid"]), [], [row["prompt"]], temperature or 0.0, row)
     if benchmark == "alpaca_eval":
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
             raise InputError(f"{where}: expected an instruction (text), got {str(row)[:80]!r}. Correct the file.")
@@ -108,17 +117,21 @@ def _question(benchmark: str, where: str, row: Any, temperature: float | None) -
     return Question(str(row["question_id"]), [], turns, by_category if temperature is None else temperature, row)
 
 
-def text_of_answers(benchmark: str, output: Path, name: str, asked: list[Question], answers: dict[str, dict]) -> str:
+def text_of_answers(
+    benchmark: str, output: Path, name: str, asked: list[Question], answers: dict[str, dict], tokenizer
+) -> str:
     """The content of an answers' file, in the order of the questions.
 
     Args:
-        output: its path. name: the model's. answers: key -> {turns, tstamp}.
+        output: its path. name: the model's. answers: key -> {turns, tstamp}. tokenizer: counts arena_hard's tokens.
     """
     if benchmark == "alpaca_eval":
         return (
             json.dumps([_alpaca_row(output, name, q, answers[q.key]) for q in asked], ensure_ascii=False, indent=1)
             + "\n"
         )
+    if benchmark == "arena_hard":
+        return as_lines([_arena_hard_row(output, q, answers[q.key], tokenizer) for q in asked])
     rows = [
         _mt_bench_row(output, q, answers[q.key]) if benchmark == "mt_bench" else _chat_row(q, answers[q.key])
         for q in asked
@@ -138,9 +151,42 @@ def _alpaca_row(output: Path, name: str, question: Question, entry: dict) -> dic
 
 def _mt_bench_row(output: Path, question: Question, entry: dict) -> dict[str, Any]:
     key = question.row["question_id"]
-    answer_id = hashlib.sha256(f"{output.stem} {key} {entry['turns']}".encode()).hexdigest()[:22]
-    row = {"question_id": key, "answer_id": answer_id, "model_id": output.stem}
+    row = {"question_id": key, "answer_id": _answer_id(output, key, entry), "model_id": output.stem}
     return {**row, "choices": [{"index": 0, "turns": entry["turns"]}], "tstamp": entry["tstamp"]}
+
+
+def _answer_id(output: Path, key, entry: dict) -> str:
+    return hashlib.sha256(f"{output.stem} {key} {entry['turns']}".encode()).hexdigest()[:22]
+
+
+def _arena_hard_row(output: Path, question: Question, entry: dict, tokenizer) -> dict[str, Any]:
+    key, (text,) = question.row["uid"], entry["turns"]
+    thought, _, answer = text.partition("</think>")
+    content = {"answer": text}
+    if answer.strip():  # the judge sees what follows the thoughts, or all where nothing does
+        content = {"thought": thought.removeprefix("<think>").strip(), "answer": answer.strip()}
+    messages = [{"role": "user", "content": question.turns[0]}, {"role": "assistant", "content": content}]
+    row = {"uid": key, "ans_id": _answer_id(output, key, entry), "model": output.stem, "messages": messages}
+    tokens = tokenizer(content["answer"], add_special_tokens=False).input_ids
+    metadata = {"token_len": len(tokens), **style_counts(content["answer"])}
+    return {**row, "tstamp": entry["tstamp"], "metadata": metadata}
+
+
+def style_counts(answer: str) -> dict[str, dict[str, int]]:
+    """Headers, list items and bold texts of Markdown outside code blocks, as Arena-Hard's style control counts them.
+
+    The text of a code block is left out wherever it stands in the answer, its fences stay.
+    """
+    for block in re.findall(r"```([^`]*)```", answer):
+        answer = answer.replace(block, "")
+    marks = Counter(re.findall(r"^(#{1,6})\s", answer, re.MULTILINE))
+    lists = {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"}
+    bold = {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"}
+    return {
+        "header_count": {f"h{n}": marks["#" * n] for n in range(1, 7)},
+        "list_count": {name: len(re.findall(mark, answer, re.MULTILINE)) for name, mark in lists.items()},
+        "bold_count": {name: len(re.findall(mark, answer)) for name, mark in bold.items()},
+    }
 
 
 def _chat_row(question: Question, entry: dict) -> dict[str, Any]:
