@@ -26,6 +26,8 @@ from fusechat_fuse.training.options import RARE, train_flags
 # Seconds that the other ranks of a launch wait before they report an error. The launcher ends them all when the main
 # rank exits, so an error that every rank meets is reported once.
 ERROR_DELAY_SECONDS = 3.0
+OTHERWISE = {"represent": ("--model_name_or_path", "--gguf_file"), "run": ("RECIPE.yml", "--example")}  # one of them
+EXAMPLES = "print a recipe that comes with the package, and end: one-gpu or fusechat-7b-v2"
 
 
 def parser_of(name: str, *, installed: bool = False) -> FlagParser:
@@ -43,7 +45,9 @@ def parser_of(name: str, *, installed: bool = False) -> FlagParser:
     sections = {title: flags_of_function(function, texts, parameters) for title, texts in command.help_texts.items()}
     if name == "plan":
         sections["input and output"].append(Flag("json", "print all figures as JSON", "bool", False))
-    if name == "represent":  # --gguf_file can stand for it
+    if name == "run":
+        sections["input and output"].append(Flag("example", EXAMPLES, "str", None))
+    if name in OTHERWISE:
         sections["input and output"][0] = replace(sections["input and output"][0], required=False)
     return FlagParser(name, command.what, sections, example)
 
@@ -66,8 +70,11 @@ def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
     command, as_json = COMMANDS[name], options.pop("json", False)
     if name == "train":
         return _train(options), 0
-    if name == "represent" and options["model_name_or_path"] is None and options["gguf_file"] is None:
-        raise InputError("the following arguments are required: --model_name_or_path or --gguf_file.")
+    if name == "run" and options["example"] is not None:
+        return library("pipeline.recipe.example_recipe")(options["example"]).removesuffix("\n"), 0
+    if name in OTHERWISE and all(options[flag.removeprefix("--")] is None for flag in OTHERWISE[name]):
+        raise InputError(f"the following arguments are required: {' or '.join(OTHERWISE[name])}.")
+    options.pop("example", None)
     options = {command.parameters.get(flag, flag): value for flag, value in options.items()}
     if name in ("run", "plan"):
         options["options_of"] = options_of

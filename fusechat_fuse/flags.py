@@ -138,7 +138,8 @@ class FlagParser(argparse.ArgumentParser):
             options["type"] = partial(_one_of, flag.choices)
             options["metavar"] = "NAME" if long else f"{{{','.join(flag.choices)}}}"
         if not flag.name.islower():
-            return group.add_argument(flag.name, **{**options, "metavar": flag.name})
+            count = flag.several if flag.required else "?"
+            return group.add_argument(flag.name, **{**options, "metavar": flag.name, "nargs": count})
         if flag.kind == "bool":
             self._switches.add(flag.name)
         if flag.kind == "bool" or flag.several == "?":

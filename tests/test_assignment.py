@@ -91,7 +91,8 @@ def test_a_pattern_names_the_slices_and_equal_directories_are_refused(tmp_path):
         assign([folders[0], *twice], str(tmp_path / "chats.jsonl"), tmp_path / "out")
 
 
-def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path):
+def test_the_other_stages_of_the_recipe_use_the_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     represent = {"limit": 9, "dtype": "bfloat16", "load_in_4bit": True, "messages_column": "m", "template": "qwen"}
     more = {
         "answers": "sources",

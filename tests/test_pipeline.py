@@ -50,6 +50,8 @@ from tests.test_inspect import CHROMIUM
         ({"preset": ["paper"]}, r"key preset in .*: expected text, got \['paper'\]"),
         ({"devices": 1}, "key devices in .*: expected a list of GPUs"),
         ({"launcher": "srun 'x"}, 'key launcher.represent in .*: expected a command .* got "srun \'x"'),
+        ({"held_out": {"split": "test"}}, r"key held_out in .*: expected data or \{data, split, .*\}, got"),
+        ({"held_out": {"data": "h", "dtype": "x"}}, r"key held_out in .*: expected data or \{data, split, .*\}, got"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -58,7 +60,8 @@ def test_a_bad_recipe_is_one_sentence(changes, message, tmp_path):
         read_recipe(written(tmp_path, **changes))
 
 
-def test_a_recipe_becomes_commands_in_order(tmp_path):
+def test_a_recipe_becomes_commands_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sources = {
         "a": "one",
         "b": {"model": "two", "represent": {"device_map": "auto"}, "launcher": {"represent": "srun"}},
@@ -84,6 +87,78 @@ def test_a_recipe_becomes_commands_in_order(tmp_path):
     (tmp_path / "out" / "aligned" / "gone").mkdir(parents=True)  # a source that was removed: its data are there yet
     kept = steps_of(read_recipe(written(tmp_path, output_dir=str(tmp_path / "out"))), plain_of="gone")
     assert "aligned/gone" in next(step for step in kept if step.key == "train plain").shell
+
+
+PLACED = {
+    "pivot": "models/pivot",
+    "sources": {"a": {"model": "models/a", "train": {"eval_data_path": "eval"}}, "b": "org/b"},
+    "data": ["chats.json", "more/*.json", "org/chats"],
+    "held_out": "held.json",
+    "represent": {"template": "own.jinja"},
+    "align": {"cache_dir": "cache"},
+    "launcher": {"represent": "accelerate launch --config_file=a.yaml", "train": "./go.sh -n 2", "align": "srun own"},
+}
+THERE = ("models/pivot", "models/a", "eval", "chats.json", "more/x.json", "held.json", "own.jinja", "a.yaml", "go.sh")
+
+
+def make_files(home: Path, names) -> None:
+    for file in (home / name for name in names):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def test_paths_start_at_the_recipes_own_directory(tmp_path, monkeypatch, caplog):
+    make_files(tmp_path / "there", (*THERE, "own"))
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(written(tmp_path / "there", **PLACED).relative_to(tmp_path))
+    assert str(recipe.output_dir) == "there/out"
+    assert (recipe.pivot.model, recipe.sources["a"].model, recipe.sources["b"].model) == (
+        *("there/models/pivot", "there/models/a", "org/b"),
+    )
+    assert recipe.data == ["there/chats.json", "there/more/*.json", "org/chats"]
+    assert recipe.held_out == ["there/held.json"]
+    assert recipe.flags["represent"] == {"template": "there/own.jinja"}
+    assert recipe.flags["align"] == {"cache_dir": "there/cache"}
+    assert recipe.sources["a"].flags["train"] == {"eval_data_path": "there/eval"}
+    assert recipe.launcher == {
+        "represent": "accelerate launch --config_file=there/a.yaml",
+        "train": "there/./go.sh -n 2",
+        "align": "srun own",  # a command's name is none of a file
+    }
+    assert not caplog.records
+    monkeypatch.chdir(tmp_path / "there")
+    recipe = read_recipe(tmp_path / "there" / "recipe.yml")
+    assert recipe.data == PLACED["data"]
+    assert recipe.launcher == PLACED["launcher"]
+
+
+def test_paths_that_start_at_the_working_directory_are_found_with_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "there").mkdir()
+    make_files(tmp_path, (*THERE, "out/stages.json", "cache/x"))
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(written(tmp_path / "there", **PLACED))
+    assert (str(recipe.output_dir), recipe.pivot.model, recipe.data) == ("out", "models/pivot", PLACED["data"])
+    assert recipe.launcher == PLACED["launcher"]
+    assert recipe.flags["align"] == PLACED["align"]
+    warned = {message.split(" in ")[0] for message in caplog.messages}
+    assert warned == {
+        *("pivot", "sources.a.model", "sources.a.train.eval_data_path", "data", "held_out", "represent.template"),
+        *("align.cache_dir", "launcher.represent", "launcher.train", "output_dir"),
+    }
+    assert "models/pivot is not in the recipe's directory, and is taken from the working directory" in caplog.text
+    (tmp_path / "out" / "stages.json").unlink()  # a directory of that name, but of no run
+    assert read_recipe(tmp_path / "there" / "recipe.yml").output_dir == tmp_path / "there" / "out"
+
+
+def test_held_out_data_may_be_another_split(tmp_path):
+    held_out = {"data": "org/chats", "split": "test"}
+    recipe = read_recipe(written(tmp_path, data="org/chats", held_out=held_out, represent={"limit": 9}))
+    splits = {step.key: options_of(step.arguments) for step in steps_of(recipe) if step.arguments[0] == "represent"}
+    assert {key: options["split"] for key, options in splits.items()} == {
+        **dict.fromkeys(("represent pivot", "represent a", "represent b"), "train"),
+        **{f"evaluate {name}": "test" for name in ("pivot", "plain", "target-a", "target-b", "merged-sce")},
+    }
+    assert {(*options["data_path"], options["limit"]) for options in splits.values()} == {("org/chats", 9)}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from fusechat_fuse.models.files import load_config, load_fast_tokenizer, model_f
 from fusechat_fuse.models.loading import check_trainable
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.encodings import DataReader, Encodings
-from fusechat_fuse.pipeline.recipe import READING, Recipe, read_recipe
-from fusechat_fuse.pipeline.record import RECORD_FILE, Record
+from fusechat_fuse.pipeline.recipe import READING, RECORD_FILE, Recipe, read_recipe
+from fusechat_fuse.pipeline.record import Record
 from fusechat_fuse.pipeline.serving import steps_now
 from fusechat_fuse.pipeline.steps import Step, ranks_of
 from fusechat_fuse.store.files import read_json

@@ -6,7 +6,7 @@
       starling: berkeley-nest/Starling-LM-7B-alpha
       qwen: {model: Qwen/Qwen1.5-72B-Chat, represent: {device_map: auto}, launcher: {represent: python}}
     data: mixture.json                      # one or a list, as --data_path takes them
-    held_out: held-out.json                 # optional: evaluates the pivot and every result
+    held_out: held-out.json                 # optional: evaluates the pivot and every result; {data: ..., split: test}
     preset: fusechat                        # or paper
     answers: data                           # or sources: each slice's prompts are answered anew by its best source
     represent: {dtype: bfloat16}            # flags of a stage without dashes; also answer, align, combine, train
@@ -17,11 +17,14 @@
     launcher: {train: accelerate launch --config_file fsdp.yaml}   # per stage; a single text: all that run models
     devices: [0, 1]                         # GPUs: models are represented side by side, one GPU each
 
-Relative paths start at the directory in which the command runs.
+Relative paths start at the recipe's own directory. One that is there only from the directory in which the command runs
+(where paths started before) is still taken, with a warning.
 """
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
 import re
 import shlex
@@ -39,6 +42,9 @@ MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perh
 KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", "answers", *FLAGGED)
 KEYS += ("plain", "multi", "targets", "merge", "launcher", "devices")
 TARGETS, ANSWERS = ("serving", "all"), ("data", "sources")
+RECORD_FILE = "stages.json"  # in output_dir, of a run that has begun
+EXAMPLES = Path(__file__).parent / "examples"
+PATHS = ("template", "counts", "cache_dir", "eval_data_path", "deepspeed", "fsdp_config", "resume_from_checkpoint")
 # flags of represent: how data are read, and how a model is loaded, or which server runs it
 READING = ("split", "limit", "shuffle_seed", "messages_column", "strict")
 LOADING = ("dtype", "device_map", "attn_implementation", "gguf_file", "load_in_4bit", "load_in_8bit")
@@ -50,6 +56,9 @@ RESERVED = {  # flags that the pipeline sets
     "combine": ("aligned", "output_dir", "preset"),
     "train": ("model_name_or_path", "data_path", "output_dir", "preset", "overwrite"),
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Recipe:
     sources: dict[str, Model]
     data: list[str]
     held_out: list[str]
+    held_out_flags: dict[str, Any]  # how these data are read, where they are read otherwise
     preset: str
     answers: str  # whose answers the data have in training: data (their own) or sources
     flags: dict[str, dict[str, Any]]  # by stage
@@ -86,11 +96,19 @@ def read_recipe(path) -> Recipe:
     return _Reader(str(path), read_yaml(path, "recipe")).recipe()
 
 
+def example_recipe(name: str) -> str:
+    """The text of a recipe that comes with the package; raises InputError that lists them."""
+    known = sorted(file.stem for file in EXAMPLES.glob("*.yml"))
+    if name not in known:
+        raise InputError(f"example {name!r} for run: expected one of {', '.join(known)}. Use one.")
+    return (EXAMPLES / f"{name}.yml").read_text(encoding="utf-8")
+
+
 class _Reader:
     """Checks the entries of one file; every error names the file and the key."""
 
     def __init__(self, path: str, entries: dict):
-        self.path, self.entries = path, entries
+        self.path, self.entries, self.home = path, entries, os.path.dirname(path)
 
     def recipe(self) -> Recipe:
         for key in self.entries:
@@ -107,12 +125,14 @@ class _Reader:
             same = os.path.abspath(model.model) == os.path.abspath(pivot.model) and model.flags == pivot.flags
             self._check(not same, f"sources.{name}", "another model than the pivot", model.model)
         devices = self._get("devices", list, "a list of GPUs such as [0, 1]", [])
+        held_out, held_out_flags = self._held_out()
         return Recipe(
-            output_dir=Path(self._get("output_dir", str, "text", None)),
+            output_dir=Path(self._place("output_dir", self._get("output_dir", str, "text", None), RECORD_FILE)),
             pivot=pivot,
             sources=models,
-            data=self._texts("data"),
-            held_out=self._texts("held_out"),
+            data=self._data("data", self.entries["data"]),
+            held_out=held_out,
+            held_out_flags=held_out_flags,
             preset=preset,
             flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
             plain=self._get("plain", bool, "true or false", True),
@@ -144,11 +164,42 @@ class _Reader:
         self._check(valid, key, "name: value pairs", value)
         return value
 
-    def _texts(self, key: str) -> list[str]:
-        value = self.entries.get(key) or []
+    def _data(self, key: str, value) -> list[str]:
         values = value if isinstance(value, list) else [value]
         self._check(all(isinstance(item, str) for item in values), key, "a path or a list of paths", value)
-        return values
+        return [self._place(key, item) for item in values]
+
+    def _held_out(self) -> tuple[list[str], dict[str, Any]]:
+        value = self.entries.get("held_out") or []
+        if not isinstance(value, dict):
+            return self._data("held_out", value), {}
+        known = ("data", *READING)
+        valid = value.get("data") and not set(value) - set(known)
+        self._check(valid, "held_out", f"data or {{{', '.join(known)}}}", value)
+        flags = {name: of for name, of in value.items() if name != "data"}
+        return self._data("held_out.data", value["data"]), flags
+
+    def _place(self, key: str, path: str, made: str | None = None) -> str:
+        """A path of the recipe, as the commands take it.
+
+        Args:
+            path: relative to the recipe's directory, as before to the working directory, or a Hub name.
+            made: of a directory that the run makes: the file in it that tells an earlier run's.
+        """
+        beside = os.path.join(self.home, path)
+        same = beside == path or os.path.abspath(beside) == os.path.abspath(path)
+        if same or _exists(beside):
+            return path if same else beside
+        if not _exists(path if made is None else os.path.join(path, made)):
+            return path if made is None else beside
+        logger.warning(
+            "%s in %s: %s is not in the recipe's directory, and is taken from the working directory, where relative "
+            "paths started before. Move the recipe there, or give an absolute path.",
+            key,
+            self.path,
+            path,
+        )
+        return path
 
     def _check_names(self, kind: str, names, taken: tuple[str, ...]) -> None:
         """Raise InputError for names that cannot be directories of the run."""
@@ -160,8 +211,10 @@ class _Reader:
     def _flags(self, key: str, value) -> dict[str, Any]:
         stage = key.split(".")[-1]
         flags = {name.replace("-", "_"): of for name, of in self._mapping(key, value or {}).items()}
-        for name in flags:
-            self._check(name not in RESERVED[stage], f"{key}.{name}", "no flag that the pipeline sets", flags[name])
+        for name, of in flags.items():
+            self._check(name not in RESERVED[stage], f"{key}.{name}", "no flag that the pipeline sets", of)
+            if name in PATHS and isinstance(of, str):
+                flags[name] = self._place(f"{key}.{name}", of, "" if name == "cache_dir" else None)
         return flags
 
     def _launcher(self, key: str, value) -> dict[str, str]:
@@ -169,16 +222,27 @@ class _Reader:
         for stage, command in self._mapping(key, by_stage).items():
             self._check(stage in LAUNCHED, f"{key}.{stage}", f"a stage ({', '.join(LAUNCHED)})", stage)
             self._check(_is_command(command), f"{key}.{stage}", "a command that launches the stage's own", command)
-        return by_stage
+        return {stage: self._command(f"{key}.{stage}", command) for stage, command in by_stage.items()}
+
+    def _command(self, key: str, command: str) -> str:
+        """A launcher whose words that name a file (a script, `--config_file FILE`) are as the command takes them."""
+        words = shlex.split(command)
+        for n, word in enumerate(words):
+            file = word.rpartition("=")[2]
+            is_file = any(os.path.isfile(place) for place in (os.path.join(self.home, file), file))
+            if is_file and ("/" in file or Path(file).suffix):
+                words[n] = word.removesuffix(file) + self._place(key, file)
+        return shlex.join(words) if words != shlex.split(command) else command
 
     def _model(self, key: str, value) -> Model:
         if isinstance(value, str):
-            return Model(value)
+            return Model(self._place(key, value))
         known = ("model", "launcher", *FLAGGED)
         valid = isinstance(value, dict) and isinstance(value.get("model"), str) and not set(value) - set(known)
         self._check(valid, key, f"a model or {{{', '.join(known)}}}", value)
         flags = {stage: self._flags(f"{key}.{stage}", value[stage]) for stage in FLAGGED if stage in value}
-        return Model(value["model"], flags, self._launcher(f"{key}.launcher", value.get("launcher", {})))
+        model = self._place(f"{key}.model", value["model"])
+        return Model(model, flags, self._launcher(f"{key}.launcher", value.get("launcher", {})))
 
     def _merges(self) -> dict[str, tuple[str, dict[str, Any]]]:
         found = {}
@@ -187,6 +251,10 @@ class _Reader:
             found[name] = (parameters.pop("method", name), parameters)
         self._check_names("merge", found, ("reports",))
         return found
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or bool(glob.has_magic(path) and glob.glob(path, recursive=True))
 
 
 def _is_command(value) -> bool:

@@ -22,7 +22,6 @@ from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.pipeline.steps import Step
 from fusechat_fuse.store.files import file_sha256, json_bytes, short_digest, write_atomic
 
-RECORD_FILE = "stages.json"
 _NOTES = {"", *".md .rst .org .txt .pdf .doc .docx .odt .png .jpg .jpeg .gif .svg .html .log .bak".split()}  # suffixes
 _NO_NOTES = ("vocab.txt", "merges.txt")
 _MODELS = ("model", "model_name_or_path", "pivot_name_or_path")

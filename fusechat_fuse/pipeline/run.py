@@ -23,8 +23,8 @@ from typing import Any
 
 from fusechat_fuse.errors import InputError, describe_error
 from fusechat_fuse.pipeline.best import best_of, link_best
-from fusechat_fuse.pipeline.recipe import read_recipe
-from fusechat_fuse.pipeline.record import RECORD_FILE, Record, inputs_of
+from fusechat_fuse.pipeline.recipe import RECORD_FILE, read_recipe
+from fusechat_fuse.pipeline.record import Record, inputs_of
 from fusechat_fuse.pipeline.report import write_report
 from fusechat_fuse.pipeline.serving import steps_now
 from fusechat_fuse.pipeline.steps import STAGES, Step

@@ -193,11 +193,12 @@ class _Steps:
     def _evaluate(self, results: list[Step]) -> list[Step]:
         """The held-out conversations, represented by the pivot and every result, and the comparison."""
         pivot, home, steps = self.recipe.pivot, self.home / "held_out", []
+        reader = Model("", {"represent": {**pivot.flags.get("represent", {}), **self.recipe.held_out_flags}})
         models = {"pivot": pivot.model}
         models |= {f"merged-{s.name}" if s.stage == "merge" else s.name: str(s.output) for s in results}
         for name, model in models.items():
             own = {"model_name_or_path": model, "data_path": self.recipe.held_out, "pivot_name_or_path": pivot.model}
-            arguments = self._arguments("represent", pivot, home / name, **own)
+            arguments = self._arguments("represent", reader, home / name, **own)
             steps.append(self._launched("evaluate", name, _NO_MODEL, arguments, home / name))
         named = slice_flags(self.recipe.flags["train"])
         named.pop("slice_pattern", None)  # of the training data's ids
