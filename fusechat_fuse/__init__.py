@@ -9,6 +9,8 @@ Source: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", arXiv 2408.0799
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fusechat_fuse.requirements import check_versions
+
 if TYPE_CHECKING:
     from fusechat_fuse.alignment.combination import combine as combine
     from fusechat_fuse.alignment.run import align as align
@@ -45,6 +47,7 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOME)}")
+    check_versions(__name__)
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -20,6 +20,7 @@ from fusechat_fuse.commands import COMMANDS, library
 from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.flags import Flag, FlagParser, flags_of_function, unknown
 from fusechat_fuse.processes import end_process_group, is_main_process
+from fusechat_fuse.requirements import check_versions
 from fusechat_fuse.training import transformers_flags
 from fusechat_fuse.training.options import RARE, train_flags
 
@@ -68,6 +69,7 @@ def options_of(argv: list[str]) -> dict[str, Any]:
 def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
     """Call a subcommand's function; returns what is printed and the exit code."""
     command, as_json = COMMANDS[name], options.pop("json", False)
+    check_versions("training" if name == "train" else "fusechat_fuse")
     if name == "train":
         return _train(options), 0
     if name == "run" and options["example"] is not None:

@@ -6,12 +6,13 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from transformers import HfArgumentParser, SchedulerType
 from transformers.training_args import OptimizerNames
 
+import fusechat_fuse
 from fusechat_fuse import load_representation
 from fusechat_fuse.alignment.combination import COMBINATIONS
 from fusechat_fuse.alignment.mappings import MAPPINGS
@@ -357,6 +358,35 @@ def test_other_versions_of_transformers_are_asked_for_their_own_flags(monkeypatc
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"fusechat {version('fusechat')}, torch ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "found", "told"),
+    [
+        ("train", "transformers", "5.1.0", "transformers for training: expected 5.3 or later, got 5.1.0. Run pip inst"),
+        (
+            "train",
+            "torch",
+            "2.6.0+cu124",
+            "torch for training: expected 2.7 or later, got 2.6.0+cu124. Run pip install",
+        ),
+        ("represent", "torch", "2.6.0", "expected 2.7 or later, got 2.6.0. Run pip install -U 'torch>=2.7'."),
+        ("align", "torch", None, "torch for fusechat_fuse: expected 2.7 or later, got none."),
+    ],
+)
+def test_what_merging_alone_does_not_need_is_told_when_it_is_used(monkeypatch, capsys, arguments, package, found, told):
+    def version_of(name):
+        if name == package and found is None:
+            raise PackageNotFoundError(name)
+        return found if name == package else version(name)
+
+    monkeypatch.setattr("fusechat_fuse.requirements.version", version_of)
+    assert told in sentence(capsys, *shlex.split(COMMANDS[arguments].example))
+    with pytest.raises(InputError, match=f"^{package} for "):
+        FusionConfig("target")
+    if package == "torch":
+        with pytest.raises(InputError, match=r"^torch for fusechat_fuse: expected"):
+            getattr(fusechat_fuse, "align")  # noqa: B009
 
 
 def test_a_misspelt_subcommand_gets_a_suggestion(capsys):

@@ -48,6 +48,7 @@ SHARED = (
     "presets",
     "progress",
     "flags",
+    "requirements",
 )  # which any room may use; they use none
 COMMAND = ("cli", "commands")  # the top, which nothing below it uses
 

@@ -3,12 +3,15 @@
 import configparser
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from fusechat_fuse.requirements import NEEDED
 
 ROOT = Path(__file__).resolve().parents[1]
 setup = configparser.ConfigParser()
@@ -42,7 +45,15 @@ def test_the_lowest_set_is_what_is_declared():
     }
     lowest = {name: Version(version) for name, version in pinned("constraints-lowest.txt").items()}
     assert lowest.pop("torch") >= floors.pop("torch")  # installed from one build; its floor was tried apart
+    assert lowest.pop("transformers") == Version(NEEDED["training"]["transformers"]) > floors.pop("transformers")
     assert lowest == floors
+
+
+def test_beside_any_mergekit_transformers_stays():
+    of_mergekit = requirements("\n".join(metadata.requires("mergekit") or ()))["transformers"]
+    lowest = min(Version(part.version) for part in of_mergekit.specifier if part.operator == ">=")
+    assert str(lowest) in DECLARED["transformers"].specifier
+    assert f" transformers=={lowest}" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-lowest.txt"])

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from fusechat_fuse.errors import InputError
+from fusechat_fuse.requirements import check_versions
 from fusechat_fuse.training.options import FusionOptions, check_choices, take_preset
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class FusionConfig(FusionOptions, TrainingArguments):
     """
 
     def __post_init__(self):
+        check_versions("training")
+        if not hasattr(TrainingArguments, "activation_checkpointing"):  # transformers before 5.23
+            self.activation_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
+            self.gradient_checkpointing = self.activation_checkpointing
         take_preset(self)
         self.check_fusion_values()
         self._default_learning_rate = self.learning_rate is None

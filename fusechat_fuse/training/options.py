@@ -38,7 +38,6 @@ HELP = {  # of TrainingArguments' own fields that `--help` shows
     "max_steps": "optimizer steps, in place of num_train_epochs if positive",
     "optim": "optimizer",
     "seed": "random seed",
-    "activation_checkpointing": "recompute activations in the backward pass: less memory, about 20 % slower",
     "deepspeed": "JSON file with DeepSpeed's configuration",
     "save_steps": "steps between checkpoints, for save_strategy steps; below 1: as a ratio of all steps",
     "resume_from_checkpoint": "checkpoint to continue from; unset: the last whole one of the same run",
@@ -180,6 +179,9 @@ class FusionOptions:
     per_device_train_batch_size: int = option(4, "Conversations per device and batch in training.")
     per_device_eval_batch_size: int = option(4, "Conversations per device and batch in evaluation.")
     bf16: bool | None = option(None, "bfloat16 autocast; unset: where the GPU supports it. Weights stay float32.")
+    activation_checkpointing: bool | None = option(
+        None, "Recompute activations in the backward pass: less memory, about 20 % slower."
+    )
     logging_steps: float = option(10, "Optimizer steps between two log entries.")
     logging_nan_inf_filter: bool = option(False, "Leave losses that are not finite out of the logs.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch, best.")
