@@ -210,7 +210,7 @@ def test_the_first_conversations_alone_keep_labels_and_figures(packing, count):
 
 def test_the_row_of_the_api_page_makes_the_batch_that_it_names():
     page = (Path(__file__).parents[1] / "docs/api.md").read_text()
-    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    program, _ = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     names = {}
     exec(program, names)
     row, batch = names["row"], names["batch"]

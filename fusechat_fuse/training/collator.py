@@ -7,12 +7,14 @@ What a batch holds (B rows of T tokens; packed: B = 1 and T = all tokens of the 
 The only Python loop runs over the conversations of a batch.
 """
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.training.choice import BY_SLICE, fusion_distribution
@@ -20,6 +22,8 @@ from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.options import FusionOptions, check_choices, take_preset
 from fusechat_fuse.training.rows import as_documented
 
+logger = logging.getLogger(__name__)
+BATCH = {"input_ids", "labels", "shift_labels", "target_ids", "target_probs", "conversation_stats"}
 STATS = ("source_index", "source_share", "mapped_mass", "predicted_tokens", "cut_tokens")
 
 
@@ -113,7 +117,7 @@ class FusionCollator:
         if chosen is None:
             raise InputError(
                 f"slice_choice for {self.fusion_function}: expected what source_by_slice makes of the training data, "
-                "got none. Set it, or pass the collator to FusionTrainer, which sets it."
+                "got none. Set it, or pass the collator, not a function around it, to FusionTrainer, which sets it."
             )
         fused = fusion_distribution(
             row,
@@ -154,10 +158,33 @@ def collator_options(options) -> dict[str, Any]:
     return {one.name: getattr(options, one.name) for one in fields(FusionCollator) if hasattr(options, one.name)}
 
 
+def fitted(collator: FusionCollator, options, *, is_users: bool) -> FusionCollator:
+    """The collator with the options of a FusionConfig; the user's own as it is, with a warning where they differ."""
+    wanted = collator_options(options)
+    if not is_users:
+        return replace(collator, **wanted)
+    if other := [name for name, value in wanted.items() if getattr(collator, name) != value]:
+        logger.warning("data_collator: its own %s instead of those in the arguments.", ", ".join(other))
+    return collator
+
+
 def make_collator(options, tokenizer) -> FusionCollator:
     """The collator with the options of a FusionConfig; pads with the tokenizer's padding or end-of-text id."""
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return FusionCollator(pad_token_id=next((n for n in ids if n is not None), 0), **collator_options(options))
+
+
+def agreed_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with a label only where both `labels` and `shift_labels` have one: a collator may mask either."""
+    if missing := sorted(BATCH - set(batch)):
+        raise InputError(
+            f"batch for FusionTrainer: expected what FusionCollator returns, got none of {', '.join(missing)}. Change "
+            "the batch of a FusionCollator in data_collator."
+        )
+    labels, shifted = batch["labels"], batch["shift_labels"]  # [B, T]
+    ahead = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    shifted = shifted.masked_fill(ahead == IGNORED, IGNORED)
+    return {**batch, "labels": pad(shifted[:, :-1], (1, 0), value=IGNORED), "shift_labels": shifted}
 
 
 def first_conversations(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:

@@ -49,6 +49,11 @@ def open_dataset(dataset, args, *, to_train_on: bool = False) -> Any:
             f"data for FusionTrainer on {args.world_size} processes: expected rows with a length, which they can "
             f"share, got {kind}. Make a list or a datasets.Dataset of it, or train on one process."
         )
+    if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+        raise InputError(
+            f"data for FusionTrainer: expected an iterable whose rows can be read again, got {kind} with one iterator "
+            "for all. Return a new one from __iter__: slices are chosen from the rows before the first epoch."
+        )
     if iterable and to_train_on and not hasattr(dataset, "__len__") and args.max_steps <= 0:
         raise InputError(
             f"max_steps for {kind}: expected more than 0, since an iterable has no length, got {args.max_steps}. "

@@ -69,12 +69,7 @@ def fusion_loss(
     Differs from the released trainer: distributions are not rounded to bfloat16; means run over `num_items`, so that
     gradient accumulation and data parallelism do not change the loss; no labelled position is 0, not 0/0.
     """
-    if not 0 <= lm_loss_weight <= 1:
-        raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
-    if kind not in LOSS_KINDS:
-        raise InputError(
-            f"value for the fusion loss type: expected one of {', '.join(LOSS_KINDS)}, got {kind!r}. The paper uses ce."
-        )
+    check_loss_options(lm_loss_weight, kind)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise InputError(
             f"shape for labels: expected [B, T] of logits [B, T, V] = {tuple(logits.shape)}, got {tuple(labels.shape)}."
@@ -101,6 +96,16 @@ def weighted_loss(lm: Number, fusion: Number, lm_loss_weight: float) -> Number:
     if lm_loss_weight == 0:
         return fusion
     return lm_loss_weight * lm + (1 - lm_loss_weight) * fusion
+
+
+def check_loss_options(lm_loss_weight: float, kind: str) -> None:
+    """Raise InputError for a weight outside [0, 1], by which one term would be unlearned, or an unknown kind."""
+    if not 0 <= lm_loss_weight <= 1:
+        raise InputError(f"value for lm_loss_weight: expected [0, 1], got {lm_loss_weight}. The paper uses 0.9.")
+    if kind not in LOSS_KINDS:
+        raise InputError(
+            f"value for the fusion loss type: expected one of {', '.join(LOSS_KINDS)}, got {kind!r}. The paper uses ce."
+        )
 
 
 def check_ids(labels_N: Tensor, ids_NK: Tensor, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ import logging
 
 from fusechat_fuse.training.head_loss import FusionOutput
 from fusechat_fuse.training.lean_head import install_lean_head, takes_kept_logits, why_not_lean
-from fusechat_fuse.training.loss import IGNORED, row_sums, weighted_loss
+from fusechat_fuse.training.loss import IGNORED, check_loss_options, row_sums, weighted_loss
 
 logger = logging.getLogger(__name__)
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -36,6 +36,7 @@ def choose_loss_path(model, args) -> str:
 
 def loss_sums(model, batch: dict, path: str, *, lm_loss_weight: float, kind: str):
     """(FusionOutput of sums over the batch's labelled positions, auxiliary loss of a mixture of experts or None)."""
+    check_loss_options(lm_loss_weight, kind)  # which a callback may have changed
     arguments = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if path == "lean":
         columns = {name: batch[name] for name in FUSION_COLUMNS}

@@ -7,7 +7,6 @@ Normalisation: sums over labelled tokens are divided by the number of labelled t
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -20,13 +19,13 @@ from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.training import target
 from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
-from fusechat_fuse.training.collator import FusionCollator, collator_options, first_conversations, make_collator
+from fusechat_fuse.training.collator import FusionCollator, agreed_labels, first_conversations, fitted, make_collator
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import check_rope, check_rows, for_sampler, open_dataset, set_epoch, sources_of
 from fusechat_fuse.training.lean_head import causal_model
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.loss_paths import MODEL_INPUTS, choose_loss_path, loss_sums
-from fusechat_fuse.training.meter import FusionMeter
+from fusechat_fuse.training.meter import FusionMeter, search_objective
 from fusechat_fuse.training.packing import check_packing
 from fusechat_fuse.training.slice_choice import format_slice_choice, source_by_slice
 from fusechat_fuse.training.step_losses import StepLosses
@@ -42,8 +41,9 @@ class FusionTrainer(Trainer):
     Args:
         model: a causal language model of transformers (or a PEFT model around one), or use `model_init`.
         args: FusionConfig.
-        data_collator: default: a FusionCollator with the options in `args`. A FusionCollator of your own that chooses
-            by slice and has no `slice_choice` gets the one of the training data.
+        data_collator: default: a FusionCollator with the options in `args`. A FusionCollator of your own, or a
+            subclass, keeps its own options; one that chooses by slice and has no `slice_choice` gets the one of the
+            training data. Any other callable has to make such a batch (docs/trainers.md).
         train_dataset, eval_dataset: aligned or combined data: a directory, `load_representation(dir)`,
             `datasets.load_from_disk(dir)`, or a list of rows. eval_dataset may be a dict of these.
         processing_class: the pivot's tokenizer; saved with every checkpoint.
@@ -52,7 +52,8 @@ class FusionTrainer(Trainer):
 
     Logs, beside Trainer's: lm_loss, fusion_loss (means over labelled tokens), source_share (share of the conversations
     that took the source's distribution; one for each of several sources), mapped_mass (mean probability mass that the
-    alignment mapped), tokens_per_second (all processes). Evaluation: the same with eval_.
+    alignment mapped), tokens_per_second (all processes). Evaluation: the same with eval_; eval_loss is the mean over
+    labelled tokens of what `compute_loss` returns.
 
     Raises: InputError for data that is not aligned or does not fit the model.
     """
@@ -131,8 +132,8 @@ class FusionTrainer(Trainer):
         """Fit the collator to arguments, model and data; again when training starts, as a trial changes arguments."""
         if isinstance(self.data_collator, FusionCollator):
             if self._default_collator:
-                self.data_collator = dataclasses.replace(self.data_collator, **collator_options(self.args))
                 self._eval_dataloaders = {}  # which hold the former one, with dataloader_persistent_workers
+            self.data_collator = fitted(self.data_collator, self.args, is_users=not self._default_collator)
             self.data_collator.fit_vocabulary(causal_model(self.model).config.get_text_config().vocab_size)
             self._choose_by_slice(self.data_collator)
         kind = type(causal_model(self.model))
@@ -169,7 +170,12 @@ class FusionTrainer(Trainer):
         finally:
             transformers_logger.removeFilter(keep)
 
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As Trainer's; the default objective is the evaluation's lm_loss (Trainer's: the sum of all figures)."""
+        return super().hyperparameter_search(hp_space, compute_objective or search_objective, *args, **kwargs)
+
     def get_train_dataloader(self):
+        self.meters["train"].reset()  # of an earlier training, or of the time since the trainer was made
         self.args.check_fusion_values()
         self.args.fit_accumulation(self._train_batch_size)
         self._prepare_collator()
@@ -183,7 +189,8 @@ class FusionTrainer(Trainer):
         return next(one for one in self.callback_handler.callbacks if isinstance(one, StepLosses))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As Trainer's; rows that fill up the last step of an epoch are masked before labels are counted."""
+        """As Trainer's; what carries no label, and rows that fill up an epoch's last step, are masked beforehand."""
+        epoch_iterator = map(agreed_labels, epoch_iterator)
         if self.args.train_sampling_strategy != "batch_rebalance":  # whose processes get batches of their own
             epoch_iterator = map(self._without_repeated, epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -229,10 +236,11 @@ class FusionTrainer(Trainer):
         return super().predict(open_dataset(test_dataset, self.args), *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._without_repeated(self._prepare_inputs(inputs))
+        inputs = self._without_repeated(agreed_labels(self._prepare_inputs(inputs)))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             assert isinstance(loss, torch.Tensor)
+            self.meters["eval"].add_loss(loss, (inputs["shift_labels"] != IGNORED).sum())
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}).logits
@@ -249,11 +257,12 @@ class FusionTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
         prefix = f"{metric_key_prefix}_"
-        figures = self.meters["eval"].read(self.accelerator, self.args.lm_loss_weight, prefix)
+        figures = self.meters["eval"].read(self.accelerator, prefix)
         if figures:
             assert output.metrics is not None
             output.metrics.update(figures)
-            output = output._replace(num_samples=output.metrics.pop(f"{prefix}conversations"))  # packed: not rows
+            conversations = output.metrics.pop(f"{prefix}conversations", output.num_samples)  # packed: not rows
+            output = output._replace(num_samples=conversations)
             if not math.isfinite(loss := figures[f"{prefix}loss"]):
                 raise FloatingPointError(
                     f"loss for evaluation ({metric_key_prefix}): expected a number, got {loss}. Check the model's "
@@ -281,7 +290,7 @@ class FusionTrainer(Trainer):
             if "train_loss" in logs and (mean := self._step_losses.mean()) is not None:
                 logs["train_loss"] = mean  # Trainer's own is of the steps since the run was continued
         if "loss" in logs and self.is_in_train:
-            logs.update(self.meters["train"].read(self.accelerator, self.args.lm_loss_weight))
+            logs.update(self.meters["train"].read(self.accelerator))
         for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
             del logs[name]  # the gradient norm where float16 skips a step: JSON cannot hold it
         super().log(logs, start_time)
