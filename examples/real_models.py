@@ -163,10 +163,10 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def run(work: Path, jobs: int) -> None:
+def run(work: Path, jobs: int, regimes: list[tuple[int, int]]) -> None:
     """Everything after the models, in phases of independent tasks, spread over processes."""
     start, pivot = time.monotonic(), work / "models" / "pivot.gguf"
-    counts = sorted({count for count, _ in REGIMES})
+    counts = sorted({count for count, _ in regimes})
     first, second, third = [], [], []
     for name in ("pivot", "source"):
         model = work / "models" / f"{name}.gguf"
@@ -175,10 +175,10 @@ def run(work: Path, jobs: int) -> None:
             first.append((representation, model, data, output, pivot))
         first.append((representation, model, work / "held-out.json", work / f"held-out {name}", pivot))
     for count in counts:
-        of_count = [rows_of(*regime).values() for regime in REGIMES if regime[0] == count]
+        of_count = [rows_of(*regime).values() for regime in regimes if regime[0] == count]
         wanted = {mapping_of(row) for rows in of_count for row in rows}
         second += [(aligned, work, count, mapping) for mapping in sorted(wanted)]
-    for count, epochs in REGIMES:
+    for count, epochs in regimes:
         third += [(row_of, work, name, count, epochs, options) for name, options in rows_of(count, epochs).items()]
     third.sort(key=lambda task: task[2] not in ROWS)  # the table's own rows first
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
@@ -209,10 +209,10 @@ def paired(own: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
     return {**{key: round(float(value), 4) for key, value in figures.items()}, "conversations": len(shared)}
 
 
-def collect(work: Path) -> dict[str, dict]:
+def collect(work: Path, regimes: list[tuple[int, int]]) -> dict[str, dict]:
     """regime -> row -> slice -> figures, of the finished rows."""
     found = {}
-    for count, epochs in REGIMES:
+    for count, epochs in regimes:
         regime = f"{count}x{epochs}"
         rows = {"pivot": "pivot", "source": "source", **{n: f"{n} {regime}" for n in rows_of(count, epochs)}}
         measured = {
@@ -267,23 +267,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("real-models-output"), help="new, or of an interrupted run")
     parser.add_argument("--results", type=Path, help="where the tables go (default: the output directory)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--regime", choices=[f"{count}x{epochs}" for count, epochs in REGIMES], help="this one alone")
     parser.add_argument("--tables_only", action="store_true", help="only write the tables of the finished rows")
     options = parser.parse_args()
     work = options.output.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    regimes = [regime for regime in REGIMES if options.regime in (None, f"{regime[0]}x{regime[1]}")]
     quiet()
     if not options.tables_only:
         models(work / "models")
-        for count in {count for count, _ in REGIMES}:
+        for count in {count for count, _ in regimes}:
             training_data(options.train, work, count)
         held_out_data(options.held_out, options.other, work, options.each)
-        run(work, options.jobs)
+        run(work, options.jobs, regimes)
     other = f" --other {options.other.name}" if options.other else ""
     command = f"real_models.py --train {options.train.name} --held_out {options.held_out.name}{other}"
+    command += f" --regime {options.regime}" if options.regime else ""
     command += f" --each {options.each}" if options.each != 60 else ""
     about = facts(command, work, ("torch", "transformers"), finished=not options.tables_only)
-    found, results = collect(work), options.results or work
-    write(results, "real_models", {**about, "regimes": found}, markdown(found, about))
+    found, results = collect(work, regimes), options.results or work
+    name = "real_models" + (f"_{options.regime}" if options.regime else "")
+    write(results, name, {**about, "regimes": found}, markdown(found, about))
     differences = [
         (f"{regime}: {name}", row[LARGER_SLICE]["to_plain"], row[LARGER_SLICE]["interval"])
         for regime, rows in found.items()
@@ -291,7 +295,7 @@ def main() -> None:
         if name not in ("plain", "pivot", "source")
     ]
     label = f"held-out bits per byte less plain fine-tuning, {LARGER_SLICE} (below 0 is better)"
-    draw(differences, label, results / "real_models.png")
+    draw(differences, label, results / f"{name}.png")
 
 
 if __name__ == "__main__":
