@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fusechat_fuse.errors import InputError
 
-NEEDED = {"fusechat_fuse": {"torch": "2.7"}, "training": {"torch": "2.7", "transformers": "5.3"}}
+NEEDED = {"fusechat_fuse": {"torch": "2.7"}, "training": {"torch": "2.7", "transformers": "5.10"}}
 
 
 def check_versions(part: str) -> None:

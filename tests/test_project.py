@@ -45,7 +45,8 @@ def test_the_lowest_set_is_what_is_declared():
     }
     lowest = {name: Version(version) for name, version in pinned("constraints-lowest.txt").items()}
     assert lowest.pop("torch") >= floors.pop("torch")  # installed from one build; its floor was tried apart
-    assert lowest.pop("transformers") == Version(NEEDED["training"]["transformers"]) > floors.pop("transformers")
+    needed = Version(NEEDED["training"]["transformers"])  # 5.10.0 was never published
+    assert lowest.pop("transformers").release[:2] == needed.release > floors.pop("transformers").release
     assert lowest == floors
 
 
