@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import pickle
 import tempfile
 import tracemalloc
@@ -405,8 +406,12 @@ def test_conversations_pickle():
         assert (again.id, again.content_hash, again.slice, again.row) == (one.id, one.content_hash, one.slice, one.row)
 
 
-def test_names_of_slices_may_be_numpys():
-    assert read_conversations([{**MESSAGES, "slice": np.str_("maths")}])[0][0].slice == "maths"
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(np.str_("maths"), "maths"), (3, "3"), (np.int64(0), "0"), (True, None), ("", None), (0.5, None)],
+)
+def test_names_of_slices_may_be_numpys_and_numbers(given, name):
+    assert read_conversations([{**MESSAGES, "slice": given}])[0][0].slice == name
 
 
 def named(name):
@@ -552,6 +557,11 @@ def test_clone_of_a_hub_data_set_is_read_as_its_readme_says(tmp_path, monkeypatc
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n  {listed}---\n# Data\n")
     assert ids_in(folder) == ["one"]
     assert ids_in(folder, split="test") == ["two"]
+    (file,) = folder.rglob("one.jsonl")
+    before = file.stat()
+    as_jsonl(file, named("new"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as unpacked archives and images have them
+    assert ids_in(folder) == ["new"]
 
 
 def test_roles_by_their_usual_names():
@@ -711,8 +721,9 @@ def test_a_shuffled_part_is_drawn_from_all(tmp_path):
 def test_a_configuration_of_a_hub_data_set_is_named_behind_it(monkeypatch):
     asked = []
 
-    def load(name, configuration=None, split=None):
+    def load(name, configuration=None, split=None, streaming=False):
         asked.append((name, configuration, split))
+        assert not streaming
         return [{"prompt": "a", "completion": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)

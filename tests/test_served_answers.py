@@ -1,6 +1,7 @@
 """`answer --server`: the answers that the model itself would give, whatever happens to the servers."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -150,6 +151,42 @@ def test_a_refused_prompt_is_empty_and_counted(kind, model, data, expected, serv
     assert counts["refused_prompts"] == 2  # so is the turn after it
     assert "2 prompts were refused by the server" in caplog.text
     assert kept(tmp_path / "a.jsonl") == {**expected, "c5": (["", ""], [False, False], [None, None])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_the_server_broke_off_is_asked_for_again(kind, model, data, expected, serving, tmp_path, caplog):
+    served, broken = serving(kind), []
+
+    def change(ids, content):
+        if len(served.generations) in (3, 5) or "why not" in served.tokenizer.decode(ids):
+            broken.append(ids)
+            if kind == "vllm":
+                content["choices"][0].update(text="bro", token_ids=[5], finish_reason="abort")
+            else:
+                content.update(text="bro", output_ids=[5], meta_info={"finish_reason": {"type": "abort"}})
+        return content
+
+    served.change = change
+    counts = answer(model, data, tmp_path / "a.jsonl", server=served.url, server_kind=kind, **OPTIONS)
+    assert len(broken) > 2
+    assert counts["refused_prompts"] == 2  # always broken off, and the turn after it
+    assert "an answer that the server broke off (finish_reason abort)" in caplog.text
+    assert kept(tmp_path / "a.jsonl") == {**expected, "c5": (["", ""], [False, False], [None, None])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_generation_settings_go_with_every_request(kind, model, data, serving, tmp_path):
+    """transformers applies them; vLLM takes its own from the model that it serves, SGLang none."""
+    settings = {**json.loads((model / "generation_config.json").read_text()), "repetition_penalty": 1.8, "min_p": 0.2}
+    bent = shutil.copytree(model, tmp_path / "bent")
+    (bent / "generation_config.json").write_text(json.dumps(settings))
+    answer(bent, data, tmp_path / "own.jsonl", dtype="float32", **OPTIONS)
+    for name, expected in ((bent, (1.8, 0.2)), (model, (1.0, 0.0))):
+        served = serving(kind)
+        answer(name, data, tmp_path / f"{name.name}.jsonl", server=served.url, server_kind=kind, **OPTIONS)
+        sent = [body.get("sampling_params", body) for body in served.generations]
+        assert {(one["repetition_penalty"], one["min_p"]) for one in sent} == {expected}
+    assert kept(tmp_path / "bent.jsonl") == kept(tmp_path / "own.jsonl")
 
 
 @pytest.mark.parametrize("kind", KINDS)

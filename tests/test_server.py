@@ -279,11 +279,19 @@ def all_certain(content):
             entry["logprob"] = -0.01
 
 
+def of_logits(content):
+    """Logits in place of log-probabilities: all of one row moved alike, here below 0."""
+    for entries in content["choices"][0]["prompt_logprobs"][1:]:
+        for entry in entries.values():
+            entry["logprob"] -= 30
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "message"),
     [
         ("sglang", of_the_next_token, "the prompt's token and the most likely ones to agree, got log-prob"),
         ("vllm", all_certain, r"probabilities of at most 1 in all, got 9\.90"),
+        ("vllm", of_logits, r"a log-probability of at least -6\.\d\d for the most likely token, got -3\d\.\d\d"),
     ],
 )
 @pytest.mark.parametrize("probe", [True, False])

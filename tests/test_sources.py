@@ -225,6 +225,10 @@ BROKEN = {
         ("adapters", lambda f: edited(f, "adapter_config.json", target_modules=["q_proj"])),
         "weights for .*adapters: .* got also .*v_proj.lora_",
     ),
+    "DoRA's adapters, whose magnitudes transformers leaves out": (
+        ("dora", lambda f: f),
+        "weights for .*dora: .* without .*lora_magnitude_vector.*Merge the adapters into their base with peft",
+    ),
 }
 
 
@@ -237,9 +241,10 @@ def forms(made, tmp_path_factory):
     )
     shutil.copytree(made / "plain", home / "plain")
     shutil.copy(made / "tiny-F32.gguf", home / "tiny-F32.gguf")
-    of = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = AutoModelForCausalLM.from_pretrained(home / "plain")
-    peft.get_peft_model(model, of).save_pretrained(home / "adapters")
+    of = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    for name, dora in (("adapters", False), ("dora", True)):
+        model = AutoModelForCausalLM.from_pretrained(home / "plain")
+        peft.get_peft_model(model, peft.LoraConfig(**of, use_dora=dora)).save_pretrained(home / name)
     return home
 
 

@@ -129,18 +129,27 @@ def _top_k(answer: Answer, own: np.ndarray, top_k: int, vocab_size: int) -> TopK
         )
     both = np.column_stack([logprobs, logp])
     measured = np.all((both > _NOT_MEASURED) & (both < _TOLERANCE), axis=1)
-    _check_agreement(ids[measured], logprobs[measured], own[measured], logp[measured])
+    _check_agreement(ids[measured], logprobs[measured], own[measured], logp[measured], -np.log(vocab_size))
     return TopK(ids.astype(np.int32), np.minimum(logprobs, 0), np.where(measured, np.maximum(-logp, 0), np.nan))
 
 
-def _check_agreement(ids: np.ndarray, logprobs: np.ndarray, own: np.ndarray, logp: np.ndarray) -> None:
-    """Raise InputError unless the entries [P, K] are probabilities, and the actual tokens' log-probabilities [P] equal
-    their entries, or are below all of them where there is none."""
+def _check_agreement(
+    ids: np.ndarray, logprobs: np.ndarray, own: np.ndarray, logp: np.ndarray, least: float = -np.inf
+) -> None:
+    """Raise InputError unless the entries [P, K] are probabilities, the largest of them at least `least` (its
+    logarithm), and the actual tokens' log-probabilities [P] equal their entries, or are below all where there is none.
+    """
     is_own = ids == own[:, None]
     listed = np.where(is_own, logprobs, -np.inf).max(axis=1, initial=-np.inf)
     listed = np.where(is_own.any(axis=1), listed, np.minimum(logp, logprobs.min(axis=1, initial=0.0)))
     mass = np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    largest = logprobs.max(axis=1, initial=-np.inf)
     for wrong, expected, got in (
+        (
+            largest < least - _TOLERANCE,  # logits, which may all be below 0
+            f"a log-probability of at least {least:.2f} for the most likely token",
+            lambda n: f"{largest[n]:.2f}",
+        ),
         (mass > 1 + _TOLERANCE, "probabilities of at most 1 in all", lambda n: f"{mass[n]:.2f}"),
         (
             np.abs(listed - logp) > _TOLERANCE,

@@ -179,12 +179,12 @@ def _generator(model, tokenizer, max_new_tokens: int, loading: dict[str, Any], s
 
     config = load_config(model, trust_remote_code=loading["trust_remote_code"])
     if not is_named(model):
-        ends = model.generation_config.eos_token_id
+        settings = model.generation_config.to_dict()
     elif files := _generation_files(model):
-        ends = read_json(files[-1], "generation settings").get("eos_token_id")
+        settings = read_json(files[-1], "generation settings")
     else:
-        ends = getattr(config.get_text_config(), "eos_token_id", None)
-    return ServedGenerator(servers, tokenizer, max_new_tokens, ends, positions_of(config))
+        settings = {"eos_token_id": getattr(config.get_text_config(), "eos_token_id", None)}
+    return ServedGenerator(servers, tokenizer, max_new_tokens, settings, positions_of(config))
 
 
 def _generation_files(model) -> list[Path]:

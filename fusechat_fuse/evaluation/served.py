@@ -14,22 +14,24 @@ from fusechat_fuse.models.servers import NotAnswered, Servers
 
 _PROBE = [{"role": "user", "content": "Say three words."}]
 _PROBE_TOKENS = 8
+_SETTINGS = {"repetition_penalty": 1.0, "min_p": 0.0}  # of a model that transformers applies, with what changes nothing
 
 
 class ServedGenerator(Prompter):
     """Generates answers with servers of one model, each tried with a short prompt.
 
     Args:
-        servers: of one model. tokenizer, max_new_tokens, ends, positions: as `Prompter` takes them; where the servers
-            tell how many tokens they take, that holds for positions.
+        servers: of one model. tokenizer, max_new_tokens, positions: as `Prompter` takes them; where the servers tell
+            how many tokens they take, that holds for positions. settings: the model's generation settings.
     Attributes: refused: prompts that the servers refused.
     Raises: InputError where a server gives no text, or has another tokenizer.
     """
 
-    def __init__(self, servers: Servers, tokenizer, max_new_tokens: int, ends, positions: int | None):
+    def __init__(self, servers: Servers, tokenizer, max_new_tokens: int, settings: dict, positions: int | None):
         positions = servers.max_length + 1 if servers.max_length else positions
-        super().__init__(tokenizer, max_new_tokens, ends, positions)
+        super().__init__(tokenizer, max_new_tokens, settings.get("eos_token_id"), positions)
         self.servers = servers
+        self.settings = {name: settings.get(name) or neutral for name, neutral in _SETTINGS.items()}
         self.refused: list[str] = []
         ((_, self._probe_ids),) = self.prompts([_PROBE])
         servers.probe(self._probe)
@@ -63,7 +65,7 @@ class ServedGenerator(Prompter):
         """A request for a continuation of `prompt` by at most `room` tokens."""
         served = self.servers.served
         options = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "skip_special_tokens": True}
-        options["stop_token_ids"] = self.ends
+        options |= {**self.settings, "stop_token_ids": self.ends}
         if self.servers.kind == "vllm":
             more = {"seed": seed, "add_special_tokens": False, "return_token_ids": True}
             return {"model": served.name, "prompt": prompt, "max_tokens": room, **options, **more}

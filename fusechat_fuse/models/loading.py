@@ -58,9 +58,12 @@ def load_model(
             "its files are complete and belong together."
         ) from error
     if missing := sorted(loading_info["missing_keys"]):
+        advice = "Give a whole checkpoint with its own config.json."
+        if adapter_base(name_or_path):  # transformers does not read DoRA's magnitudes
+            advice = "Merge the adapters into their base with peft's merge_and_unload, and give that."
         raise InputError(
             f"weights for {name_or_path}: expected every tensor of {type(model).__name__}, got files without "
-            f"{_some(missing)}. Give a whole checkpoint with its own config.json."
+            f"{_some(missing)}. {advice}"
         )
     _check_form(model, name_or_path, sorted(loading_info["unexpected_keys"]))
     if is_gguf(name_or_path) and hasattr(model.config, "quantization_config"):

@@ -214,12 +214,15 @@ class Servers:
         if response.status_code != 200:
             raise NotAnswered(f"status {response.status_code} at {path}: {words}", response.status_code)
         try:
-            return orjson.loads(response.content)
+            found = orjson.loads(response.content)
         except ValueError:
             try:
-                return json.loads(response.content)  # with NaN and Infinity, which JSON does not know
+                found = json.loads(response.content)  # with NaN and Infinity, which JSON does not know
             except ValueError as error:
                 raise NotAnswered(f"no JSON at {path}: {words[:99]!r}") from error
+        if _is_aborted(found):
+            raise NotAnswered(f"an answer that the server broke off (finish_reason abort) at {path}: {words[:99]!r}")
+        return found
 
     def _back_off(self, url: str, error: Exception) -> None:
         """Leave a server alone for a while, longer after each failure."""
@@ -271,6 +274,14 @@ class Servers:
             raise InputError(
                 f"server {url}: expected one of kind {self.kind}, got: {first_line(error)}. {advice}"
             ) from error
+
+
+def _is_aborted(content: Any) -> bool:
+    """Whether a server broke its answer off, with status 200: it is shut down, full, or cannot take the prompt."""
+    choices = content.get("choices") if isinstance(content, dict) else None
+    about = choices[0] if isinstance(choices, list) and choices else getattr(content, "get", {}.get)("meta_info")
+    reason = about.get("finish_reason") if isinstance(about, dict) else None
+    return (reason.get("type") if isinstance(reason, dict) else reason) == "abort"
 
 
 def _is_url(text: str) -> bool:

@@ -196,12 +196,16 @@ def _of_split(name, splits: Mapping, split: str) -> Any:
 
 
 def _loaded(name: str, split: str) -> Any:
-    """What `datasets` loads for a Hub name (NAME:CONFIGURATION if it has several) or a directory laid out like one."""
+    """What `datasets` loads for a Hub name (NAME:CONFIGURATION if it has several) or a directory laid out like one.
+
+    A directory is streamed: the cache of `datasets` takes a file for unchanged if its time of change is.
+    """
     import datasets
 
-    place, _, configuration = (name, "", "") if Path(name).exists() else name.partition(":")
+    is_there = Path(name).exists()
+    place, _, configuration = (name, "", "") if is_there else name.partition(":")
     try:
-        return datasets.load_dataset(place, configuration or None, split=split)
+        return datasets.load_dataset(place, configuration or None, split=split, streaming=is_there)
     except Exception as error:  # the Hub's client raises many kinds of errors; all mean that the name cannot be loaded
         first = str(error).strip().split("\n")[0]
         raise InputError(f"data for {name}: expected a file, directory or Hub dataset, got {first}") from error

@@ -288,6 +288,6 @@ def row_name(row: Any) -> str | None:
 
 
 def slice_of(row: dict) -> str | None:
-    """The slice that a row names, if any."""
-    named = (row.get(column) for column in SLICE_COLUMNS)
-    return next((name for name in named if isinstance(name, str) and name), None)
+    """The slice that a row names, by a text or a whole number (a label of `datasets`), if any."""
+    named = (_as_python(row.get(column)) for column in SLICE_COLUMNS)
+    return next((str(name) for name in named if type(name) is int or (isinstance(name, str) and name)), None)

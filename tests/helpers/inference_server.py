@@ -5,6 +5,7 @@ import threading
 from http.server import ThreadingHTTPServer
 
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from tests.helpers.json_handler import JsonHandler
 
@@ -109,8 +110,10 @@ class _Handler(JsonHandler):
         longest = options.get("max_tokens", options.get("max_new_tokens"))
         if len(ids) + longest > LONGEST + 1:
             return self.say({"error": {"message": "the prompt is longer than the maximum model length"}}, 400)
+        penalty = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
         while len(made) < longest and not set(made) & set(options["stop_token_ids"]):
-            made.append(int(self.server.logprobs([*ids, *made, 0], 0.0)[-1].argmax()))
+            scores = self.server.logprobs([*ids, *made, 0], 0.0)[-1:]
+            made.append(int(penalty(torch.tensor([[*ids, *made]]), scores).argmax()))
         reason = "stop" if set(made) & set(options["stop_token_ids"]) else "length"
         text = self.server.tokenizer.decode(made, skip_special_tokens=options["skip_special_tokens"])
         if self.server.kind == "vllm":
