@@ -12,25 +12,30 @@ sources answer the prompts of the data themselves (assign, answer), and one more
 
     python examples/quickstart.py [--output DIR] [--seed N] [--fast]
 
-The output directory keeps every stage, `results.json` and `results.png`. The commands run in this process (starting
-Python with torch takes longer than a stage here); each is printed as it would be typed.
+The output directory keeps every stage, `results.json`, `results.png`, a page that shows an alignment (`inspect.html`),
+and in `logs` every command as it would be typed, with what it prints. The commands run in this process, since starting
+Python with torch takes longer than a stage here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers: noise in logs
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from screen import Screen, print_into
 from toy_models import (
     NUMBER_SKILLS,
     SKILLS,
@@ -48,7 +53,6 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config
 
 from fusechat_fuse.flags import as_flags
 
-START = time.monotonic()
 MERGES = Path(__file__).resolve().parents[1] / "mergekit_configs"
 WRONG_ANSWERS = 0.3  # share of the fusion data with the answer of another question
 SLICES = {"slice_pattern": "^([a-z]+)-"}  # the skill, with which ids begin; without it slices are found
@@ -57,7 +61,7 @@ ANSWER = {"max_new_tokens": 32, "batch_size": 64}
 REPRESENT = {"template": "native", "dtype": "float32"}
 
 
-def teach(output: Path, seed: int, scale: float, pool: ProcessPoolExecutor) -> dict[str, int]:
+def teach(output: Path, seed: int, scale: float, pool: ProcessPoolExecutor, done: Callable) -> dict[str, int]:
     """Train the pivot and the two sources from scratch, with their tokenizers; return the parameters of each."""
     texts = [turn["value"] for row in conversations(SKILLS, 3000, seed) for turn in row["conversations"]]
     pivot = byte_level_tokenizer(texts, 420, "<|bos|>", "<|end_of_turn|>", "User:\n", "Assistant:\n")
@@ -69,10 +73,9 @@ def teach(output: Path, seed: int, scale: float, pool: ProcessPoolExecutor) -> d
         "source-words": ModelSpec(words, MistralConfig, 80, 2, WORD_SKILLS, round(2000 * scale)),
     }
     trained = {name: pool.submit(pretrain, spec, output / "models" / name, seed) for name, spec in specs.items()}
-    sizes = {name: future.result() for name, future in trained.items()}
-    for name, spec in specs.items():
-        log(f"{name}: {spec.config.model_type}, {sizes[name]:,} parameters, {len(spec.tokenizer)} tokens")
-    return sizes
+    for future in trained.values():
+        future.add_done_callback(done)
+    return {name: future.result() for name, future in trained.items()}
 
 
 def fuse(*arguments) -> None:
@@ -80,15 +83,14 @@ def fuse(*arguments) -> None:
     from fusechat_fuse.cli import main
 
     arguments = [str(argument) for argument in arguments]
-    log("$ fusechat-fuse " + shlex.join(arguments))
+    print("$ fusechat-fuse " + shlex.join(arguments), flush=True)
     if code := main(arguments):
         sys.exit(code)
 
 
-def fuse_in_pool(arguments: tuple, started: float) -> None:
-    """The same in a process of the pool; started: when the quickstart began."""
-    global START
-    START = started
+def fuse_in_pool(log: Path, *arguments) -> None:
+    """The same in a process of the pool, with a log of its own."""
+    print_into(log)
     fuse(*arguments)
 
 
@@ -137,79 +139,97 @@ def write_questions(output: Path, questions: dict[str, list[tuple[str, str]]]) -
     (output / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def represent_and_align(output: Path, data: list[Path], folder: Path, preset: str = "fusechat") -> None:
-    """Represent data by pivot and sources, and align both sources, below a folder."""
-    for name in MODELS:
-        if not (folder / "representations" / name).exists():
+class Pipeline:
+    """The stages by the public commands, below the output directory."""
+
+    def __init__(self, output: Path, train: dict, pool: ProcessPoolExecutor, screen: Screen):
+        self.output, self.train, self.pool, self.screen = output, train, pool, screen
+        self.trainings: list = []
+
+    def run(self) -> None:
+        """Represent, compare, align, combine, train, merge; and the same on answers by the sources."""
+        with self.screen.stage("represent, align, combine", 10) as done:
+            self.represent_and_align([self.output / "conversations.json"], self.output, done, ("paper", "fusechat"))
+            fuse("compare", *(self.output / "representations" / name for name in MODELS), *as_flags(SLICES))
+            done()
+            self.combine(self.output)
+            done()
+            page = self.output / "inspect.html"
+            fuse("inspect", self.output / "aligned" / "fusechat-numbers", "--row", 0, "--html", page)
+            done()
+        self.start_trainings()
+        answers = self.output / "answers"
+        with self.screen.stage("answers by the sources, represented, aligned", 9) as done:
+            self.represent_and_align(self.answer(answers, done), answers, done)
+            self.combine(answers)
+            done()
+        self.start_training("multi-answers", answers / "aligned" / "multi", as_flags(SLICES))
+        with self.screen.stage("train 7 models, since the stage before", len(self.trainings)) as done:
+            for training in self.trainings:
+                training.add_done_callback(done)
+            for training in self.trainings:
+                training.result()
+        with self.screen.stage("merge (mergekit-yaml)", 2) as done:
+            self.merge(done)
+
+    def represent_and_align(self, data: list[Path], folder: Path, done: Callable, presets=("fusechat",)) -> None:
+        """Represent data by pivot and sources, and align both sources, below a folder."""
+        for name in MODELS:
             flags = ("--output_dir", folder / "representations" / name, *as_flags(REPRESENT))
-            fuse("represent", "--model_name_or_path", output / "models" / name, "--data_path", *data, *flags)
-    for name in ("numbers", "words"):
-        pair = ("--pivot_representation", folder / "representations" / "pivot")
-        pair += ("--source_representation", folder / "representations" / f"source-{name}")
-        fuse("align", *pair, "--output_dir", folder / "aligned" / f"{preset}-{name}", "--preset", preset)
+            fuse("represent", "--model_name_or_path", self.output / "models" / name, "--data_path", *data, *flags)
+            done()
+        for preset in presets:
+            for name in ("numbers", "words"):
+                pair = ("--pivot_representation", folder / "representations" / "pivot")
+                pair += ("--source_representation", folder / "representations" / f"source-{name}")
+                fuse("align", *pair, "--output_dir", folder / "aligned" / f"{preset}-{name}", "--preset", preset)
+                done()
 
+    def combine(self, folder: Path) -> None:
+        """Both aligned sources as one data set: the better of each slice."""
+        both = [folder / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
+        fuse("combine", "--aligned", *both, "--output_dir", folder / "aligned" / "multi", *as_flags(SLICES))
 
-def combine(folder: Path) -> None:
-    """Both aligned sources as one data set: the better of each slice."""
-    both = [folder / "aligned" / f"fusechat-{name}" for name in ("numbers", "words")]
-    fuse("combine", "--aligned", *both, "--output_dir", folder / "aligned" / "multi", *as_flags(SLICES))
+    def answer(self, folder: Path, done: Callable) -> list[Path]:
+        """Let the source that is selected for each slice answer its prompts; return the files of the answered data."""
+        assigned, data = folder / "assigned", self.output / "conversations.json"
+        representations = [self.output / "representations" / name for name in MODELS]
+        fuse("assign", *representations, "--data_path", data, "--output_dir", assigned, *as_flags(SLICES))
+        done()
+        files = [assigned / "pivot.jsonl"]  # keeps the data's answers
+        for name in MODELS[1:]:
+            files.append(folder / f"{name}.jsonl")
+            paths = ("--questions", assigned / f"{name}.jsonl", "--output", files[-1])
+            paths += ("--pivot_name_or_path", self.output / "models" / "pivot", *as_flags(ANSWER))
+            fuse("answer", "--benchmark", "data", "--model", self.output / "models" / name, *paths)
+            done()
+        return files
 
+    def start_trainings(self) -> None:
+        """All but the one on the sources' answers, two at a time."""
+        runs = {
+            "plain": ("fusechat-numbers", ("--lm_loss_weight", 1.0)),
+            **{f"paper-{name}": (f"paper-{name}", ("--preset", "paper")) for name in ("numbers", "words")},
+            **{f"target-{name}": (f"fusechat-{name}", as_flags(SLICES)) for name in ("numbers", "words")},
+            "multi": ("multi", as_flags(SLICES)),
+        }
+        for name, (aligned, more) in runs.items():
+            self.start_training(name, self.output / "aligned" / aligned, more)
 
-def answer(output: Path, folder: Path) -> list[Path]:
-    """Let the source that is selected for each slice answer its prompts; return the files of the answered data."""
-    assigned, data = folder / "assigned", output / "conversations.json"
-    representations = [output / "representations" / name for name in MODELS]
-    fuse("assign", *representations, "--data_path", data, "--output_dir", assigned, *as_flags(SLICES))
-    files = [assigned / "pivot.jsonl"]  # keeps the data's answers
-    for name in MODELS[1:]:
-        files.append(folder / f"{name}.jsonl")
-        paths = ("--questions", assigned / f"{name}.jsonl", "--output", files[-1])
-        paths += ("--pivot_name_or_path", output / "models" / "pivot", *as_flags(ANSWER))
-        fuse("answer", "--benchmark", "data", "--model", output / "models" / name, *paths)
-    return files
+    def start_training(self, name: str, aligned: Path, more) -> None:
+        """Train the pivot into the model of this name, in the pool."""
+        paths = ("--model_name_or_path", self.output / "models" / "pivot", "--data_path", aligned)
+        arguments = ("train", *paths, "--output_dir", self.output / "models" / name, *more, *as_flags(self.train))
+        self.trainings.append(self.pool.submit(fuse_in_pool, self.output / "logs" / f"train-{name}.log", *arguments))
 
-
-def train_arguments(output: Path, aligned: Path, name: str, more, train: dict) -> tuple:
-    """The arguments of a training of the pivot into the model of this name."""
-    paths = ("--model_name_or_path", output / "models" / "pivot", "--data_path", aligned)
-    return ("train", *paths, "--output_dir", output / "models" / name, *more, *as_flags(train))
-
-
-def pipeline(output: Path, train: dict, pool: ProcessPoolExecutor) -> None:
-    """The stages by the public commands: represent, compare, align, combine, train, merge, and answers by sources."""
-    models, answers = output / "models", output / "answers"
-    for preset in ("paper", "fusechat"):
-        represent_and_align(output, [output / "conversations.json"], output, preset)
-    fuse("compare", *(output / "representations" / name for name in MODELS), *as_flags(SLICES))
-    combine(output)
-    runs = {
-        "plain": ("fusechat-numbers", ("--lm_loss_weight", 1.0)),
-        **{f"paper-{name}": (f"paper-{name}", ("--preset", "paper")) for name in ("numbers", "words")},
-        **{f"target-{name}": (f"fusechat-{name}", as_flags(SLICES)) for name in ("numbers", "words")},
-        "multi": ("multi", as_flags(SLICES)),
-    }
-    trainings = []
-    for name, (aligned, more) in runs.items():
-        arguments = train_arguments(output, output / "aligned" / aligned, name, more, train)
-        trainings.append(pool.submit(fuse_in_pool, arguments, START))
-    represent_and_align(output, answer(output, answers), answers)
-    combine(answers)
-    arguments = train_arguments(output, answers / "aligned" / "multi", "multi-answers", as_flags(SLICES), train)
-    trainings.append(pool.submit(fuse_in_pool, arguments, START))
-    for training in trainings:
-        training.result()
-    merge = str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")
-    merges = []
-    for config, merged in (("quickstart-sce-paper.yml", "paper-merged"), ("quickstart-sce.yml", "merged")):
-        command = [merge, str(MERGES / config), merged, "--no-write-model-card"]
-        log("$ " + shlex.join(command))
-        merges.append(
-            subprocess.Popen(command, cwd=models, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    for running in merges:
-        errors = running.communicate()[1]
-        if running.returncode:
-            sys.exit(f"mergekit-yaml failed: {errors[-2000:]}")
+    def merge(self, done: Callable) -> None:
+        """The targets of both settings by mergekit-yaml."""
+        merge = str(Path(sysconfig.get_path("scripts")) / "mergekit-yaml")
+        for config, merged in (("quickstart-sce-paper.yml", "paper-merged"), ("quickstart-sce.yml", "merged")):
+            command = [merge, str(MERGES / config), merged, "--no-write-model-card"]
+            print("$ " + shlex.join(command), flush=True)
+            subprocess.run(command, cwd=self.output / "models", check=True)
+            done()
 
 
 def draw(scores: dict[str, dict[str, float]], path: Path) -> None:
@@ -217,7 +237,7 @@ def draw(scores: dict[str, dict[str, float]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        log("no heat map: run pip install 'fusechat[plot]' for results.png")
+        print("no heat map: run pip install 'fusechat[plot]' for results.png")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -236,18 +256,24 @@ def draw(scores: dict[str, dict[str, float]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def print_table(scores: dict[str, dict[str, float]]) -> None:
-    """Print the table."""
+def table(scores: dict[str, dict[str, float]]) -> str:
+    """The table of exact matches, and what it says."""
     columns = [*SKILLS, "overall"]
-    print(f"\n{'held-out exact match, %':24}" + "".join(f"{column:>11}" for column in columns))
-    for name, row in scores.items():
-        print(f"{name:24}" + "".join(f"{100 * row[column]:11.1f}" for column in columns))
-
-
-def log(text: str) -> None:
-    """Print a line with the seconds since the start, whole, as two trainings print at once."""
-    sys.stdout.flush()
-    print(f"[{time.monotonic() - START:5.0f} s] {text}\n", end="", flush=True)  # one write, unbuffered too
+    lines = ["", f"{'held-out exact match, %':24}" + "".join(f"{column:>11}" for column in columns)]
+    lines += [
+        f"{name:24}" + "".join(f"{100 * row[column]:11.1f}" for column in columns) for name, row in scores.items()
+    ]
+    lines += [
+        "",
+        "plain: fine-tuning on the data, three of ten answers wrong. target-*: taught by one source; merged: by SCE.",
+    ]
+    lines += [
+        "multi: one training, each task taught by the source that is better at it. paper-merged: the paper's settings."
+    ]
+    lines += [
+        "multi-answers: the same, after that source has answered the prompts of its tasks itself (answers: sources)."
+    ]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -263,31 +289,47 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     quiet()
 
-    rows = conversations(SKILLS, 400 if options.fast else 1000, options.seed + 10, wrong=WRONG_ANSWERS)
+    (output / "logs").mkdir()
+    screen = Screen(output / "logs" / "commands.log")
+    try:
+        fuse_all(output, options.seed, options.fast, screen)
+    except BaseException as error:
+        screen.line(f"quickstart: {type(error).__name__}: {error}. What the commands printed is in {output / 'logs'}.")
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
+
+
+def fuse_all(output: Path, seed: int, fast: bool, screen: Screen) -> None:
+    """All stages, the table, and the files of results."""
+    rows = conversations(SKILLS, 400 if fast else 1000, seed + 10, wrong=WRONG_ANSWERS)
     (output / "conversations.json").write_text(json.dumps(rows, indent=1))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=quiet) as pool:
-        sizes = teach(output, options.seed, 0.3 if options.fast else 1.0, pool)
-        train = train_options(options.seed, 6.0 if options.fast else 13.0)
+        with screen.stage("teach the pivot and two sources", 3) as done:
+            sizes = teach(output, seed, 0.3 if fast else 1.0, pool, done)
+        train = train_options(seed, 6.0 if fast else 13.0)
         write_recipe(output, train)
-        pipeline(output, train, pool)
-        questions = test_questions(60 if options.fast else 100, options.seed + 11)
+        questions = test_questions(60 if fast else 100, seed + 11)
         write_questions(output, questions)
+        Pipeline(output, train, pool, screen).run()
         names = ("pivot", "source-numbers", "source-words", "plain", "paper-merged")
         names += ("target-numbers", "target-words", "merged", "multi", "multi-answers")
-        tested = {name: pool.submit(exact_match, output / "models" / name, questions) for name in names}
-        scores = {name: future.result() for name, future in tested.items()}
-    print_table(scores)
+        with screen.stage(f"ask {sum(map(len, questions.values()))} questions of every model", len(names)) as done:
+            tested = {name: pool.submit(exact_match, output / "models" / name, questions) for name in names}
+            for future in tested.values():
+                future.add_done_callback(done)
+            scores = {name: future.result() for name, future in tested.items()}
+    screen.line(table(scores))
     results = {
-        "seed": options.seed,
-        "fast": options.fast,
-        "seconds": round(time.monotonic() - START, 1),
+        "seed": seed,
+        "fast": fast,
+        "seconds": round(time.monotonic() - screen.start, 1),
         "parameters": sizes,
         "test_questions": {skill: len(pairs) for skill, pairs in questions.items()},
         "exact_match": scores,
     }
     (output / "results.json").write_text(json.dumps(results, indent=1))
     draw(scores, output / "results.png")
-    log(f"wrote {output / 'results.json'}")
+    screen.line(f"{results['seconds']:.0f} s. The tokens of one conversation, side by side: {output / 'inspect.html'}")
+    screen.line("The same as one recipe, with a report: fusechat-fuse run " + shlex.quote(str(output / "recipe.yml")))
 
 
 if __name__ == "__main__":

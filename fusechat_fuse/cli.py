@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -44,8 +45,6 @@ def parser_of(name: str, *, installed: bool = False) -> FlagParser:
         return FlagParser(name, command.what, train_flags(known), example, RARE)
     function, parameters = library(command.function), command.parameters
     sections = {title: flags_of_function(function, texts, parameters) for title, texts in command.help_texts.items()}
-    if name == "plan":
-        sections["input and output"].append(Flag("json", "print all figures as JSON", "bool", False))
     if name == "run":
         sections["input and output"].append(Flag("example", EXAMPLES, "str", None))
     if name in OTHERWISE:
@@ -67,11 +66,12 @@ def options_of(argv: list[str]) -> dict[str, Any]:
 
 
 def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
-    """Call a subcommand's function; returns what is printed and the exit code."""
-    command, as_json = COMMANDS[name], options.pop("json", False)
+    """Call a subcommand's function; returns what is printed (text, or what becomes JSON) and the exit code."""
+    command, as_json = COMMANDS[name], options.pop("json")
     check_versions("training" if name == "train" else "fusechat_fuse")
     if name == "train":
-        return _train(options), 0
+        metrics = _train(options)
+        return metrics if as_json else count_lines(metrics), 0
     if name == "run" and options["example"] is not None:
         return library("pipeline.recipe.example_recipe")(options["example"]).removesuffix("\n"), 0
     if name in OTHERWISE and all(options[flag.removeprefix("--")] is None for flag in OTHERWISE[name]):
@@ -82,7 +82,24 @@ def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
         options["options_of"] = options_of
     result = library(command.function)(**options)
     code = 1 if name == "plan" and result["failing"] else 0  # `plan && run` stops
-    return result if as_json or command.text_of is None else command.text_of(result), code
+    shown = result if command.text_of is None else command.text_of(result)
+    if isinstance(shown, dict):
+        return shown if as_json else count_lines(shown), code
+    return result if as_json else shown, code
+
+
+def count_lines(counts: dict[str, Any]) -> str:
+    """Counts and other figures for a terminal: `name: figure`, one a line."""
+    lines = []
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_figure(one)}" for key, one in value.items()) or "none"
+        lines.append(f"{name}: {_figure(value)}")
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _train(options: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +149,8 @@ def _run(argv: list[str]) -> int:
         return int(end.code or 0)
     if name != "train":
         del options["debug"]
+    if not sys.stderr.isatty():  # in logs transformers' bars are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fusechat_fuse").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     result, code = _call(name, options)

@@ -111,6 +111,7 @@ class FlagParser(argparse.ArgumentParser):
                     action.help = argparse.SUPPRESS
         last = self.add_argument_group("configuration and help")
         last.add_argument("--config", metavar="FILE.yml", help="YAML file with flags; flags of the command line win")
+        last.add_argument("--json", action="store_true", help="print the result as JSON")
         if "--debug" not in self.flags:
             last.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if self._rare:
@@ -185,7 +186,7 @@ class FlagParser(argparse.ArgumentParser):
         if found.config is None:
             return argv
         entries = read_yaml(found.config, "--config")
-        own = ("config", "debug", "help", "help-all")
+        own = ("config", "json", "debug", "help", "help-all")
         known = [flag[2:] for flag in self.flags if flag.startswith("--") and flag[2:] not in own]
         for name in entries:
             if name not in known:

@@ -60,7 +60,7 @@ def test_a_conversation_goes_to_the_model_that_is_selected_for_its_slice(tmp_pat
         two=[3.0] * 28,
     )
     command = ["assign", *map(str, folders), "--data_path", str(tmp_path / "chats.jsonl")]
-    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    assert main([*command, "--output_dir", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"pivot": 16, "one": 12, "two": 0}
     assert lines(tmp_path / "out" / "one.jsonl") == [
         {"id": f"c{n}", "slice": "chinese", "messages": rows[n]["messages"]} for n in range(12)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def sentence(capsys, *arguments, code=2) -> str:
     return lines[0]
 
 
-def test_represent_align_combine_train(world, tmp_path, capsys):
+def test_represent_align_combine_train(world, tmp_path, capsys, caplog):
     for mapping in ("prefix", "exact"):
         assert main(align_flags(world, tmp_path / mapping, "--mapping", mapping)) == 0
     assert "coverage" in capsys.readouterr().out
@@ -105,10 +106,14 @@ def test_represent_align_combine_train(world, tmp_path, capsys):
         "--use_cpu",
         "--num_train_epochs",
         "1",
-        "--disable_tqdm",
-        "true",
+        "--logging_steps",
+        "1",
     ]
     assert main(train) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^train_loss: \d+\.\d+$", printed, re.MULTILINE)
+    assert re.search(r"step 1 of 1: loss \d+\.\d+, learning_rate .*lm_loss \d", caplog.text)
+    assert "{" not in printed + caplog.text
     from transformers import AutoModelForCausalLM
 
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")

@@ -42,6 +42,19 @@ def test_prints_the_table_and_writes_it(run):
         line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:] == [f"{100 * value:.1f}" for value in row.values()]
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+    page = next(line.split(": ")[-1] for line in printed.splitlines() if line.endswith("inspect.html"))
+    assert Path(page).read_text().startswith("<!doctype html>")
+
+
+def test_shows_a_line_per_stage_and_keeps_what_commands_print_in_logs(run):
+    output, printed = run
+    stages = re.findall(r"^(\S.*?) +\d+\.\d s$", printed, re.MULTILINE)
+    assert [stage.split(" ")[0] for stage in stages] == ["teach", "represent,", "answers", "train", "merge", "ask"]
+    assert "{" not in printed
+    log = (output / "logs" / "train-multi.log").read_text()
+    assert re.search(r"^step 25 of \d+: loss \d\.\d+, .*lm_loss", log, re.MULTILINE)
+    assert "{'loss'" not in log
+    assert "Loading weights" not in log
 
 
 def test_lm_eval_finds_the_same_share_of_right_answers(run, forked, tmp_path):
@@ -70,12 +83,9 @@ def flags(words: list[str]) -> dict[str, str]:
 
 
 def test_its_recipe_trains_what_it_trained(run):
-    output, printed = run
-    lines = [
-        shlex.split(line.split("$ fusechat-fuse ")[1])
-        for line in printed.splitlines()
-        if "$ fusechat-fuse train" in line
-    ]
+    output, _ = run
+    logs = [file.read_text() for file in sorted((output / "logs").glob("train-*.log"))]
+    lines = [shlex.split(log.splitlines()[0].removeprefix("$ fusechat-fuse ")) for log in logs]
     trained = {Path(words[words.index("--output_dir") + 1]).name: flags(words) for words in lines}
     trained["plain"]["--slice_pattern"] = "^([a-z]+)-"  # without effect: nothing is fused
     steps = [step for step in steps_of(read_recipe(output / "recipe.yml")) if step.stage == "train"]

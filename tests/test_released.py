@@ -96,7 +96,7 @@ def saved(rows, path, without=()):
 def test_golden_distributions_become_a_representation(rows, golden, openchat, tmp_path, capsys):
     source = saved(rows, tmp_path / "released", ("fused",))
     argv = ["import", str(source), "--model_name_or_path", str(openchat), "--output_dir", str(tmp_path / "r")]
-    assert main([*argv, "--template", "openchat_3.5", "--shard_size", "4"]) == 0
+    assert main([*argv, "--template", "openchat_3.5", "--shard_size", "4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     found = fusechat_fuse.load_representation(tmp_path / "r")
     given = {row["conv_id"]: row for row in rows}

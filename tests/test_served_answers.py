@@ -83,7 +83,7 @@ def expected(model, data, tmp_path_factory):
 def test_a_server_answers_as_the_model_does(kind, model, data, expected, serving, tmp_path, capsys):
     served, output = serving(kind), tmp_path / "a.jsonl"
     command = ["answer", "--benchmark", "data", "--model", str(model), "--questions", str(data), "--server", served.url]
-    command += ["--output", str(output), "--max_new_tokens", "12", "--batch_size", "2", "--server_kind", kind]
+    command += ["--output", str(output), "--max_new_tokens", "12", "--batch_size", "2", "--server_kind", kind, "--json"]
     assert main(command) == 0
     assert kept(output) == expected
     kept_from_data = {json.loads(line)["id"] for line in output.read_text().splitlines() if '"data"}' in line}

@@ -413,7 +413,7 @@ def test_the_command(pivot, serving, tmp_path, capsys):
     command = ["represent", "--model_name_or_path", str(pivot), "--data_path", str(tmp_path / "chats.json")]
     command += ["--output_dir", str(tmp_path / "r"), "--server", serving("sglang").url, "--server_kind", "sglang"]
     assert main([*command, "--template", "native", "--top_k", "7"]) == 0
-    assert json.loads(capsys.readouterr().out)["conversations"] == len(CHATS)
+    assert f"conversations: {len(CHATS)}\n" in capsys.readouterr().out
     from fusechat_fuse import load_representation
 
     assert np.shape(load_representation(tmp_path / "r")[0]["topk_ids"])[1] == 7

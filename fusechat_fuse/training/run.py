@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, set_seed
 
 from fusechat_fuse.errors import InputError
@@ -17,6 +18,7 @@ from fusechat_fuse.models.loading import check_causal, check_trainable
 from fusechat_fuse.training.adapters import add_adapters, try_adapters
 from fusechat_fuse.training.config import FusionConfig
 from fusechat_fuse.training.dataset import check_rope, load_aligned
+from fusechat_fuse.training.log_lines import LogLines
 from fusechat_fuse.training.options import TrainArguments
 from fusechat_fuse.training.pivot import PivotFiles
 from fusechat_fuse.training.run_directory import RunDirectory, leaves_no_empty_directory
@@ -66,6 +68,9 @@ def train(model_name_or_path, data_path, config: FusionConfig, **options) -> dic
     with leaves_no_empty_directory(run.path):
         given = {"train_dataset": data, "eval_dataset": eval_data, "processing_class": pivot.tokenizer}
         trainer = FusionTrainer(_load(pivot, arguments, config), config, **given)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LogLines())
     prepare_saving(trainer)
     if trainer.args.should_save:
         run.claim()
