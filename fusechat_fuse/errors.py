@@ -31,11 +31,11 @@ def check_integer(what: str, value, least: int = 1) -> None:
         raise InputError(f"{what}: expected an integer from {least}, got {value!r}.")
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = "disk for {}: expected room to write, got none left. Free some, then run the same command again."
 _PLACE = "path for {}: expected {}, got {}. Choose another path."
 _SENTENCES = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
+    **dict.fromkeys(NO_ROOM, _FULL),
     errno.EROFS: _PLACE.format("{}", "a place to write", "a read-only file system"),
     errno.ENOENT: "path for {}: expected it to be there, got nothing. Check the path.",
     errno.ENOTDIR: _PLACE.format("{}", "directories on the way to it", "a file in place of one"),
@@ -63,10 +63,17 @@ def describe_os_error(error: OSError) -> str:
     """An error of the file system as one sentence with the path; any other error's own text.
 
     Args:
-        error: raised while reading or writing; its `filename` is the path.
+        error: raised while reading or writing; its `filename` is the path (of a copy that found no room, `filename2`).
     """
-    sentence = _SENTENCES.get(error.errno or 0)
-    return str(error) if sentence is None or error.filename is None else sentence.format(os.fspath(error.filename))
+    sentence, path = _SENTENCES.get(error.errno or 0), error.filename
+    if error.errno in NO_ROOM and error.filename2 is not None:
+        path = error.filename2
+    return str(error) if sentence is None or path is None else sentence.format(os.fspath(path))
+
+
+def of_output(error: OSError) -> Exception:
+    """What to raise where a named output cannot be written: InputError, or of a full disk the error itself."""
+    return error if error.errno in NO_ROOM else InputError(describe_os_error(error))
 
 
 def system_error_number(error: BaseException) -> int | None:
@@ -106,5 +113,5 @@ def as_sentence(error: BaseException) -> tuple[str, int]:
     if isinstance(error, InputError):
         return f"error: {text}", 2
     if isinstance(error, OSError) and error.errno in _SENTENCES and error.filename is not None:
-        return f"error: {describe_os_error(error)}", 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+        return f"error: {describe_os_error(error)}", 1 if error.errno in NO_ROOM else 2
     return f"failed: {type(error).__name__}: {text}", 1

@@ -6,7 +6,8 @@ finder in front of `sys.meta_path`. When one of three modules of mergekit has be
 - `mergekit.merge_methods.registry`: every method of the entry-point group `mergekit.merge_methods` is registered, in
   place of a built-in one of the same name.
 - `mergekit.plan`: the planner leaves the inputs of our methods in the dtype of their files (see `planning`).
-- `mergekit.merge`: `run_merge` writes the merge report that FUSECHAT_MERGE_REPORT asks for (see `reporting`).
+- `mergekit.merge`: `run_merge` checks its output, and writes the merge report that FUSECHAT_MERGE_REPORT asks for (see
+  `running`).
 
 A process that never imports mergekit pays for two small modules: everything that takes time (importlib.metadata,
 mergekit, torch) is imported in processes that import mergekit only.
@@ -26,8 +27,8 @@ PATCHES = {  # module of mergekit -> (our module whose `patch` changes it, what 
         "inputs are rounded to the recipe's `dtype` first. Write `dtype: float32` with the `out_dtype` you want",
     ),
     "mergekit.merge": (
-        "fusechat_merge.reporting",
-        "FUSECHAT_MERGE_REPORT has no effect. Install mergekit 0.1.5, or a newer fusechat",
+        "fusechat_merge.running",
+        "FUSECHAT_MERGE_REPORT has no effect and outputs are not checked. Install mergekit 0.1.5, or a newer fusechat",
     ),
 }
 SWITCH = "FUSECHAT_MERGE_AUTOLOAD"

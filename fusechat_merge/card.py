@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import yaml
 from huggingface_hub import metadata_load, metadata_save
+
+from fusechat_merge.errors import writing
 
 START, END = "<!-- fusechat-merge: start -->", "<!-- fusechat-merge: end -->"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -45,14 +48,18 @@ def write(merged: str | Path, report_directory: str | Path | None = None) -> Pat
         inspect(recipe_path, report_directory)
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     picture = report_directory / "coefficients.png"
-    if picture.is_file() and picture.parent != merged:
-        shutil.copy(picture, merged / "coefficients.png")
     readme = merged / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# {merged.name}\n"
-    section = _section(summary, recipe_path.read_text(encoding="utf-8"), (merged / "coefficients.png").is_file())
+    section = _section(summary, recipe_path.read_text(encoding="utf-8"), picture.is_file())
     text = re.sub(rf"\n*{START}.*?{END}\n*", "\n", text, flags=re.DOTALL).rstrip("\n")
-    readme.write_text(f"{text}\n\n{START}\n{section}\n{END}\n", encoding="utf-8")
-    metadata_save(readme, _metadata(metadata_load(readme) or {}, summary))
+    with writing(f"model card {readme}"), tempfile.TemporaryDirectory(prefix=".card-", dir=merged) as staging:
+        staged = Path(staging, readme.name)  # a card that finds no room leaves the one that is there
+        staged.write_text(f"{text}\n\n{START}\n{section}\n{END}\n", encoding="utf-8")
+        metadata_save(staged, _metadata(metadata_load(staged) or {}, summary))
+        if picture.is_file():
+            shutil.copy(picture, copied := staged.with_name(picture.name))
+            copied.replace(merged / picture.name)
+        staged.replace(readme)
     return readme
 
 

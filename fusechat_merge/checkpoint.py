@@ -103,15 +103,6 @@ def check_one_save(directory: str | Path) -> None:
             )
 
 
-def check_output(config: Any, out_path: str | Path) -> None:
-    """Raises ValueError where a merge would be written over one of its inputs."""
-    for model in config.referenced_models():
-        if os.path.isdir(model.model.path) and os.path.realpath(model.model.path) == os.path.realpath(out_path):
-            raise ValueError(
-                f"output {out_path}: expected a directory of its own, got the input {model}. Choose another."
-            )
-
-
 def check_precision(model: str, stored: dict[str, str], config: dict) -> None:
     """Raises ValueError for quantised weights, by the `stored_dtypes` ({} if unknown) and what config.json holds."""
     settings = config.get("quantization_config")
@@ -147,9 +138,8 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
     """Refuse checkpoints that cannot be merged, or that mergekit would read wrongly. Called while mergekit plans.
 
     Raises:
-        ValueError: a weights file is cut off or in two versions, weights are quantised, the cached merge of an adapter
-            is older than the adapter, or the output layer of a model that does not share it with the embeddings is
-            missing (mergekit would take the embeddings for it).
+        ValueError: a weights file is cut off or in two versions, weights are quantised, or the output layer of a model
+            that does not share it with the embeddings is missing (mergekit would take the embeddings for it).
     """
     cache = LoaderCache()
     outputs: dict[Hashable, set[str]] = {}
@@ -157,8 +147,6 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
     for model in models:
         index = cache.get(model).index
         check_one_save(index.base_path)
-        if model.lora is not None:
-            check_adapter_cache(model, Path(index.base_path))
         files = sorted({os.path.join(index.base_path, name) for name in index.tensor_paths.values()})
         stored = stored_dtypes(files) if index.is_safetensors else {}
         configs[model] = model.config(trust_remote_code=cache.trust_remote_code)
@@ -187,18 +175,6 @@ def check_all(method: str, models: Sequence[ModelReference], pivot: Hashable) ->
                 "says tie_word_embeddings: true, so a program may use the embeddings instead. Set tie_word_embeddings: "
                 f"false in {pivot} first.",
             )
-
-
-def check_adapter_cache(model: ModelReference, merged: Path) -> None:
-    """Raises ValueError where what mergekit keeps of `model+adapter` is older than one of the two."""
-    assert model.lora is not None
-    parts = [Path(path.path) for path in (model.model, model.lora)]
-    weights = [file for part in parts for file in part.glob("*.safetensors")] + [*parts[1].glob("adapter_*")]
-    kept = min((file.stat().st_mtime for file in merged.iterdir()), default=0.0)
-    if any(file.stat().st_mtime > kept for file in weights):
-        raise ValueError(
-            f"merged adapter in {merged}: expected one made of {model} as it is, got an older one. Remove it."
-        )
 
 
 def _differences(settings: dict, pivots: dict) -> list[str]:

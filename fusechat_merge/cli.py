@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import fusechat_merge
 from fusechat_merge import _autoload
+from fusechat_merge.errors import FullDisk
 from fusechat_merge.versions import versions
 
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("fusechat-merge: interrupted", file=sys.stderr)
             return 130
         print(f"fusechat-merge: {_sentence(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | OSError) or type(error).__module__.startswith("click") else 1
+        bad_input = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("click")
+        return 2 if bad_input and not isinstance(error, FullDisk) else 1
 
 
 def _sentence(error: Exception) -> str:

@@ -4,10 +4,12 @@ mergekit plans and reads as it would for the merge, so filters, gradients, slice
 Each merged tensor is dropped as soon as its row is written.
 """
 
+import shutil
 from pathlib import Path
 
 from fusechat_merge import recipe
 from fusechat_merge._autoload import OWN
+from fusechat_merge.errors import writing
 from fusechat_merge.report import Report
 from fusechat_merge.reporting import reporter
 
@@ -28,6 +30,8 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     from mergekit.merge import _model_out_config
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
+
+    from fusechat_merge.running import whole_adapters
 
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -51,7 +55,7 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     shape = _model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
-    with reporter.recording(report):
+    with reporter.recording(report), whole_adapters(config, options.lora_merge_cache):
         planner = MergePlanner(config, architecture, options=options, out_model_config=shape)
         saved = planner.plan_to_disk(out_path=str(directory))  # nothing is written: only merged tensors are run
         planned = [task.tensor_task for task in saved if isinstance(task, SaveTensor)]
@@ -60,8 +64,21 @@ def inspect(config_path: str | Path, directory: str | Path, *, options=None) -> 
         executor = Executor(targets=planned, math_device=device, storage_device=storage)
         for _ in executor.run(quiet=options.quiet, desc="Inspecting"):
             pass
-    report.write(directory)
+    _write(report, directory)
     return report
+
+
+def _write(report: Report, directory: Path) -> None:
+    """Write the report whole, or leave the new or empty directory as it was."""
+    existed = directory.exists()
+    try:
+        with writing(f"report {directory}"):
+            report.write(directory)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        if existed:
+            directory.mkdir()
+        raise
 
 
 def _targets(config) -> list[str]:

@@ -5,19 +5,15 @@ warning.
 """
 
 import contextlib
-import functools
 import logging
 import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from fusechat_merge._autoload import OWN
-from fusechat_merge.checkpoint import check_one_save, check_output
 from fusechat_merge.kernel import Merge
 from fusechat_merge.once import warn_once
 from fusechat_merge.report import Report, distinct_names
@@ -86,27 +82,6 @@ class Reporter:
 
 
 reporter = Reporter()
-
-
-def patch(merge: Any) -> None:
-    """Have `run_merge` of `mergekit.merge`, the module, check its output and report on it; calling it again changes
-    nothing."""
-    run_merge = merge.run_merge
-    if getattr(run_merge, "patched_by_fusechat", False):
-        return
-
-    @functools.wraps(run_merge)
-    def run_merge_with_report(merge_config, out_path, *args, **kwargs):
-        if merge_config.merge_method not in OWN:
-            return run_merge(merge_config, out_path, *args, **kwargs)
-        check_output(merge_config, out_path)
-        with reporter.one_output():
-            result = run_merge(merge_config, out_path, *args, **kwargs)
-        check_one_save(out_path)
-        return result
-
-    run_merge_with_report.patched_by_fusechat = True  # pyright: ignore[reportAttributeAccessIssue]
-    merge.run_merge = run_merge_with_report
 
 
 def _next_directory(root: Path, report: Report) -> Path:

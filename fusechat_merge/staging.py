@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusechat_merge.errors import writing
+
 LORA_CACHE = "--lora-merge-cache"
 
 
@@ -22,7 +24,6 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
             renamed to; the merge report would lie in it.
     """
     from mergekit.scripts import run_yaml
-    from safetensors import SafetensorError
 
     from fusechat_merge import recipe, reporting
 
@@ -49,17 +50,11 @@ def merge(config_path: str, out_path: str, flags: Sequence[str] = ()) -> None:
     _remove_abandoned(out)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", dir=out.parent))
     try:
-        with reporting.reporter.one_output():
+        with writing(f"output {out_path}"), reporting.reporter.one_output():
             staged = staging / out.name  # mergekit takes the model's name from it
             words = [str(config_path), str(staged), *flags]
             run_yaml.main.main(words, prog_name="mergekit-yaml", standalone_mode=False)
             staged.replace(out)
-    except (OSError, SafetensorError) as error:
-        if not re.search(r"os error \d+|\[Errno \d+\]", str(error)) or getattr(error, "filename", None):
-            raise
-        raise OSError(  # the error of a full disk names no path
-            f"output {out_path}: expected to write the whole model, got {error}. Free space, or choose another disk."
-        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
-from transformers import HfArgumentParser, SchedulerType
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, SchedulerType
 from transformers.training_args import OptimizerNames
 
 import fusechat_fuse
@@ -19,11 +19,12 @@ from fusechat_fuse.alignment.combination import COMBINATIONS
 from fusechat_fuse.alignment.mappings import MAPPINGS
 from fusechat_fuse.cli import main, options_of, parser_of
 from fusechat_fuse.commands import COMMANDS
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.evaluation.answers import MAX_NEW_TOKENS
 from fusechat_fuse.flags import Flag
 from fusechat_fuse.pipeline.costs import GPUS
-from fusechat_fuse.pipeline.steps import STAGES
+from fusechat_fuse.pipeline.run import execute
+from fusechat_fuse.pipeline.steps import STAGES, Step
 from fusechat_fuse.training import transformers_flags
 from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.config import FusionConfig
@@ -220,21 +221,21 @@ def test_another_runs_directory_is_left_alone(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "what", "got"),
+    ("number", "code", "what", "got"),
     [
-        (errno.ENOSPC, "disk", "expected room to write, got none left. Free some"),
-        (errno.EROFS, "path", "expected a place to write, got a read-only file system. Choose another path."),
+        (errno.ENOSPC, 1, "disk", "expected room to write, got none left. Free some"),
+        (errno.EROFS, 2, "path", "expected a place to write, got a read-only file system. Choose another path."),
     ],
     ids=["full", "read-only"],
 )
 def test_a_place_that_cannot_be_written_is_named_and_left_empty(
-    world, tmp_path, capsys, monkeypatch, number, what, got
+    world, tmp_path, capsys, monkeypatch, number, code, what, got
 ):
     def refuse(handle):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    line = sentence(capsys, *align_flags(world, tmp_path / "a"))
+    line = sentence(capsys, *align_flags(world, tmp_path / "a"), code=code)
     assert f"error: {what} for {tmp_path / 'a' / 'identity.json'}: {got}" in line
     assert not (tmp_path / "a").exists()
 
@@ -260,6 +261,67 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_later(world, tmp_path
     assert list((tmp_path / "a").glob(".*")) == []
     monkeypatch.setattr(os, "fsync", whole)
     assert main(align_flags(world, tmp_path / "a")) == 0
+
+
+def outputs_of(world, out) -> dict[str, list]:
+    """Commands, by the file for which they will find no room."""
+    both = [world / "pivot-representation", world / "source-representation"]
+    questions = out / "questions.json"
+    questions.write_text(json.dumps([{"instruction": f"say {n}"} for n in range(4)]))
+    answer = ["answer", "--benchmark", "alpaca_eval", "--model", world / "pivot", "--questions", questions]
+    return {
+        "compare.png": ["compare", *both, "--output_dir", out],
+        "page.html": ["inspect", out / "aligned", "--html", out / "page.html"],
+        ".answers.json.answers": [*answer, "--output", out / "answers.json", "--max_new_tokens", "2"],
+        "tokenizer": ["represent", *represent_flags(world, "pivot", out / "r")[1:]],
+    }
+
+
+@pytest.mark.parametrize("name", ["compare.png", "page.html", ".answers.json.answers", "tokenizer"])
+def test_an_output_for_which_there_is_no_room_is_named_and_made_later(world, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("matplotlib")
+    if name == "page.html":
+        assert main(align_flags(world, tmp_path / "aligned")) == 0
+    command, whole, sync = outputs_of(world, tmp_path)[name], PreTrainedTokenizerFast.save_pretrained, os.fsync
+
+    def full(handle):
+        if name in os.readlink(f"/proc/self/fd/{handle}") and os.fstat(handle).st_size > 300:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    def half_written(tokenizer, folder):
+        whole(tokenizer, folder)
+        raise Exception("No space left on device (os error 28)")  # of tokenizers, which is written in Rust
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", half_written)
+        line = sentence(capsys, *command, code=1)
+    file = next(tmp_path.rglob(name), tmp_path / ("r" if name == "tokenizer" else "") / name)
+    assert f"error: disk for {file}: expected room to write, got none left. Free some, then" in line
+    assert file.exists() == (name == ".answers.json.answers")  # what is answered is kept
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert main([str(word) for word in command]) == 0
+    assert file.exists()
+
+
+def test_a_copy_for_which_there_is_no_room_is_named_and_not_its_source():
+    error = OSError(errno.ENOSPC, "No space left on device", "/pivot/tokenizer.json", None, "/out/tokenizer.json")
+    assert as_sentence(error) == (
+        "error: disk for /out/tokenizer.json: expected room to write, got none left. Free some, then run the same "
+        "command again.",
+        1,
+    )
+    unreadable = OSError(errno.EACCES, "Permission denied", "/pivot/tokenizer.json", None, "/out/tokenizer.json")
+    assert as_sentence(unreadable)[0].startswith("error: path for /pivot/tokenizer.json: expected read and write")
+
+
+def test_a_run_whose_log_has_no_room_names_it(tmp_path):
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    step = Step("represent", "a", [], ["true"], tmp_path / "out")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+        execute(step, tmp_path / "full.log", {}, quiet=True)
+    assert as_sentence(caught.value)[0].startswith(f"error: disk for {tmp_path / 'full.log'}: expected room to write")
 
 
 def test_an_unknown_mapping(world, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """fusechat-merge inspect, yaml and card; reports of running merges; the recipes that are shipped."""
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -432,24 +433,39 @@ def test_yaml_refuses_a_symbolic_link_in_a_loop(config, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        OSError(28, "No space left on device"),
-    ],
-    ids=["weights", "other files"],
-)
-def test_yaml_names_the_output_that_the_disk_has_no_room_for(error, config, tmp_path, capsys, monkeypatch):
-    def full(*arguments, **options):
-        raise error
+FULL = {
+    "weights": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "other files": OSError(errno.ENOSPC, "No space left on device"),
+    "tokenizer": OSError(errno.ENOSPC, "No space left on device", "pivot/tokenizer.json", None, "out/tokenizer.json"),
+}
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+
+@pytest.mark.parametrize("part", FULL)
+def test_a_full_disk_leaves_no_output_and_the_same_command_goes_on(part, models, tmp_path, capsys, monkeypatch):
+    from mergekit.scripts import run_yaml
+
+    pivot = shutil.copytree(models[0], tmp_path / "pivot")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pivot / name).write_text("{}")
+    file = tmp_path / "sce.yml"
+    file.write_text(yaml.safe_dump(make_recipe(pivot, models[1])))
+    command = ["yaml", file, tmp_path / "out", "--quiet"]
+
+    def full(*arguments, **options):
+        raise FULL[part]
+
     before = sorted(tmp_path.iterdir())
-    sentence = fails(capsys, ["yaml", config, tmp_path / "out", "--quiet"])
-    assert f"output {tmp_path / 'out'}: expected to write the whole model, got " in sentence
-    assert "No space left on device" in sentence
+    with monkeypatch.context() as patch:
+        patch.setattr("mergekit.merge.shutil.copy" if part == "tokenizer" else "safetensors.torch.save_file", full)
+        sentence = fails(capsys, command, code=1)
+        with pytest.raises(type(FULL[part]), match="No space left"):  # mergekit's own calls that merge successful
+            run_yaml.main.main([str(file), str(tmp_path / "plain"), "--quiet"], standalone_mode=False)
+    shutil.rmtree(tmp_path / "plain")
+    assert sentence.startswith(f"fusechat-merge: output {tmp_path / 'out'}: expected to write all of it, got No space ")
+    assert sentence.endswith("Free some room, then run the same command again.")
     assert sorted(tmp_path.iterdir()) == before
+    assert cli.main([str(word) for word in command]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_an_adapter_without_a_directory_to_merge_it_in_is_refused(config, models, tmp_path, capsys):
@@ -614,6 +630,24 @@ def test_an_inspection_that_fails_midway_leaves_nothing(existed, models, config,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_inspection_that_finds_no_room_leaves_nothing_and_goes_on(existed, config, tmp_path, capsys, monkeypatch):
+    if existed:
+        (tmp_path / "r").mkdir()
+    before, draw = sorted(tmp_path.rglob("*")), plots.draw
+
+    def half(rows, names, directory):
+        (directory / "coefficients.png").write_bytes(b"half")
+        raise FULL["other files"]
+
+    command = ["inspect", config, "--output", tmp_path / "r", "--quiet"]
+    monkeypatch.setattr(plots, "draw", half)
+    assert f"report {tmp_path / 'r'}: expected to write all of it, got No space" in fails(capsys, command, code=1)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(plots, "draw", draw)
+    assert cli.main([str(word) for word in command]) == 0
+
+
 def test_an_inspection_whose_plan_fails_leaves_nothing(config, tmp_path, capsys):
     document = yaml.safe_load(config.read_text()) | {"parameters": {"select_topk": [0.5, 2]}}
     config.write_text(yaml.safe_dump(document))
@@ -730,6 +764,22 @@ def test_card_adds_recipe_coefficients_and_metadata_once(config, tmp_path, capsy
     assert "base_model" not in front  # local directories have no name on the Hub
     assert "expected a directory with mergekit_config.yml" in fails(capsys, ["card", tmp_path])
     assert "expected a directory with summary.json" in fails(capsys, ["card", out, "--report", tmp_path])
+
+
+def test_a_card_that_finds_no_room_leaves_the_one_that_is_there(config, tmp_path, capsys, monkeypatch):
+    merged = tmp_path / "merged"
+    assert cli.main(["yaml", str(config), str(merged), "--quiet", "--no-copy-tokenizer"]) == 0
+    assert cli.main(["inspect", str(config), "--output", str(tmp_path / "r"), "--quiet"]) == 0
+    before = {file: file.read_bytes() for file in merged.iterdir()}
+
+    def full(file, metadata):
+        file.write_text("half")
+        raise FULL["other files"]
+
+    monkeypatch.setattr("fusechat_merge.card.metadata_save", full)
+    sentence = fails(capsys, ["card", merged, "--report", tmp_path / "r"], code=1)
+    assert f"model card {merged / 'README.md'}: expected to write all of it" in sentence
+    assert {file: file.read_bytes() for file in merged.iterdir()} == before
 
 
 def test_card_says_which_parameters_had_no_effect(config, tmp_path):

@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForCausalLM, Qwen2MoeConfig
 from transformers import Qwen2MoeForCausalLM as Qwen2Moe
 
 import fusechat_merge
@@ -97,7 +99,7 @@ def test_settings_that_compute_differently_are_a_warning(models, tmp_path, caplo
     assert lines[0].endswith("in rope_parameters.rope_theta (20000000.0, the pivot's 10000.0).")
 
 
-def test_a_merged_adapter_that_is_older_than_the_adapter_is_refused(models, tmp_path):
+def test_a_merged_adapter_that_is_outdated_or_unfinished_is_not_taken(models, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     pivot, targets = models
     adapter, cache = tmp_path / "adapter", tmp_path / "cache"
@@ -115,8 +117,26 @@ def test_a_merged_adapter_that_is_older_than_the_adapter_is_refused(models, tmp_
     assert torch.equal(first[name], again[name])
     train(2)
     os.utime(adapter / "adapter_model.safetensors", (2e9, 2e9))
-    with pytest.raises(ValueError, match=rf"merged adapter in {cache}/.*: expected one made of .*adapter as it is"):
+    with pytest.raises(ValueError, match=rf"merged adapter in {cache}/.*: .*{adapter} as it is, got an older one"):
         merge(config, tmp_path / "stale", options)
+    (merged,) = cache.iterdir()
+    os.truncate(merged / "model.safetensors", 1000)  # mergekit was killed
+    with pytest.raises(ValueError, match=r"got an unfinished one. Remove it"):
+        merge(config, tmp_path / "stale", options)
+    shutil.rmtree(merged)
+    LoaderCache.loaders.clear()  # as in a new process
+
+    def half(model, folder, **more):
+        (Path(folder) / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", half)
+        with pytest.raises(OSError, match="No space left"):
+            merge(config, tmp_path / "full", options)
+    assert not merged.exists()  # the next run makes it
+    os.utime(adapter / "adapter_model.safetensors")
+    assert not torch.equal(merge(config, tmp_path / "full", options)[name], first[name])
 
 
 # --- what would be lost ---------------------------------------------------------------------------------------------

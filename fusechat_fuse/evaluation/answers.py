@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusechat_fuse.errors import InputError, check_integer
+from fusechat_fuse.errors import InputError, check_integer, writing
 from fusechat_fuse.evaluation.generation import Answer, Generator
 from fusechat_fuse.evaluation.questions import (
     MAX_NEW_TOKENS,
@@ -281,7 +281,7 @@ class _Kept:
 
     def add(self, entries: list[dict]) -> None:
         """Append the answers of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ conversations that pivot and source have. Of a source that serves no slice, a ta
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,4 +255,6 @@ def draw_chart(result: dict, path: Path) -> None:
     axes.set_ylabel("median bits per byte")
     axes.set_title("Bits per byte of each slice (lower is better)")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    write_atomic(path, picture.getvalue())

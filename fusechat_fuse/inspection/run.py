@@ -9,7 +9,7 @@ import numpy as np
 
 from fusechat_fuse.alignment.certificate import summary_lines
 from fusechat_fuse.alignment.combination import combination_lines
-from fusechat_fuse.errors import InputError, describe_os_error
+from fusechat_fuse.errors import InputError, of_output
 from fusechat_fuse.inspection.conversation_view import conversation_view, names_in, stored_tokens
 from fusechat_fuse.store.card import source_names
 from fusechat_fuse.store.cross_entropy import pivot_cross_entropy, source_cross_entropy
@@ -61,7 +61,7 @@ def inspect_path(
             try:
                 write_atomic(Path(html), page(view).encode())
             except OSError as error:
-                raise InputError(describe_os_error(error)) from error
+                raise of_output(error) from None
             lines.append(f"page written to {html}")
         return "\n".join(lines)
     of_kind = _combined_lines if kind == "combined" else _representation_lines

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fusechat_fuse.errors import InputError, describe_error
+from fusechat_fuse.errors import InputError, describe_error, writing
 from fusechat_fuse.pipeline.best import best_of, link_best
 from fusechat_fuse.pipeline.recipe import RECORD_FILE, read_recipe
 from fusechat_fuse.pipeline.record import Record, inputs_of
@@ -105,20 +105,22 @@ def _locked(home: Path):
 
     Raises: InputError that names the run that holds it.
     """
-    with open(home / ".lock", "a+") as file:
+    with open(home / ".lock", "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            other = file.read().decode()
             raise InputError(
-                f"output_dir for run: expected no other run in {home}, got one at work ({file.read()}). Wait for its "
-                "end, or choose another output_dir."
+                f"output_dir for run: expected no other run in {home}, got one at work ({other}). Wait for its end, or "
+                "choose another output_dir."
             ) from error
         except OSError as error:
             logger.warning("%s: %s, so that another run in it would not be refused.", home, describe_error(error))
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        name = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with writing(home / ".lock"):
+            file.truncate(0)
+            file.write(name.encode())
         yield
 
 
@@ -241,7 +243,7 @@ def execute(step: Step, log: Path, environment: dict[str, str], quiet: bool) -> 
     Returns: its exit code, and the peak memory in bytes of its largest process, as of its last output (0: unknown).
     """
     peak_bytes = 0
-    with log.open("ab") as file:
+    with writing(log), log.open("ab") as file:
         file.write(f"$ {step.shell}\n".encode())
         file.flush()
         child = subprocess.Popen(

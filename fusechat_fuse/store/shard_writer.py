@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fusechat_fuse.errors import InputError, describe_os_error
+from fusechat_fuse.errors import InputError, of_output
 from fusechat_fuse.store.card import dataset_card
 from fusechat_fuse.store.claim import check_claim
 from fusechat_fuse.store.files import file_sha256, json_bytes, read_json, write_atomic
@@ -61,7 +61,7 @@ class ShardWriter:
             self._claim()
         except OSError as error:
             self._remove_created()
-            raise InputError(describe_os_error(error)) from error
+            raise of_output(error) from None
 
     def _claim(self) -> None:
         self._created = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]

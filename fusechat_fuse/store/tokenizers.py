@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.errors import InputError, writing
 from fusechat_fuse.store.shards import Representation
 
 _FOLDER, _FILE = "tokenizer", "tokenizer/tokenizer.json"
@@ -38,7 +38,8 @@ def _put(path: Path, fill: Callable[[Path], object]) -> None:
     folder = path / _FOLDER
     staging = Path(tempfile.mkdtemp(dir=path, prefix=f".{_FOLDER}.", suffix=".tmp"))
     try:
-        fill(staging)
+        with writing(folder):
+            fill(staging)
         names = [str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file()]
         if filecmp.cmpfiles(staging, folder, names, shallow=False)[0] != names:  # not from another process or run
             shutil.rmtree(folder, ignore_errors=True)
