@@ -90,7 +90,8 @@ def test_flags_in_the_text_are_flags_of_some_command(page):
     if page.name in ("from-fuseai.md", "benchmarks.md", "CONTRIBUTING.md"):  # other programs' flags
         return
     found = set(re.findall(r"`(--[a-z_0-9-]+)", page.read_text()))
-    others = {"--max-logprobs", "--conversations", "--config_file"}  # of vLLM, of a benchmark, of accelerate
+    of_vllm = {"--max-logprobs", "--no-enable-prefix-caching"}
+    others = {*of_vllm, "--conversations", "--config_file"}  # of a benchmark, of accelerate
     assert not found - known - others
 
 
