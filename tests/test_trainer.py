@@ -2,12 +2,13 @@
 
 import json
 import logging
+import math
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments, modeling_utils
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, modeling_utils, trainer_pt_utils
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
@@ -15,8 +16,8 @@ from fusechat_fuse.store.shards import load_representation
 from fusechat_fuse.training.choice import CHOICES
 from fusechat_fuse.training.collator import FusionCollator
 from fusechat_fuse.training.config import FusionConfig, device_count, splits_batches
-from fusechat_fuse.training.dataset import set_epoch
 from fusechat_fuse.training.loss import fusion_loss
+from fusechat_fuse.training.sampling import mark_repeated, set_epoch
 from fusechat_fuse.training.trainer import FusionTrainer
 from tests.helpers.fusion_rows import aligned_row, aligned_rows
 from tests.helpers.tiny_models import batch_of, tiny_model
@@ -335,6 +336,37 @@ def test_a_continued_run_sees_the_batches_of_an_uninterrupted_one(tmp_path, form
     assert losses(continued) == pytest.approx(losses(whole), rel=1e-5)
     for mine, theirs in zip(continued.model.parameters(), whole.model.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(trainer_pt_utils, "BatchRebalanceSampler"), reason="transformers below 5.20")
+@pytest.mark.parametrize("count", [9, 3])
+def test_conversations_that_fill_up_a_rebalanced_step_carry_no_label(tmp_path, count):
+    """The last step of 9 has one for its four batches, that of 3 has three."""
+    options = {"train_sampling_strategy": "batch_rebalance", "num_train_epochs": 2, "save_strategy": "no"}
+    rows, batches = aligned_rows(count), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    filled, parameters, _ = run(tmp_path / "a", rows, **options, **batches)
+    whole, expected, _ = run(tmp_path / "b", rows, **options, per_device_train_batch_size=4)  # a batch a step
+    assert len(whole) == 2 * math.ceil(count / 4)
+    assert filled == pytest.approx(whole, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(trainer_pt_utils, "BatchRebalanceSampler"), reason="transformers below 5.20")
+@pytest.mark.parametrize(("count", "batch_size"), [(17, 4), (17, 8), (3, 8), (23, 8), (8, 4), (24, 8)])
+def test_a_rebalanced_epoch_has_each_conversation_once_whatever_fills_it_up(count, batch_size):
+    seen, options = [], {"effective_batch_size": batch_size, "dp_size": 2, "grad_accum": 2, "drop_last": False}
+    for rank in range(2):
+        theirs, sampler = (
+            trainer_pt_utils.BatchRebalanceSampler([9 - n % 7 for n in range(count)], rank=rank, **options)
+            for _ in range(2)
+        )
+        mark_repeated(sampler)
+        assert list(sampler) == list(theirs)
+        *steps, last = torch.utils.data.BatchSampler(sampler, 2, False)
+        seen += [n for step in steps for batch in step for n in batch]
+        seen += [n for batch, repeated in zip(last, sampler.repeated, strict=True) if not repeated for n in batch]
+    assert sorted(seen) == list(range(count))
 
 
 def test_grouping_by_length_takes_every_conversation_once_an_epoch():

@@ -4,9 +4,7 @@ import os
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, Subset
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.models.files import rope_boundary
@@ -72,18 +70,6 @@ def for_sampler(dataset) -> Any:
     if isinstance(dataset, Representation):
         return [{"input_ids": range(tokens)} for tokens in dataset.num_tokens.tolist()]
     return bounded(dataset)
-
-
-def set_epoch(dataloader, epoch: int, seed: int) -> None:
-    """Tell every sampler below a DataLoader the epoch (accelerate's own search ends before the one of a resumed run);
-    grouping by length gets its order from seed and epoch, so that a resumed run draws the same."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    while sampler is not None:
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(seed + epoch)
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 def check_not_empty(dataset) -> None:

@@ -9,6 +9,7 @@ Normalisation: sums over labelled tokens are divided by the number of labelled t
 import contextlib
 import logging
 import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from fusechat_fuse.training.adapters import check_adapters
 from fusechat_fuse.training.choice import BY_SLICE
 from fusechat_fuse.training.collator import FusionCollator, agreed_labels, first_conversations, fitted, make_collator
 from fusechat_fuse.training.config import FusionConfig
-from fusechat_fuse.training.dataset import check_rope, check_rows, for_sampler, open_dataset, set_epoch, sources_of
+from fusechat_fuse.training.dataset import check_rope, check_rows, for_sampler, open_dataset, sources_of
 from fusechat_fuse.training.lean_head import causal_model
 from fusechat_fuse.training.loss import IGNORED
 from fusechat_fuse.training.loss_paths import MODEL_INPUTS, choose_loss_path, loss_sums
 from fusechat_fuse.training.meter import FusionMeter, search_objective
 from fusechat_fuse.training.packing import check_packing
+from fusechat_fuse.training.sampling import mark_repeated, set_epoch
 from fusechat_fuse.training.slice_choice import format_slice_choice, source_by_slice
 from fusechat_fuse.training.step_losses import StepLosses
 
@@ -91,6 +93,7 @@ class FusionTrainer(Trainer):
         if model is not None:
             self._prepare_model(model, args)
         self._default_collator = data_collator is None
+        self._sampler: Any = None  # of the training data
         self._slice_options: dict | None = None  # what the choice by slice was made with
         self.slices: dict | None = None  # the choice: ce_unit, models, slices
         self._packing_checked: set[type] = set()  # model classes that keep packed conversations apart
@@ -191,9 +194,12 @@ class FusionTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As Trainer's; what carries no label, and rows that fill up an epoch's last step, are masked beforehand."""
         epoch_iterator = map(agreed_labels, epoch_iterator)
-        if self.args.train_sampling_strategy != "batch_rebalance":  # whose processes get batches of their own
-            epoch_iterator = map(self._without_repeated, epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not hasattr(self._sampler, "repeated"):
+            return super().get_batch_samples(map(self._without_repeated, epoch_iterator), num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        if self.accelerator.gradient_state.end_of_dataloader:
+            batches = [first_conversations(b, 0) if again else b for b, again in zip(batches, self._sampler.repeated)]
+        return super().get_batch_samples(iter(batches), num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -303,7 +309,9 @@ class FusionTrainer(Trainer):
     # -- private methods of transformers' Trainer, overridden: look here first when a new version breaks something -----
 
     def _get_train_sampler(self, train_dataset=None):
-        return super()._get_train_sampler(for_sampler(self.train_dataset if train_dataset is None else train_dataset))
+        data = for_sampler(self.train_dataset if train_dataset is None else train_dataset)
+        self._sampler = mark_repeated(super()._get_train_sampler(data))
+        return self._sampler
 
     def _get_eval_sampler(self, eval_dataset):
         return super()._get_eval_sampler(for_sampler(eval_dataset))
