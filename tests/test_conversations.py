@@ -137,6 +137,10 @@ REPAIRED = {
     "system_column": ({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."}, [SYSTEM, USER, ANSWER]),
     "weight": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, [USER, ANSWER]),
     "unknown_mark": ({"messages": [USER, {**ANSWER, "learn": "false"}]}, [USER, ANSWER]),
+    "empty_answer": (
+        {"messages": [USER, {**ANSWER, "content": " \n"}, USER, {**ANSWER, "content": "", "weight": 0}, USER, ANSWER]},
+        [USER, {**ANSWER, "content": " \n"}, USER, {**ANSWER, "content": "", "weight": 0}, USER, ANSWER],
+    ),
     "duplicate_id": ({"id": "good", "messages": [USER, ANSWER]}, [USER, ANSWER]),
 }
 
@@ -177,7 +181,8 @@ def test_empty_contents_are_conversation():
     rows = [{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}]
     found, report = read_conversations(rows)
     assert found[0].messages == rows[0]["messages"]
-    assert report.counts() == {"rows": 1, "skipped": {}, "repaired": {}}
+    assert report.counts() == {"rows": 1, "skipped": {}, "repaired": {"empty_answer": 1}}
+    assert read_conversations(rows, prompts=True)[1].counts()["repaired"] == {}  # it is left out
 
 
 def test_fields_that_hold_nothing_are_no_loss():
@@ -274,6 +279,19 @@ def test_ids_are_unique_whatever_names_the_rows_bring():
     assert len(set(names)) == 6
     assert names[:4] == ["0", "0#2", "0#2#2", "0#3"]
     assert report.counts()["repaired"] == {"duplicate_id": 5}
+
+
+def test_whole_numbers_of_a_column_with_gaps_are_ids_as_in_one_without(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"id": [7, None, 2**40], "messages": [[USER, ANSWER]] * 3})
+    assert frame["id"].dtype == float
+    frame.to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text(frame.to_json(orient="records", lines=True))
+    for data in (tmp_path / "d.parquet", tmp_path / "d.jsonl", frame.to_dict("records")):
+        found, _ = read_conversations(data)
+        assert [one.id for one in found] == ["7", found[1].content_hash, str(2**40)]
+    assert [one.id for one in read_conversations([{"id": 0.5, "messages": [USER, ANSWER]}])[0]] != ["0.5"]
 
 
 def parts(text):

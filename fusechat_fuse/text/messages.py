@@ -6,7 +6,8 @@ Rules, each counted by its name and listed with the row:
   ID#2); left out as well: `tools` (where no message calls one), `documents`, `images` (columns), `reasoning_content`
   (of a message), `system_column`
   (the messages have another system text); `weight` (a mark of what is trained on that is neither true nor false:
-  taken as true), `unknown_mark` (a field of an answer that looks like such a mark, and is not known).
+  taken as true), `unknown_mark` (a field of an answer that looks like such a mark, and is not known); noted alone:
+  `empty_answer` (an answer without text, at which an immediate end of turn is predicted).
 - skipped: `not_chat` (no known columns), `empty` (no message), `not_text` (a role or content that is not text),
   `lone_surrogate` (not valid Unicode), `unknown_role`, `system_not_first`, `repeated_role` (two users or two assistants
   in a row), `no_answer` (no assistant message to be predicted), `no_question` (no user message, of prompts to be
@@ -93,6 +94,9 @@ def clean_messages(
     repairs = _unused_parts(row, raw, messages)
     tools = tools_of(row, raw) if uses_tools(messages) else []
     messages = _in_order(_with_system(row, messages, repairs), repairs, prompts)
+    for n, message in enumerate(messages):
+        if is_answer(message) and not message["content"].strip():
+            repairs.append(("empty_answer", f"message {n} is predicted: an end of turn after no text"))
     if tools and uses_tools(messages):
         messages[0] = {**messages[0], "tools": tools}
     return messages, repairs
@@ -282,8 +286,9 @@ def _in_order(messages: list[dict], repairs: list[tuple[str, str]], prompts: boo
 
 
 def row_name(row: Any) -> str | None:
-    """The id that a row gives itself, if any."""
+    """The id that a row gives itself, if any; a whole number as a table with gaps has it (7.0) is "7"."""
     given = _as_python(row.get("id")) if isinstance(row, dict) else None
+    given = int(given) if isinstance(given, float) and given.is_integer() else given
     return str(given) if isinstance(given, str | int) and str(given).strip() else None
 
 
