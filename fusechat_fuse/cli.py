@@ -17,7 +17,7 @@ import traceback
 from dataclasses import fields, replace
 from typing import Any
 
-from fusechat_fuse.commands import COMMANDS, library
+from fusechat_fuse.commands import COMMANDS, Command, library
 from fusechat_fuse.errors import InputError, as_sentence
 from fusechat_fuse.flags import Flag, FlagParser, flags_of_function, unknown
 from fusechat_fuse.processes import end_process_group, is_main_process
@@ -58,11 +58,19 @@ def options_of(argv: list[str]) -> dict[str, Any]:
     Transformers is imported for the flags of `train` only if its version is not the table's and the table refuses one.
     """
     try:
-        return parser_of(argv[0]).parse(argv[1:])
+        options, command = parser_of(argv[0]).parse(argv[1:]), COMMANDS[argv[0]]
     except InputError:
         if argv[0] != "train" or transformers_flags.table_is_exact():
             raise
-    return parser_of("train", installed=True).parse(argv[1:])
+        return parser_of("train", installed=True).parse(argv[1:])
+    if command.check:
+        library(command.check)(_parameters(command, options))
+    return options
+
+
+def _parameters(command: Command, options: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a command's function."""
+    return {command.parameters.get(flag, flag): value for flag, value in options.items()}
 
 
 def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
@@ -77,7 +85,7 @@ def _call(name: str, options: dict[str, Any]) -> tuple[Any, int]:
     if name in OTHERWISE and all(options[flag.removeprefix("--")] is None for flag in OTHERWISE[name]):
         raise InputError(f"the following arguments are required: {' or '.join(OTHERWISE[name])}.")
     options.pop("example", None)
-    options = {command.parameters.get(flag, flag): value for flag, value in options.items()}
+    options = _parameters(command, options)
     if name in ("run", "plan"):
         options["options_of"] = options_of
     result = library(command.function)(**options)

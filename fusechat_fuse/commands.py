@@ -53,6 +53,7 @@ class Command:
         help_texts: by section: flag -> help text ("NAME ..." takes several values, capitals are positional).
         parameters: flag -> the function's parameter, where the two differ.
         text_of: what is printed of the result; None: the result itself.
+        check: `module.name` of what raises InputError for parameters that are wrong in themselves, before any work.
     """
 
     what: str
@@ -61,6 +62,7 @@ class Command:
     help_texts: dict[str, dict[str, str]]
     parameters: dict[str, str] = field(default_factory=dict)
     text_of: Callable[[Any], Any] | None = None
+    check: str | None = None
 
 
 def library(name: str) -> Any:
@@ -134,6 +136,7 @@ COMMANDS = {
         },
         parameters={"model_name_or_path": "model", "data_path": "conversations", "pivot_name_or_path": "pivot"},
         text_of=lambda representation: representation.manifest["counts"],
+        check="capture.run.check_options",
     ),
     "import": Command(
         "Import distributions that others released: a model's own, or aligned ones.",
@@ -285,5 +288,6 @@ COMMANDS = {
             "inference servers": SERVERS,
         },
         parameters={"pivot_name_or_path": "pivot"},
+        check="evaluation.answers.check_options",
     ),
 }

@@ -478,10 +478,10 @@ def test_data_may_be_a_dataset_and_the_encoding_compact(tmp_path, folder):
         ({"max_length": "long"}, "max_length for represent: expected an integer from 1, got 'long'"),
         ({"tokens_per_batch": -1}, "tokens_per_batch for represent: expected an integer from 1, got -1"),
         ({"shard_size": True}, "shard_size for represent: expected an integer from 1, got True"),
-        ({"top_k": 601}, "top_k for represent: expected at most the vocabulary's 600, got 601"),
+        ({"top_k": 601}, "top_k for represent: expected at most the model's 600 tokens, got 601"),
         ({"dtype": "int8"}, "dtype for represent: expected auto"),
         ({"template": "nonsense"}, "chat template for 'nonsense'"),
-        ({"encoding": "zip"}, "encoding in"),
+        ({"encoding": "zip"}, "encoding for represent: expected plain or compact, got 'zip'"),
         ({"conversations": "no.json"}, "got nothing there"),
         ({"model": "no"}, "expected a model directory or a Hub name, got neither"),
         ({"model": "file"}, "expected a model directory or a Hub name, got neither"),
@@ -533,6 +533,8 @@ def test_predicted_ids_beyond_the_head_are_said_and_ids_of_the_prompt_are_not(tm
     model, highest = make_model(), 500
     model.lm_head = torch.nn.Linear(32, highest, bias=False)
     rows = conversations(3)
+    with pytest.raises(InputError, match=r"top_k for represent: expected at most the model's 500 tokens, got 501"):
+        represent(model, rows, tmp_path / "r", tokenizer=tiny_bpe, top_k=501)
     with pytest.raises(InputError, match=r"expected predicted ids below its 500 output rows, got \d+\. Give the tok"):
         represent(model, rows, tmp_path / "r", tokenizer=tiny_bpe)
     prompt = "if the value and statement of else return"

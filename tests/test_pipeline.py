@@ -21,6 +21,7 @@ import pytest
 from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import record as module
+from fusechat_fuse.pipeline.best import Best, link_best
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import report_page
@@ -322,6 +323,19 @@ def test_the_page_in_chromium(tmp_path):
     assert title[1] == "5 false true"
 
 
+def test_the_link_to_the_best_result_goes_where_there_is_none(tmp_path):
+    (tmp_path / "models" / "old").mkdir(parents=True)
+    link_best(tmp_path, Best(tmp_path / "models" / "old", ["Best result: old"]))
+    assert (tmp_path / "best").resolve() == tmp_path / "models" / "old"
+    for _ in range(2):
+        link_best(tmp_path, None)
+        assert not (tmp_path / "best").is_symlink()
+    assert (tmp_path / "models" / "old").is_dir()
+    (tmp_path / "best").mkdir()  # the user's
+    link_best(tmp_path, None)
+    assert (tmp_path / "best").is_dir()
+
+
 def contents(folder: Path) -> dict[str, str]:
     """What a run made, without what tells of times."""
     kinds = {".arrow", ".safetensors"}
@@ -399,6 +413,7 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(
     recipe = recipe_of(recipe_models, finished.folder, ("one", "two"), plain=False)
     caplog.clear()
     run(recipe)
+    assert not (out / "best").exists()  # nothing is held out
     new = ["represent two", "compare", "align two", "train target-two", "merge sce"]
     assert re.findall(r"\] (.*): starts", caplog.text) == new
     after = contents(out)

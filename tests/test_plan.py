@@ -1,6 +1,7 @@
 """`plan`: counts, sizes and warnings from configurations, tokenizers and data, with no weights there."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 
@@ -13,6 +14,7 @@ from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import costs
 from fusechat_fuse.pipeline.plan import plan
+from fusechat_fuse.pipeline.run import run
 from fusechat_fuse.pipeline.steps import ranks_of
 from fusechat_fuse.training import loss
 from tests.helpers.gguf_files import gguf_file
@@ -151,11 +153,16 @@ def test_missing_figures_are_counted_and_end_with_exit_code_1(recipe_models, tmp
 
 
 @pytest.mark.parametrize(
-    ("stage", "option"), [("represent", "shard_size"), ("represent", "top_k"), ("train", "per_device_train_batch_size")]
+    ("stage", "option", "what"),
+    [
+        ("represent", "shard_size", "shard_size for represent"),
+        ("represent", "top_k", "top_k for represent"),
+        ("train", "per_device_train_batch_size", "value for per_device_train_batch_size"),
+    ],
 )
-def test_a_value_that_a_stage_refuses_is_said(stage, option, planned):
+def test_a_value_that_a_stage_refuses_is_said(stage, option, what, planned):
     found = planned(**{stage: {option: 0}})
-    assert any(f"will fail: value for {option}: expected an integer from 1, got 0" in w for w in found["warnings"])
+    assert any(f"will fail: {what}: expected an integer from 1, got 0" in w for w in found["warnings"])
 
 
 def test_a_pivot_that_cannot_be_trained_is_said(recipe_models, planned, tmp_path):
@@ -283,6 +290,60 @@ def test_what_is_finished_needs_no_more_disk(planned, tmp_path, monkeypatch):
     entry = {"fingerprint": "", "inputs": {}, "output": "x"}
     (tmp_path / "out" / "stages.json").write_text(json.dumps({"represent pivot": entry}))
     assert not any(warning.startswith("disk: ") for warning in planned()["warnings"])
+
+
+def test_several_answers_to_a_conversation_are_planned_for_in_the_stages_after(planned, tmp_path):
+    more = {"answers": "sources", "sources": ("one", "two")}
+    once = planned(**more)
+    answer = {"samples": 3, "temperature": 0.7}
+    several = planned(**more, answer=answer)
+    assert row(several, "answer one")["conversations"] == 24  # questions
+    for step in ("represent one", "align one", "train plain"):
+        before, after = row(once, step), row(several, step)
+        for figure in ("conversations", "predicted_tokens", "tokens"):
+            assert after[figure] == 3 * before[figure], (step, figure)
+    folder = tmp_path / "out" / "answers" / "assigned"
+    folder.mkdir(parents=True)
+    assigned = {"conversations": {"pivot": 14, "one": 6, "two": 4}}
+    (folder / "assignment.json").write_text(json.dumps(assigned))
+    assert row(planned(**more, answer=answer), "represent pivot")["conversations"] == 14 + 3 * 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"samples": 4}, "samples for answer: expected 1 but with benchmark data and a temperature above 0, got 4"),
+        ({"samples": 0}, "samples for answer: expected an integer from 1, got 0"),
+        ({"temperature": -1}, "temperature for answer: expected a number from 0, got -1.0"),
+        ({"temperature": ".nan"}, "temperature for answer: expected a number from 0, got nan"),
+        ({"batch_size": 0}, "batch_size for answer: expected an integer from 1, got 0"),
+        ({"max_new_tokens": -5}, "max_new_tokens for answer: expected an integer from 1, got -5"),
+        ({"dtype": "int8"}, "dtype for answer: expected auto, float32, bfloat16 or float16, got 'int8'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit or load_in_8bit for answer: expected one"),
+        ({"server": "localhost"}, "server for answer: expected URLs such as"),
+        ({"server": "http://one", "server_kind": "tgi"}, "server_kind for answer: expected one of vllm, sglang"),
+        ({"server": "http://one", "server_requests": 0}, "server_requests for answer: expected an integer from 1"),
+        ({"server": "http://one", "device_map": "auto"}, "load_in, device_map or gguf_file with a server: expected no"),
+        ({"server_model": "x"}, "server_model x for answer: expected server with it, got none"),
+        ({"max_new_token": 5}, "unknown flag '--max_new_token': did you mean '--max_new_tokens'"),
+    ],
+    ids=str,
+)
+def test_flags_of_answer_that_are_wrong_are_refused_before_anything_runs(
+    planned, recipe_models, tmp_path, flags, message
+):
+    if flags.get("temperature") == ".nan":
+        flags = {"temperature": float("nan")}
+    found = planned(answers="sources", answer=flags)
+    assert "answer one" in found["failing"]
+    assert [warning for warning in found["warnings"] if message in warning]
+    with pytest.raises(InputError, match=f"answer one of .*: {re.escape(message)}"):
+        run(tmp_path / "recipe.yml", options_of=options_of, dry_run=True)
+
+
+def test_several_processes_are_no_launcher_of_answer(planned):
+    with pytest.raises(InputError, match=r"launcher for answer: expected one process, got 4 \(torchrun "):
+        planned(answers="sources", launcher={"answer": "torchrun --nproc_per_node 4"})
 
 
 def test_measured_times_are_taken_and_carried_over(planned, tmp_path):

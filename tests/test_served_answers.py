@@ -25,7 +25,9 @@ KINDS = ("vllm", "sglang")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = pivot_directory(tmp_path_factory.mktemp("served") / "pivot")
-    GenerationConfig(eos_token_id=list(range(0, 640, 7))).save_pretrained(path)  # some answers end, some are cut
+    # some answers end, some are cut
+    settings = GenerationConfig(eos_token_id=list(range(0, 640, 7)), stop_strings=["o"], repetition_penalty=2.0)
+    settings.save_pretrained(path)
     return path
 
 
@@ -137,7 +139,8 @@ def test_samples_have_seeds_of_their_own_the_same_in_every_run(model, data, serv
         answer(model, data, tmp_path / f"{name}.jsonl", server=served.url, **options)
         probe, *asked = served.generations
         assert probe["temperature"] == 0.0
-        assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.8, 1.0, -1)}
+        given = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # else the model's settings count
+        assert {tuple(body[name] for name in given) for body in asked} == {(0.8, 1.0, -1, 0.0, 1.0)}
         seeds.append({body["seed"] for body in asked})
     assert seeds[0] == seeds[1]
     assert len(seeds[0]) == 2 * sum(map(len, TURNS))
@@ -175,18 +178,19 @@ def test_an_answer_that_the_server_broke_off_is_asked_for_again(kind, model, dat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_models_generation_settings_go_with_every_request(kind, model, data, serving, tmp_path):
-    """transformers applies them; vLLM takes its own from the model that it serves, SGLang none."""
+def test_a_models_generation_settings_count_neither_here_nor_at_a_server(
+    kind, model, data, expected, serving, tmp_path
+):
+    """A server takes what it is not given from the settings of the model that it serves."""
     settings = {**json.loads((model / "generation_config.json").read_text()), "repetition_penalty": 1.8, "min_p": 0.2}
     bent = shutil.copytree(model, tmp_path / "bent")
     (bent / "generation_config.json").write_text(json.dumps(settings))
     answer(bent, data, tmp_path / "own.jsonl", dtype="float32", **OPTIONS)
-    for name, expected in ((bent, (1.8, 0.2)), (model, (1.0, 0.0))):
-        served = serving(kind)
-        answer(name, data, tmp_path / f"{name.name}.jsonl", server=served.url, server_kind=kind, **OPTIONS)
-        sent = [body.get("sampling_params", body) for body in served.generations]
-        assert {(one["repetition_penalty"], one["min_p"]) for one in sent} == {expected}
-    assert kept(tmp_path / "bent.jsonl") == kept(tmp_path / "own.jsonl")
+    served = serving(kind)
+    answer(bent, data, tmp_path / "served.jsonl", server=served.url, server_kind=kind, **OPTIONS)
+    sent = [body.get("sampling_params", body) for body in served.generations]
+    assert {(one["repetition_penalty"], one["min_p"]) for one in sent} == {(1.0, 0.0)}
+    assert kept(tmp_path / "served.jsonl") == kept(tmp_path / "own.jsonl") == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,10 +31,10 @@ from fusechat_fuse.models.files import (
     with_gguf,
 )
 from fusechat_fuse.models.identity import identify
-from fusechat_fuse.models.loading import check_causal, check_server_options, load_in_of, load_to_device, quantization_of
+from fusechat_fuse.models.loading import check_causal, check_loading, load_to_device, quantization_of
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import short_digest
-from fusechat_fuse.store.shard_writer import ROWS_PER_SHARD, ShardWriter
+from fusechat_fuse.store.shard_writer import ENCODINGS, ROWS_PER_SHARD, ShardWriter
 from fusechat_fuse.store.shards import Representation
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.conversations import Conversation, ReadReport, read_conversations
@@ -115,14 +115,13 @@ def represent(
         keeps top-k logits of all positions, prompts and padding included, without their normalizer.
     Precision: the model's dtype; log-softmax, top-k and ce in float32; log-probabilities stored as float16.
     """
-    process = Process.current()
-    model = with_gguf(model, gguf_file)
+    load_in = check_options(locals())
+    process, model = Process.current(), with_gguf(model, gguf_file)
+    if device_map and process.count > 1:
+        raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
     options = {"top_k": top_k, "max_length": max_length, "shard_size": shard_size, "dtype": dtype}
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-    load_in = load_in_of("represent", model, load_in_4bit, load_in_8bit)
     loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-    _check_options(options, tokens_per_batch, device_map, process)
-    check_server_options("represent", server, server_model, loading, gguf_file)
     encoder = _encoder(model, tokenizer, pivot, template, options, trust_remote_code)
     reading = {"split": split, "limit": limit, "messages_column": messages_column, "shuffle_seed": shuffle_seed}
     found, report = read_conversations(conversations, strict=strict, **reading)
@@ -147,14 +146,13 @@ def represent(
     return write_representation(capture, writer, shard_size, process, make_runner)
 
 
-def _check_options(options: dict, tokens_per_batch: int, device_map, process: Process) -> None:
-    for name in ("top_k", "max_length", "shard_size"):
+def check_options(options: dict[str, Any]) -> str | None:
+    """Raise InputError for options of `represent` that are wrong whatever is represented; returns `load_in`."""
+    for name in ("top_k", "max_length", "shard_size", "tokens_per_batch"):
         check_integer(f"{name} for represent", options[name])
-    check_integer("tokens_per_batch for represent", tokens_per_batch)
-    if (dtype := options["dtype"]) not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"dtype for represent: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
-    if device_map and process.count > 1:
-        raise InputError(f"device_map for {process.count} processes: expected none, got {device_map!r}. Leave it out.")
+    if (encoding := options["encoding"]) not in ENCODINGS:
+        raise InputError(f"encoding for represent: expected {' or '.join(ENCODINGS)}, got {encoding!r}. Use one.")
+    return check_loading("represent", options)
 
 
 def _connect(model, encoder: ConversationEncoder, loading: dict, top_k: int, asked: dict):
@@ -175,11 +173,16 @@ def _encoder(model, tokenizer, pivot, template: str, options: dict, trust_remote
     if tokenizer is None and not is_named(model):
         raise InputError("tokenizer for represent: expected one beside a loaded model, got none. Give tokenizer=.")
     tokenizer = load_fast_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
-    if (top_k := options["top_k"]) > len(tokenizer):
-        raise InputError(f"top_k for represent: expected at most the vocabulary's {len(tokenizer)}, got {top_k}.")
+    rows = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    _check_top_k(options["top_k"], min(rows, len(tokenizer)))
     pivot = None if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
     max_length = min(options["max_length"], positions_of(config) or options["max_length"])
     return ConversationEncoder(tokenizer, resolve_template(template, tokenizer, pivot), max_length)
+
+
+def _check_top_k(top_k: int, tokens: int) -> None:
+    if top_k > tokens:
+        raise InputError(f"top_k for represent: expected at most the model's {tokens} tokens, got {top_k}. Lower it.")
 
 
 def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_per_batch: int) -> Runner:
@@ -190,6 +193,7 @@ def _batch_runner(model, device: str | None, loading: dict, top_k: int, tokens_p
     check_causal(model, name)
     rows = int(model.get_input_embeddings().weight.shape[0])
     head = PredictionHead(model, np.arange(16) % rows)
+    _check_top_k(top_k, head.vocab_size)  # which the configuration may not say
     return BatchRunner(head, top_k, tokens_per_batch, rows, rope_boundary(model.config))
 
 

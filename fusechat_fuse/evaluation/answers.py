@@ -11,12 +11,13 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusechat_fuse.errors import InputError, check_integer, writing
-from fusechat_fuse.evaluation.generation import Answer, Generator
+from fusechat_fuse.evaluation.generation import Answer, Generator, turn_ends
 from fusechat_fuse.evaluation.questions import (
     MAX_NEW_TOKENS,
     Question,
@@ -25,21 +26,13 @@ from fusechat_fuse.evaluation.questions import (
     read_questions,
     text_of_answers,
 )
-from fusechat_fuse.models.files import (
-    adapter_base,
-    is_named,
-    load_config,
-    load_fast_tokenizer,
-    model_file,
-    positions_of,
-    with_gguf,
-)
+from fusechat_fuse.models.files import is_named, load_config, load_fast_tokenizer, positions_of, with_gguf
 from fusechat_fuse.models.identity import identify
-from fusechat_fuse.models.loading import check_server_options, load_in_of, load_to_device
+from fusechat_fuse.models.loading import check_loading, load_to_device
 from fusechat_fuse.processes import Process
 from fusechat_fuse.progress import progress
 from fusechat_fuse.store.claim import first_difference
-from fusechat_fuse.store.files import read_json, short_digest, write_atomic
+from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.text.chat import ConversationEncoder
 from fusechat_fuse.text.templates import native_template
 
@@ -96,25 +89,26 @@ def answer(
             `represent` takes them; without a device_map, the GPU if there is one.
         server, server_kind, server_model, server_requests: inference servers that answer instead of this process, as
             `represent` takes them; `model` then gives tokenizer, template and generation settings.
-    Returns: counts: questions, answered_before, empty_answers; for data also kept_from_data, by reason; with a server
+    Returns: counts: questions, answered_before, empty_answers, empty_by_problem (special_token: the question holds the
+        text of one; refused: by the model's chat template); for data also kept_from_data, by reason; with a server
         refused_prompts, of this start.
     Raises: InputError for a bad file or option, a model without a chat template, or another run's answers at `output`.
     """
+    load_in = check_options(locals())
     output, model = Path(output), with_gguf(model, gguf_file)
-    _check_options(benchmark, temperature, samples, max_new_tokens, batch_size)
+    if (count := Process.current().count) > 1:
+        raise InputError(f"answer in {count} processes: expected one. Start it without a launcher.")
     asked = list(read_questions(benchmark, questions, temperature, samples))
     if not asked and benchmark != "data":
         raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
     tokenizer = load_fast_tokenizer(model, trust_remote_code) if tokenizer is None else tokenizer
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
-    load_in = load_in_of("answer", model, load_in_4bit, load_in_8bit)
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     loading |= {"trust_remote_code": trust_remote_code, "load_in": load_in}
-    check_server_options("answer", server, server_model, loading, gguf_file)
     servers = _connect(server, server_kind, server_model, server_requests)
     identity = _identity(model, loading, servers)
-    run = {**options, "batch_size": batch_size, **identity, **_generation_identity(model, tokenizer, asked)}
-    kept = _Kept(output, {**run, "questions": short_digest(json.dumps([asdict(question) for question in asked]))})
+    asking = _identity_of_asking(model, tokenizer, asked, trust_remote_code)
+    kept = _Kept(output, {**options, "batch_size": batch_size, **identity, **asking})
     encoder = None
     if benchmark == "data" and asked:  # before anything is generated
         pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
@@ -131,28 +125,28 @@ def answer(
     else:
         text = text_of_answers(benchmark, output, identity["name"], asked, kept.answers, tokenizer)
         write_atomic(output, text.encode())
-    counts["empty_answers"] = sum(not turn.strip() for entry in kept.answers.values() for turn in entry["turns"])
+    counts |= _empty_answers(kept.answers)
     _warn(counts)
     return counts
 
 
-def _check_options(benchmark: str, temperature, samples: int, max_new_tokens: int | None, batch_size: int) -> None:
+def check_options(options: dict[str, Any]) -> str | None:
+    """Raise InputError for options of `answer` that are wrong whatever is asked; returns `load_in`."""
+    benchmark, temperature, samples = (options[name] for name in ("benchmark", "temperature", "samples"))
     if benchmark not in MAX_NEW_TOKENS:
         raise InputError(
             f"value for benchmark: expected one of {', '.join(MAX_NEW_TOKENS)}, got {benchmark!r}. Use one."
         )
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise InputError(f"temperature for answer: expected a number from 0, got {temperature}. Change it.")
-    check_integer("batch_size for answer", batch_size)
-    check_integer("samples for answer", samples)
-    if (count := Process.current().count) > 1:
-        raise InputError(f"answer in {count} processes: expected one. Start it without a launcher.")
-    check_integer("max_new_tokens for answer", MAX_NEW_TOKENS[benchmark] if max_new_tokens is None else max_new_tokens)
+    for name in ("batch_size", "samples", "max_new_tokens"):
+        check_integer(f"{name} for answer", 1 if options[name] is None else options[name])
     if samples > 1 and (benchmark != "data" or not temperature):
         raise InputError(
             f"samples for answer: expected 1 but with benchmark data and a temperature above 0, got {samples}. "
             "Set both."
         )
+    return check_loading("answer", options)
 
 
 def _connect(server, kind: str, model: str | None, requests: int):
@@ -177,29 +171,31 @@ def _generator(model, tokenizer, max_new_tokens: int, loading: dict[str, Any], s
         return Generator(load_to_device(model, **loading), tokenizer, max_new_tokens)
     from fusechat_fuse.evaluation.served import ServedGenerator
 
-    config = load_config(model, trust_remote_code=loading["trust_remote_code"])
-    if not is_named(model):
-        settings = model.generation_config.to_dict()
-    elif files := _generation_files(model):
-        settings = read_json(files[-1], "generation settings")
-    else:
-        settings = {"eos_token_id": getattr(config.get_text_config(), "eos_token_id", None)}
-    return ServedGenerator(servers, tokenizer, max_new_tokens, settings, positions_of(config))
+    trust = {"trust_remote_code": loading["trust_remote_code"]}
+    positions = positions_of(load_config(model, **trust))
+    return ServedGenerator(servers, tokenizer, max_new_tokens, turn_ends(model, **trust), positions)
 
 
-def _generation_files(model) -> list[Path]:
-    """The files with generation settings of a model, and of the base below adapters."""
-    files = [model_file(name, "generation_config.json") for name in (model, adapter_base(model)) if name]
-    return [file for file in files if file]
+def _empty_answers(answers: dict[str, dict]) -> dict[str, Any]:
+    """How many answers are empty; of these by problem, how many have one."""
+    empty = [
+        problem
+        for entry in answers.values()
+        for turn, problem in zip(entry["turns"], entry["problems"], strict=True)
+        if not turn.strip()
+    ]
+    problems = dict(sorted(Counter(filter(None, empty)).items()))
+    return {"empty_answers": len(empty), **({"empty_by_problem": problems} if problems else {})}
 
 
 def _warn(counts: dict[str, Any]) -> None:
     """Warn of answers that are of no use."""
     if counts["empty_answers"]:
+        known = "".join(f", {count} {problem}" for problem, count in counts.get("empty_by_problem", {}).items())
         logger.warning(
-            "%d answers are empty: the prompt left no positions for them, the model's chat template refused it, or the "
-            "model ended its turn at once.",
-            counts["empty_answers"],
+            "%d answers are empty%s: the prompt left no positions for them, holds the text of a special token "
+            "(special_token) or is refused by the model's chat template (refused); or the model ended its turn.",
+            *(counts["empty_answers"], known and f" ({known[2:]})"),
         )
     if refused := counts.get("refused_prompts"):
         logger.warning("%d prompts were refused by the server: their answers are empty.", refused)
@@ -211,24 +207,22 @@ def _warn(counts: dict[str, Any]) -> None:
         )
 
 
-def _generation_identity(model, tokenizer, asked: list[Question]) -> dict[str, str]:
-    """Digests of what decides answers besides the weights: tokenizer, chat template, generation settings.
+def _identity_of_asking(model, tokenizer, asked: list[Question], trust_remote_code: bool) -> dict[str, str]:
+    """Digests of what decides answers besides the weights: questions, tokenizer, chat template, what ends a turn.
 
-    Where nothing is asked there are none, and a model without a chat template is as good as another.
+    Where nothing is asked, a model without a chat template is as good as another.
     """
+    questions = short_digest(json.dumps([asdict(question) for question in asked]))
     if not asked:
-        return {}
-    if is_named(model):
-        settings = b"".join(file.read_bytes() for file in _generation_files(model))
-    else:
-        settings = model.generation_config.to_json_string()
+        return {"questions": questions}
     name = str(model) if is_named(model) else "the model"
     remedy = "Save one with its tokenizer (tokenizer.chat_template)"
     template = f"{tokenizer.chat_template} {native_template(tokenizer, name, remedy).sha256}"
     return {
+        "questions": questions,
         "tokenizer": short_digest(tokenizer.backend_tokenizer.to_str()),
         "template": short_digest(template),
-        "generation": short_digest(settings),
+        "ends": short_digest(json.dumps(turn_ends(model, trust_remote_code=trust_remote_code))),
     }
 
 

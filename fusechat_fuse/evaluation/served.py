@@ -9,31 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 from fusechat_fuse.errors import InputError, first_line
-from fusechat_fuse.evaluation.generation import Answer, Prompter
+from fusechat_fuse.evaluation.generation import Answer, Prompt, Prompter, TurnEnds
 from fusechat_fuse.models.servers import NotAnswered, Servers
 
 _PROBE = [{"role": "user", "content": "Say three words."}]
 _PROBE_TOKENS = 8
-_SETTINGS = {"repetition_penalty": 1.0, "min_p": 0.0}  # of a model that transformers applies, with what changes nothing
 
 
 class ServedGenerator(Prompter):
     """Generates answers with servers of one model, each tried with a short prompt.
 
     Args:
-        servers: of one model. tokenizer, max_new_tokens, positions: as `Prompter` takes them; where the servers tell
-            how many tokens they take, that holds for positions. settings: the model's generation settings.
+        servers: of one model. tokenizer, max_new_tokens, ends, positions: as `Prompter` takes them; where the servers
+            tell how many tokens they take, that holds for positions.
     Attributes: refused: prompts that the servers refused.
     Raises: InputError where a server gives no text, or has another tokenizer.
     """
 
-    def __init__(self, servers: Servers, tokenizer, max_new_tokens: int, settings: dict, positions: int | None):
+    def __init__(self, servers: Servers, tokenizer, max_new_tokens: int, ends: TurnEnds, positions: int | None):
         positions = servers.max_length + 1 if servers.max_length else positions
-        super().__init__(tokenizer, max_new_tokens, settings.get("eos_token_id"), positions)
+        super().__init__(tokenizer, max_new_tokens, ends, positions)
         self.servers = servers
-        self.settings = {name: settings.get(name) or neutral for name, neutral in _SETTINGS.items()}
         self.refused: list[str] = []
-        ((_, self._probe_ids),) = self.prompts([_PROBE])
+        self._probe_ids = self.prompts([_PROBE])[0].ids
         servers.probe(self._probe)
 
     def generate(self, conversations: list[list[dict[str, str]]], temperature: float) -> list[Answer]:
@@ -44,12 +42,11 @@ class ServedGenerator(Prompter):
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         return self.servers.map(lambda one: self._answer(*one, temperature), list(zip(prompts, seeds)))
 
-    def _answer(self, text_and_ids: tuple[str, list[int]], seed: int, temperature: float) -> Answer:
-        prompt_text, prompt = text_and_ids
-        if (room := self.room(prompt)) <= 0:
-            return Answer("", False, None if prompt else "refused")
+    def _answer(self, prompt: Prompt, seed: int, temperature: float) -> Answer:
+        if (room := self.room(prompt.ids)) <= 0:
+            return Answer("", False, prompt.problem)
         try:
-            content = self.servers.ask(self._body(prompt, room, temperature, seed), self._body(self._probe_ids, 1))
+            content = self.servers.ask(self._body(prompt.ids, room, temperature, seed), self._body(self._probe_ids, 1))
             text, finished, ids = self._read(content)
         except NotAnswered as error:
             self.refused.append(str(error))
@@ -59,16 +56,21 @@ class ServedGenerator(Prompter):
                 f"answer of a server: expected text and finish_reason, got something else ({type(error).__name__}: "
                 f"{first_line(error)}). Look at its version."
             ) from error
-        return self.reopened(self.read(ids, finished) if ids else Answer(text, finished), prompt_text)
+        return self.reopened(self.read(ids, finished) if ids else Answer(text, finished), prompt.text)
 
     def _body(self, prompt: list[int], room: int, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
-        """A request for a continuation of `prompt` by at most `room` tokens."""
+        """A request for a continuation of `prompt` by at most `room` tokens.
+
+        A server takes what it is not given from the model's generation settings, so each of these is given.
+        """
         served = self.servers.served
-        options = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "skip_special_tokens": True}
-        options |= {**self.settings, "stop_token_ids": self.ends}
+        options = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        options |= {"skip_special_tokens": True, "stop_token_ids": self.ends, "stop": self.stops or []}
         if self.servers.kind == "vllm":
             more = {"seed": seed, "add_special_tokens": False, "return_token_ids": True}
+            more["include_stop_str_in_output"] = True
             return {"model": served.name, "prompt": prompt, "max_tokens": room, **options, **more}
+        options["no_stop_trim"] = True
         adapter = {"lora_path": served.name} if served.adapter else {}
         return {**adapter, "input_ids": prompt, "sampling_params": {"max_new_tokens": room, **options}}
 

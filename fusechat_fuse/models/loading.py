@@ -11,6 +11,7 @@ from fusechat_fuse.store.files import read_json
 
 _OF_QUANTISED = re.compile(r"weight_(scale|scale_inv|packed|zero_point|shape)$|qweight$|qzeros$|absmax$")
 _OF_ADAPTERS = re.compile(r"lora_[AB]\.")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_IN = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}
 
 
@@ -151,23 +152,30 @@ def _bitsandbytes(name, load_in: str, dtype):
     return BitsAndBytesConfig(**{LOAD_IN[load_in]: True}, **more)
 
 
-def load_in_of(command: str, model, four: bool, eight: bool) -> str | None:
-    """`load_in` of the switches load_in_4bit and load_in_8bit. Raises: InputError for both, or for a loaded model."""
-    if (four or eight) and ((four and eight) or not is_named(model)):
+def check_loading(command: str, options: dict[str, Any]) -> str | None:
+    """Raise InputError for options of a command, of loading or of servers, that are wrong or do not go together.
+
+    Returns: `load_in` of the switches load_in_4bit and load_in_8bit.
+    """
+    four, eight, server = options["load_in_4bit"], options["load_in_8bit"], options["server"]
+    if options["dtype"] not in DTYPES:
+        expected = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+        raise InputError(f"dtype for {command}: expected {expected}, got {options['dtype']!r}. Use one.")
+    if (four or eight) and ((four and eight) or not is_named(options["model"])):
         got = "both" if four and eight else "a loaded model"
         raise InputError(f"load_in_4bit or load_in_8bit for {command}: expected one, of a named model, got {got}.")
+    if server is None and (name := options["server_model"]):
+        raise InputError(f"server_model {name} for {command}: expected server with it, got none. Give its URL.")
+    if server is not None:
+        from fusechat_fuse.models.servers import urls_of
+
+        urls_of(command, server, options["server_kind"], options["server_requests"])
+        if four or eight or options["device_map"] or options["gguf_file"]:
+            raise InputError(
+                "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
+                "Leave them out."
+            )
     return "4bit" if four else "8bit" if eight else None
-
-
-def check_server_options(command: str, server, server_model: str | None, loading: dict, gguf_file: str | None) -> None:
-    """Raise InputError for options of loading with a server, or the name of a served model without one."""
-    if server is None and server_model:
-        raise InputError(f"server_model {server_model} for {command}: expected server with it, got none. Give its URL.")
-    if server is not None and (loading["load_in"] or loading["device_map"] or gguf_file):
-        raise InputError(
-            "load_in, device_map or gguf_file with a server: expected none, as the server loads the weights. "
-            "Leave them out."
-        )
 
 
 def load_to_device(model, device: str | None = None, **loading) -> Any:

@@ -96,6 +96,17 @@ def _info(kind: str, get: Get, url: str, model: str | None) -> ServerInfo:
     return ServerInfo(str(card["id"]), str(server.get("version", "")), longest, bool(card.get("parent")))
 
 
+def urls_of(command: str, server: str | list[str], kind: str, requests: int) -> list[str]:
+    """The URLs of the servers. Raises: InputError where the values are none that `Servers` takes."""
+    if kind not in PATHS:
+        raise InputError(f"server_kind for {command}: expected one of {', '.join(PATHS)}, got {kind!r}.")
+    urls = [url.rstrip("/") for url in (server.split(",") if isinstance(server, str) else server) if url]
+    if not urls or not all(map(_is_url, urls)):
+        raise InputError(f"server for {command}: expected URLs such as http://localhost:8000, got {server!r}.")
+    check_integer(f"server_requests for {command}", requests)
+    return urls
+
+
 class Servers:
     """Servers of one model.
 
@@ -107,12 +118,7 @@ class Servers:
     """
 
     def __init__(self, command: str, server: str | list[str], *, kind: str, model: str | None, requests: int):
-        if kind not in PATHS:
-            raise InputError(f"server_kind for {command}: expected one of {', '.join(PATHS)}, got {kind!r}.")
-        urls = [url.rstrip("/") for url in (server.split(",") if isinstance(server, str) else server) if url]
-        if not urls or not all(map(_is_url, urls)):
-            raise InputError(f"server for {command}: expected URLs such as http://localhost:8000, got {server!r}.")
-        check_integer(f"server_requests for {command}", requests)
+        urls = urls_of(command, server, kind, requests)
         self.kind, self.path, self.urls, self.requests = kind, PATHS[kind], urls, requests
         self._free: queue.Queue[str] = queue.Queue()
         self._failures: dict[str, int] = dict.fromkeys(urls, 0)

@@ -34,10 +34,16 @@ def best_of(steps: list[Step], record: Record) -> Best | None:
     return Best(results[found["models"].index(ranking["best"]) - 1].output, ranking["summary"])  # the pivot is model 0
 
 
-def link_best(home: Path, best: Best) -> None:
-    """Let `best` in a run's directory be a link to the best result; what lies there and is no link stays."""
-    logger.info("%s", "\n".join(best.summary))
+def link_best(home: Path, best: Best | None) -> None:
+    """Let `best` in a run's directory be a link to the best result, or nothing where there is none; what lies there and
+    is no link stays."""
     link = home / "best"
+    if best is None:
+        if link.is_symlink():
+            link.unlink()
+            logger.info("%s is removed: this run has compared no results on held-out data.", link)
+        return
+    logger.info("%s", "\n".join(best.summary))
     if link.exists() and not link.is_symlink():
         logger.warning("%s is no link: it stays, and the best result is %s", link, best.output)
         return

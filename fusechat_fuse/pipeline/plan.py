@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from fusechat_fuse.text.batches import plan_batches
 from fusechat_fuse.text.templates import native_template
 
 Options = dict[str, Any]
-_COUNTS = ("top_k", "max_length", "shard_size", "tokens_per_batch", "per_device_train_batch_size", "total_batch_size")
+_COUNTS = ("max_length", "per_device_train_batch_size", "total_batch_size")  # of train
 _TOKENIZER_MEMORY = 13  # memory of a tokenizer and its vocabulary map, relative to the tokenizer's file
 
 
@@ -138,8 +139,8 @@ class _Planner:
         The pivot stands for models that this recipe makes.
         """
         options = {} if step.stage == "merge" else self.options_of(step.arguments)
-        for name in _COUNTS:
-            check_integer(f"value for {name}", options.get(name, 1))
+        for name in _COUNTS if step.stage == "train" else ():
+            check_integer(f"value for {name}", options[name])
         if step.stage == "represent" and self.recipe.answers == "sources":  # the data's own stand for answers to come
             first = self._options(self._step(f"answer represent-{step.name}"))
             options |= {name: first[name] for name in ("data_path", *READING)}
@@ -150,6 +151,12 @@ class _Planner:
             made_here = Path(model).is_relative_to(self.recipe.output_dir)
             options["model_name_or_path"] = self.pivot if made_here else model
         return options
+
+    @cached_property
+    def assigned(self) -> dict[str, int] | None:
+        """How many conversations each model answers; None until they are assigned."""
+        found = read_json(self.recipe.output_dir / "answers" / "assigned" / "assignment.json", "assignment")
+        return found and found["conversations"]
 
     def _step(self, key: str) -> Step:
         return next(step for step in self.steps if step.key == key)
@@ -166,10 +173,26 @@ class _Planner:
         """The training conversations in the pivot's tokens, which aligned data and trainings consist of."""
         step = self._step("represent pivot")
         options = self._options(step)
-        return self.data.encodings(step.key, options), options
+        return self._encodings(step, options), options
+
+    def _encodings(self, step: Step, options: Options) -> Encodings:
+        """The conversations of a represent step; of answers to come, several for each of the data."""
+        encoded = self.data.encodings(step.key, options)
+        if step.stage != "represent" or self.recipe.answers == "data":
+            return encoded
+        return replace(encoded, scale=encoded.scale * self.answers_per_conversation)
+
+    @cached_property
+    def answers_per_conversation(self) -> float:
+        """Conversations that sources answer and the pivot keeps, per conversation of the data; the most there may be
+        until they are assigned."""
+        samples = {name: self._options(self._step(f"answer {name}"))["samples"] for name in self.recipe.sources}
+        if self.assigned is None:
+            return max(samples.values())
+        return sum(samples.get(name, 1) * n for name, n in self.assigned.items()) / sum(self.assigned.values())
 
     def _represent(self, step: Step, options: Options) -> dict[str, Any]:
-        encoded, size = self.data.encodings(step.key, options), self._size(options)
+        encoded, size = self._encodings(step, options), self._size(options)
         row = {**encoded.counts, "disk_bytes": self._representation_disk(encoded, options)}
         if options["server"]:  # its model, memory and time are not this machine's
             return row
@@ -193,8 +216,7 @@ class _Planner:
         remedy = "Save one with its tokenizer (tokenizer.chat_template)"
         native_template(load_fast_tokenizer(model, options["trust_remote_code"]), step.name, remedy)
         encoded, size = self.data.encodings(source.key, self._options(source)), self._size(options)
-        assigned = read_json(self.recipe.output_dir / "answers" / "assigned" / "assignment.json", "assignment")
-        count = assigned["conversations"][step.name] if assigned else encoded.conversations
+        count = self.assigned[step.name] if self.assigned else encoded.conversations
         share = count * options["samples"] / encoded.conversations
         tokens, predicted = encoded.total(encoded.lengths) * share, encoded.total(encoded.predicted) * share
         row = {"conversations": count, "predicted_tokens": round(predicted), "tokens": round(tokens)}

@@ -89,8 +89,7 @@ def run(
             best = best_of(steps, record)
             write_report(checked, steps, record.entries, known.left_out, best)
             logger.info("report: %s", checked.output_dir / "report.html")
-            if best is not None:
-                link_best(checked.output_dir, best)
+            link_best(checked.output_dir, best)
     return record.entries
 
 

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fusechat_fuse.errors import InputError
 from fusechat_fuse.flags import as_flags
 from fusechat_fuse.pipeline.recipe import LOADING, READING, Model, Recipe
 from fusechat_fuse.store.files import read_yaml
@@ -112,8 +113,11 @@ class _Steps:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
         launched_as = arguments[0] if stage == "answer" or arguments[0] == "compare" else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
+        command = launched(launcher, arguments)
+        if arguments[0] == "answer" and (count := ranks_of(command)[0]) > 1:
+            raise InputError(f"launcher for answer: expected one process, got {count} ({launcher}). Leave it out.")
         derived = self.derived and stage in ("represent", "align", "train")
-        return Step(stage, name, arguments, launched(launcher, arguments), output, derived=derived)
+        return Step(stage, name, arguments, command, output, derived=derived)
 
     def _answer(self, represented: dict[str, Model]) -> list[Step]:
         """The steps that replace the data by the answers of the model that is selected for each slice."""

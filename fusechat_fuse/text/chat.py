@@ -33,13 +33,14 @@ from fusechat_fuse.text.templates import (
     added_texts,
     any_of,
     bos_of,
+    check_contents,
     control_texts,
     end_of_turn_of,
     own_variables,
     resolve_template,
     template_of,
 )
-from fusechat_fuse.text.tools import as_texts, calls_tools, check_rendered, uses_tools
+from fusechat_fuse.text.tools import calls_tools, check_rendered, uses_tools
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,7 @@ class ConversationEncoder:
 
     def _rendered(self, messages: list[dict[str, Any]]) -> tuple[Layout, list[str]]:
         """The layout of a conversation and its contents as the template renders them, in the order of the text."""
-        for n, message in enumerate(messages):
-            texts = [text for text in as_texts(message).values() if isinstance(text, str)]
-            if found := next(filter(None, map(self._reserved.search, texts)), None):
-                raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
+        check_contents(messages, self._reserved)
         reasoning = tuple(n for n, message in enumerate(messages) if "</think>" in message["content"])
         try:
             return self._checked(messages, self._layout(messages, reasoning))

@@ -14,6 +14,7 @@ from typing import Any
 from fusechat_fuse.errors import InputError, first_line
 from fusechat_fuse.text.built_in_templates import BUILT_IN, family_of
 from fusechat_fuse.text.messages import Unusable
+from fusechat_fuse.text.tools import as_texts
 
 MAX_REFUSED_SHARE = 0.1
 OTHER_TEMPLATE = "Set template to a built-in name or a .jinja file that keeps them"
@@ -88,6 +89,15 @@ def control_texts(tokenizer, template: ChatTemplate) -> set[str]:
     sources = [text for each in both for text in (each.source, each.end_of_turn, each.bos)]
     used = {text for text in added_texts(tokenizer) if not text.isspace() and any(text in s for s in sources)}
     return (used - REASONING_MARKS) | set(special_texts(tokenizer))
+
+
+def check_contents(messages: list[dict[str, Any]], reserved: re.Pattern[str]) -> None:
+    """Raise Unusable where a message (its calls of tools too) holds one of the reserved texts: in ids it would be a
+    special token."""
+    for n, message in enumerate(messages):
+        texts = [text for text in as_texts(message).values() if isinstance(text, str)]
+        if found := next(filter(None, map(reserved.search, texts)), None):
+            raise Unusable("special_token", f"message {n} holds the text of the special token {found[0]!r}")
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

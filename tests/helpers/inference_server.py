@@ -110,11 +110,13 @@ class _Handler(JsonHandler):
         longest = options.get("max_tokens", options.get("max_new_tokens"))
         if len(ids) + longest > LONGEST + 1:
             return self.say({"error": {"message": "the prompt is longer than the maximum model length"}}, 400)
-        penalty = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
-        while len(made) < longest and not set(made) & set(options["stop_token_ids"]):
+        penalty, stopped = RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]), False
+        while len(made) < longest and not stopped:
             scores = self.server.logprobs([*ids, *made, 0], 0.0)[-1:]
             made.append(int(penalty(torch.tensor([[*ids, *made]]), scores).argmax()))
-        reason = "stop" if set(made) & set(options["stop_token_ids"]) else "length"
+            said = self.server.tokenizer.decode(made)
+            stopped = made[-1] in options["stop_token_ids"] or any(one in said for one in options["stop"])
+        reason = "stop" if stopped else "length"
         text = self.server.tokenizer.decode(made, skip_special_tokens=options["skip_special_tokens"])
         if self.server.kind == "vllm":
             own = {"token_ids": made} if body["return_token_ids"] else {}
