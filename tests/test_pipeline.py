@@ -280,8 +280,13 @@ FOUND = {
     },
     "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}, "distance_to_linear": 0.125}},
     "held_out": {
-        "models": ["pivot", "plain"],
-        "slices": {"all": {"conversations": 3, "models": {"pivot": {"mean": 1.25}, "plain": {"mean": 1.0}}}},
+        "models": ["pivot", "plain", "multi"],
+        "slices": {
+            "all": {
+                "conversations": 3,
+                "models": {"pivot": {"mean": 1.25}, "plain": {"mean": 1.0}, "multi": {"mean": 1.00001}},
+            }
+        },
     },
     "commands": {"train plain": "run <this>", "evaluate pivot": "that"},
 }
@@ -294,8 +299,11 @@ def test_the_page_holds_every_figure_and_asks_for_nothing():
         *("Who answered the training data", "Alignment", "Training loss"),
         *("Model selected for each slice", "Merge coefficients"),
     ]
-    assert "<td>1.2500</td><td class=best>1.0000</td>" in page
-    assert "<td>0.5000</td><td class=best>0.2500</td><td>one</td>" in page
+    assert "<td>1.2500</td><td class=best>1.0000</td><td class=best>1.0000</td>" in page  # equal as far as is shown
+    assert '<th scope="col">one, bits per byte</th>' in page
+    assert "<td>0.7213</td><td class=best>0.3607</td><td>one</td>" in page
+    assert re.findall(r'<text x="4" y="[\d.]+">(.*?)</text>', page) == ["1", "1.25", "1.5", "1.75", "2"]
+    assert re.findall(r"</svg> (\w+)</span>", page.split("<figcaption>")[1]) == ["plain", "multi"]  # below the curves
     assert (
         "<p>slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data</p>" in page
     )

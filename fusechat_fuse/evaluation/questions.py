@@ -202,8 +202,8 @@ def answered_data(
     """Chat data with a model's answers in place of the data's own.
 
     A conversation keeps the data's answers (`answered_by` is "data", `kept_because` the reason) where one of the
-    model's is `empty`, was `cut` at its longest length, held a `special_token`, or is `refused`: its prompt by the
-    model's chat template, or the conversation by the pivot's; and where it calls tools (`tool_calls`).
+    model's is `empty`, was `cut` at its longest length, held a `special_token` (or its prompt), or is `refused`: its
+    prompt by the model's chat template, or the conversation by the pivot's; and where it calls tools (`tool_calls`).
 
     Args:
         answers: key -> {turns, finished, problems}. name: the model's. pivot: the pivot's encoder; None where nothing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -30,12 +31,14 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 td, th { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid var(--line); }
 td:first-child, th:first-child { text-align: left; } .best { font-weight: bold; }
 td { font-variant-numeric: tabular-nums; } details { color: var(--dim); font-size: .85rem; margin: .4rem 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; } svg { max-width: 100%; height: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; } figure { margin: 0; } figure span { white-space: nowrap; }
+.wide svg { width: 100%; min-width: 36rem; max-width: 48rem; }
 text { font: 12px system-ui, sans-serif; fill: CanvasText; } figcaption { color: var(--dim); font-size: .85rem; }
 """
 _COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#1b7c83", "#6e7781")
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 50, 30  # of a chart and its margins, in SVG units
+Y_MARKS = 5
 
 
 def write_report(
@@ -60,7 +63,9 @@ def write_report(
         "compare": read_json(home / "compare" / "compare.json", "comparison"),
         "certificates": _each({name: home / "aligned" / name for name in recipe.sources}, _certificate),
         "losses": _each({model.name: model for model in models}, _losses),
-        "slices": _each({m.name: m / "slices.json" for m in models}, lambda file: read_json(file, "slices")),
+        "slices": _each(
+            {m.name: m / "slices.json" for m in models if m.name != "plain"}, lambda file: read_json(file, "slices")
+        ),
         "merges": _each({m.name: home / "merged" / "reports" / m.name for m in merges}, _coefficients),
         "held_out": read_json(home / "held_out" / "compare" / "compare.json", "comparison"),
         "commands": {step.key: record.get(step.key, {}).get("command", step.shell) for step in steps},
@@ -133,12 +138,12 @@ def _cell(value) -> str:
     return "" if value is None else html.escape(str(value))
 
 
-def _table(head: list[str], rows: dict[str, list], best: dict[str, int] | None = None) -> str:
-    """A table; best: row -> index of the cell in bold."""
+def _table(head: list[str], rows: dict[str, list], best: dict[str, set[int]] | None = None) -> str:
+    """A table; best: row -> indices of the cells in bold."""
     lines = ["<tr>" + "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head) + "</tr>"]
     for name, cells in rows.items():
-        best_cell = (best or {}).get(name)
-        tds = [f"<td{' class=best' if n == best_cell else ''}>{_cell(cell)}</td>" for n, cell in enumerate(cells)]
+        bold = (best or {}).get(name, ())
+        tds = [f"<td{' class=best' if n in bold else ''}>{_cell(cell)}</td>" for n, cell in enumerate(cells)]
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(tds)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
@@ -150,26 +155,31 @@ def _paragraphs(lines: list[str]) -> list[str]:
 def _source_table(result: dict[str, Any]) -> str:
     """Median bits per byte, by which the choice is made, and what training by slices will take."""
     summaries = dict.fromkeys(line for choice in result.get("choices", []) for line in choice["summary"])
-    return "\n".join([_comparison_table(result, "median"), *_paragraphs([*summaries])])
+    lines = [*summaries]
+    if result.get("left_out"):
+        lines.append(f"{result['left_out']} conversations are left out: not every model has them whole, or at all.")
+    return "\n".join([_comparison_table(result, "median"), *_paragraphs(lines)])
 
 
 def _comparison_table(result: dict[str, Any], figure: str = "mean") -> str:
-    """Mean or median bits per byte: one row per slice, one column per model, the lowest in bold."""
+    """Mean or median bits per byte: one row per slice, one column per model, the lowest (as shown) in bold."""
     names, rows, best = result["models"], {}, {}
     for slice_name, figures in result["slices"].items():
         values = [figures["models"][name][figure] for name in names]
         rows[slice_name] = [figures["conversations"], *values]
-        best[slice_name] = 1 + values.index(min(values))
+        best[slice_name] = {n for n, value in enumerate(values, 1) if _cell(value) == _cell(min(values))}
     return _table(["slice", "conversations", *names], rows, best)
 
 
 def _slice_table(chosen: dict[str, Any]) -> str:
     """Median CE of each model: one row per slice, the selected model in bold."""
     rows, best = {}, {}
+    by_byte = chosen["ce_unit"] == "byte"  # in bits, as in the other tables
+    unit = "bits per byte" if by_byte else "nats per token"
     for name, entry in chosen["slices"].items():
-        rows[name or "all"] = [entry["conversations"], *entry["medians"], chosen["models"][entry["best"]]]
-        best[name or "all"] = 1 + entry["best"]
-    unit = f"nats per {chosen['ce_unit']}"
+        medians = [one / math.log(2) if by_byte else one for one in entry["medians"]]
+        rows[name or "all"] = [entry["conversations"], *medians, chosen["models"][entry["best"]]]
+        best[name or "all"] = {1 + entry["best"]}
     head = ["slice", "conversations", *(f"{name}, {unit}" for name in chosen["models"]), "selected"]
     return "\n".join([_table(head, rows, best), *_paragraphs(undecided_lines(chosen["slices"]))])
 
@@ -212,24 +222,26 @@ def _loss_chart(losses: dict[str, list[dict[str, float]]]) -> str:
     high_x, high_y = max(x for x, _ in points), max(y for _, y in points)
     low_y = min(y for _, y in points)
     span_x, span_y = (WIDTH - LEFT - 10) / (high_x or 1), (HEIGHT - BOTTOM - 10) / ((high_y - low_y) or 1)
-    lines = []
+    lines, legend = [], []
     for n, (name, curve) in enumerate(curves.items()):
         places = " ".join(f"{LEFT + x * span_x:.1f},{10 + (high_y - y) * span_y:.1f}" for x, y in curve)
         colour, dash = _COLOURS[n % len(_COLOURS)], _DASHES[n % len(_DASHES)]
         stroke = f'stroke="{colour}" stroke-dasharray="{dash}" stroke-width="2" fill="none"'
-        y = 20 + 18 * n
         lines.append(f'<polyline points="{places}" {stroke}/>')
-        lines.append(f'<path d="M{WIDTH - 190} {y - 4}h30" {stroke}/>')
-        lines.append(f'<text x="{WIDTH - 152}" y="{y}">{html.escape(name)}</text>')
+        sample = f'<svg viewBox="0 0 30 8" width="30" aria-hidden="true"><path d="M0 4h30" {stroke}/></svg>'
+        legend.append(f"<span>{sample} {html.escape(name)}</span>")
     axis = f'<path d="M{LEFT} 10V{HEIGHT - BOTTOM}H{WIDTH - 10}" stroke="currentColor" fill="none"/>'
-    marks = [
-        f'<text x="4" y="20">{high_y:.3g}</text><text x="4" y="{HEIGHT - BOTTOM}">{low_y:.3g}</text>',
-        f'<text x="{WIDTH - 60}" y="{HEIGHT - 8}">step {high_x:g}</text>',
-    ]
+    marks = [f'<text x="{WIDTH - 60}" y="{HEIGHT - 8}">step {high_x:g}</text>']
+    for n in range(Y_MARKS):
+        y = low_y + (high_y - low_y) * n / (Y_MARKS - 1)
+        place = 10 + (high_y - y) * span_y
+        marks.append(f'<path d="M{LEFT} {place:.1f}H{WIDTH - 10}" stroke="var(--line)" fill="none"/>')
+        marks.append(f'<text x="4" y="{place + 4:.1f}">{y:.3g}</text>')
     label = html.escape(f"loss by step: {', '.join(curves)}")
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{label}">'
-        f"{axis}{''.join([*marks, *lines])}</svg><figcaption>loss by step</figcaption></figure>"
+        f'<figure><div class="wide"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{axis}{''.join([*marks, *lines])}</svg></div>"
+        f"<figcaption>loss, nats per labelled token, by step: {' '.join(legend)}</figcaption></figure>"
     )
 
 
