@@ -361,6 +361,7 @@ def test_the_model_is_asked_for_by_name_with_the_key(
     found = represent(pivot, CHATS, tmp_path / "r", server_model="tuned", **options)
     same(found, expected)
     assert found.manifest["model"]["name"] == "tuned"
+    assert (f"server {served.url} has LoRA adapters: vLLM's log-probabilities" in caplog.text) == (kind == "vllm")
     assert served.names_asked == {"tuned"}
     served.names_asked.clear()
     base = represent(pivot, CHATS, tmp_path / "base", server_model="served", **options)

@@ -8,6 +8,7 @@ and again by a server that answers another prompt is left out and counted.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.chat import Encoded
 from fusechat_fuse.text.messages import Unusable
 
+logger = logging.getLogger(__name__)
 _NOT_MEASURED = -9999.0  # what servers write for minus infinity: this, or the least number of a float type
 _PROBE_TEXT = "The three words"
 _TOLERANCE = 1e-2  # log-probabilities of one prompt differ by so much between batches
@@ -41,6 +43,12 @@ class ServerRunner:
     def __init__(self, servers: Servers, *, tokenizer, top_k: int, vocab_size: int):
         self.servers, self.protocol, self.max_length = servers, PROTOCOLS[servers.kind], servers.max_length
         self.top_k, self.vocab_size, self.padded = top_k, vocab_size, 0
+        if servers.kind == "vllm" and servers.served.beside_adapters:
+            logger.warning(
+                "server %s has LoRA adapters: vLLM's log-probabilities of prompts may leave out what an adapter adds "
+                "to lm_head (vllm#51594), or end the server (vllm#29955). Serve the merged model by itself.",
+                servers.urls[0],
+            )
         self._probe_ids = tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"]
         likely = servers.probe(lambda url: self._probe(url, tokenizer))
         answered = [servers.kind, servers.served.name, servers.served.version, self._probe_ids, likely]

@@ -49,12 +49,13 @@ class NotAnswered(Exception):
 
 class ServerInfo(NamedTuple):
     """Name and version of the served model; max_length: tokens of a prompt, None where the server does not tell;
-    adapter: whether the model is a LoRA adapter above the server's own."""
+    adapter: whether the model is a LoRA adapter above the server's own; beside_adapters: whether there are any."""
 
     name: str
     version: str
     max_length: int | None
     adapter: bool
+    beside_adapters: bool
 
 
 def _optional(get: Get, path: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _card(get: Get, url: str, model: str | None) -> dict[str, Any]:
             f"{model or 'none'}. Choose one."
         )
     longest = next((card["max_model_len"] for card in [by_name[model], *cards] if card.get("max_model_len")), None)
-    return {**by_name[model], "max_model_len": longest}
+    return {**by_name[model], "max_model_len": longest, "beside_adapters": any(card.get("parent") for card in cards)}
 
 
 def _info(kind: str, get: Get, url: str, model: str | None) -> ServerInfo:
@@ -90,10 +91,12 @@ def _info(kind: str, get: Get, url: str, model: str | None) -> ServerInfo:
     longest = card["max_model_len"]
     if kind == "vllm":
         version = str(_optional(get, "/version").get("version", ""))
-        return ServerInfo(str(card["id"]), version, longest and longest - 1, False)  # one token is generated
+        longest = longest and longest - 1  # one token is generated
+        return ServerInfo(str(card["id"]), version, longest, False, card["beside_adapters"])
     server = _optional(get, "/get_server_info")
     longest = server.get("max_req_input_len") or server.get("context_length") or longest
-    return ServerInfo(str(card["id"]), str(server.get("version", "")), longest, bool(card.get("parent")))
+    version, adapter = str(server.get("version", "")), bool(card.get("parent"))
+    return ServerInfo(str(card["id"]), version, longest, adapter, card["beside_adapters"])
 
 
 def urls_of(command: str, server: str | list[str], kind: str, requests: int) -> list[str]:
