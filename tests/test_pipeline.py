@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import select
@@ -22,12 +23,14 @@ from fusechat_fuse.cli import main, options_of
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.pipeline import record as module
 from fusechat_fuse.pipeline.best import Best, link_best
+from fusechat_fuse.pipeline.findings import weights
 from fusechat_fuse.pipeline.plan import plan
 from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.report import report_page
 from fusechat_fuse.pipeline.run import _locked, execute, last_message, run
 from fusechat_fuse.pipeline.steps import Step, launched, steps_of
 from fusechat_fuse.store.files import file_sha256
+from tests.helpers.pages import Page
 from tests.helpers.recipes import kill_in_step, recipe_of, written
 from tests.test_inspect import CHROMIUM
 
@@ -278,42 +281,112 @@ FOUND = {
             },
         }
     },
-    "merges": {"sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}, "distance_to_linear": 0.125}},
+    "merges": {
+        "sce": {"coefficients_by_kind": {"mlp": {"target-a": 0.25}}, "distance_to_linear": 0.125},
+        "lin": {"method": "linear", "parameters": {"weight": 1.0}, "coefficients": {"target-a": 0.5, "target-b": 0.5}},
+        "ties": {"method": "ties", "parameters": {"density": 0.5}},
+    },
     "held_out": {
         "models": ["pivot", "plain", "multi"],
         "slices": {
-            "all": {
-                "conversations": 3,
-                "models": {"pivot": {"mean": 1.25}, "plain": {"mean": 1.0}, "multi": {"mean": 1.00001}},
-            }
+            name: {"conversations": 3, "models": {m: {"mean": v} for m, v in zip(("pivot", "plain", "multi"), values)}}
+            for name, values in (("all", (1.25, 1.0, 1.125)), ("tied", (2.0, 1.50001, 1.5)))
+        },
+        "ranking": {
+            "baseline": "plain",
+            "best": "multi",
+            "models": {
+                "pivot": {"score": 1.25, "to_baseline": [0.25, 0.125]},
+                "plain": {"score": 1.0, "to_baseline": [0.0, 0.0]},
+                "multi": {"score": 1.125, "to_baseline": [-0.125, 0.0625]},
+            },
         },
     },
     "commands": {"train plain": "run <this>", "evaluate pivot": "that"},
+    "seconds": {"train plain": 12.5, "evaluate pivot": 3.0},
+    "about": {
+        "data": ["chats.json", "more.json"],
+        "predicted_tokens": 12345,
+        "options": {"train": {"learning_rate": 1e-05}},
+        "versions": {"torch": "2.13.0"},
+        "date": "2026-12-01",
+    },
 }
 
 
 def test_the_page_holds_every_figure_and_asks_for_nothing():
-    page = report_page("fused", FOUND)
-    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+    text = report_page("fused", FOUND)
+    page = Page(text)
+    assert page.headings == [
         "Held-out bits per byte, means (lower is better)",
         *("Who answered the training data", "Alignment", "Training loss"),
-        *("Model selected for each slice", "Merge coefficients"),
+        *("Model selected for each slice", "Merge coefficients", "About this run"),
     ]
-    assert "<td>1.2500</td><td class=best>1.0000</td><td class=best>1.0000</td>" in page  # equal as far as is shown
-    assert '<th scope="col">one, bits per byte</th>' in page
-    assert "<td>0.7213</td><td class=best>0.3607</td><td>one</td>" in page
-    assert re.findall(r'<text x="4" y="[\d.]+">(.*?)</text>', page) == ["1", "1.25", "1.5", "1.75", "2"]
-    assert re.findall(r"</svg> (\w+)</span>", page.split("<figcaption>")[1]) == ["plain", "multi"]  # below the curves
-    assert (
-        "<p>slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data</p>" in page
+    held_out = page.table_of("slice", "conversations", "pivot", "plain", "multi")
+    assert held_out == {"all": ["3", "1.2500", "1.0000", "1.1250"], "tied": ["3", "2.0000", "1.5000", "1.5000"]}
+    bits = [f"{nats / math.log(2):.4f}" for nats in (0.5, 0.25)]  # one unit on the page
+    assert page.table_of("slice", "conversations", "pivot", "one") == {"code": ["30", *bits, "one"]}
+    assert page.best == ["1.0000", bits[1]]  # of values that look equal none is in bold
+    assert "slice code (30 conversations, 18 of 29 better): too even to tell, takes the choice of all data" in (
+        page.paragraphs
     )
-    assert "<tr><td>pivot</td><td>7</td><td>0</td><td>7</td><td></td></tr>" in page
-    assert "<tr><td>a</td><td>9</td><td>6</td><td>3</td><td>2 cut, 1 empty</td></tr>" in page
-    assert page.count("<polyline") == 2
-    assert "<p>Distance to linear merging: 12.5% of its task vector.</p>" in page
-    assert "p&lt;q" in page
-    assert "run &lt;this&gt;" in page
-    assert not re.search(r"https?://|src=|href=", page)
+    answered = page.table_of("selected", "conversations", "answered by it")
+    assert answered == {"pivot": ["7", "0", "7", ""], "a": ["9", "6", "3", "2 cut, 1 empty"]}
+    assert page.table_of("training") == {"plain": ["9", "2.0000", "1.0000"], "multi": ["1", "1.5000", "1.5000"]}
+    assert page.table_of("tensors", "target-a", "target-b") == {"all": ["0.5000", "0.5000"]}
+    for sentence in (
+        "Distance to linear merging: 12.5% of its task vector.",
+        "Method linear (weight 1.0): one coefficient for all tensors of a target.",
+        "Method ties (density 0.5): it reports no coefficients.",
+    ):
+        assert sentence in page.paragraphs
+    assert page.table_of("step", "seconds") == {"train plain": ["12.5000"], "evaluate pivot": ["3.0000"]}
+    assert dict(page.tables[-2]) == {
+        "data": "chats.json, more.json",
+        "predicted tokens": "12,345",
+        "options": "train: learning_rate 1e-05",
+        "versions": "torch 2.13.0",
+        "date": "2026-12-01",
+    }
+    assert "p&lt;q" in text
+    assert "run &lt;this&gt;" in text
+    assert page.addresses == []
+    assert not re.search("https?://", text)
+    assert len(page.ids) == len(set(page.ids))
+    differences, losses = page.charts
+    assert {"multi", "plain", "bits per byte, less plain's"} <= set(differences)
+    assert differences.index("multi") < differences.index("plain")  # the best on top
+    assert "pivot" not in differences  # far away, it would squeeze the others together
+    assert {"optimizer step", "training loss (nats per labelled token)", "plain", "multi"} <= set(losses)
+
+
+def test_without_matplotlib_the_page_says_so_and_keeps_its_tables(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fusechat_fuse.pipeline.charts", raising=False)
+    monkeypatch.delattr("fusechat_fuse.pipeline.charts", raising=False)
+    page = Page(report_page("fused", FOUND))
+    assert page.charts == []
+    sentence = "There is no chart: matplotlib is not installed (pip install 'fusechat[plot]')."
+    assert page.paragraphs.count(sentence) == 2
+    assert page.table_of("training")["plain"] == ["9", "2.0000", "1.0000"]
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ({"method": "linear"}, {"target-a": 0.5, "target-b": 0.5}),
+        ({"method": "linear", "weight": 0.25, "normalize": False}, {"target-a": 0.25, "target-b": 0.25}),
+        ({"method": "ties", "density": 0.5}, None),
+    ],
+    ids=["linear", "not normalised", "ties"],
+)
+def test_a_merge_without_a_report_is_shown_by_its_configuration(merge, expected, tmp_path):
+    sources = {"a": "one", "b": "two"}
+    steps = steps_of(read_recipe(written(tmp_path, sources=sources, merge={"other": merge})))
+    (step,) = (step for step in steps if step.stage == "merge")
+    found = weights(step)
+    assert found["method"] == merge["method"]
+    assert found.get("coefficients") == expected
 
 
 @pytest.mark.browser
@@ -328,7 +401,7 @@ def test_the_page_in_chromium(tmp_path):
     done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    assert title[1] == "5 false true"
+    assert title[1] == f"{len(Page(page).tables)} false true"
 
 
 def test_the_link_to_the_best_result_goes_where_there_is_none(tmp_path):
@@ -401,16 +474,17 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(
     kinds = report["merges"]["sce"]["coefficients_by_kind"]
     assert all(sum(of.values()) == pytest.approx(1) for of in kinds.values())
     page = (out / "report.html").read_text()
-    assert "<polyline" in page
+    read = Page(page)
+    assert len(read.charts) == 2
+    assert read.addresses == []
+    assert {"data", "versions", "date"} <= {row[0] for row in read.tables[-2]}
     best = (out / report["best"]["path"]).resolve()
     assert (out / "best").resolve() == best
     assert (best / "README.md").is_file()
     assert (best / "config.json").is_file()
-    assert f"<p>{report['best']['summary'][0]}</p>" in page
+    assert read.paragraphs[0] == report["best"]["summary"][0]
     assert "against pivot" in report["best"]["summary"][0]  # there is no plain
-    row = re.search(r"mean_mapped_mass.*?</table>", page, re.DOTALL)
-    assert row
-    assert f"<td>{report['certificates']['one']['mean_mapped_mass']:.4f}</td>" in row[0]
+    assert f"{report['certificates']['one']['mean_mapped_mass']:.4f}" in read.table_of("source", "mapping")["one"]
     assert str(out.parent) not in page.split("<h2>")[0]  # models by name, not by place
     assert (out / "logs" / "train-target-one.log").read_text().startswith("$ ")
     caplog.clear()
