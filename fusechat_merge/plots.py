@@ -61,5 +61,5 @@ def _erased(rows: Sequence[dict], names: Sequence[str]) -> Figure:
         axes.plot(layers, shares, marker="o", markersize=3, label=name)
     axes.set(xlabel="layer", ylabel="erased share", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # never over a curve
     return figure

@@ -254,7 +254,7 @@ def draw_chart(result: dict, path: Path) -> None:
     )
     axes.set_ylabel("median bits per byte")
     axes.set_title("Bits per byte of each slice (lower is better)")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")  # never over a bar
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130)
     write_atomic(path, picture.getvalue())
