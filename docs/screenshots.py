@@ -93,9 +93,9 @@ def main() -> None:
     folder = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        inspect(aligned_sum(Path(work)), "0", "digits", 760)
-    inspect(folder.quickstart / "aligned" / "fusechat-words", folder.row, "inspect", 560)
-    photograph(folder.quickstart / "run" / "report.html", "report", 820)
+        inspect(aligned_sum(Path(work)), "0", "digits", 900)
+    inspect(folder.quickstart / "aligned" / "fusechat-words", folder.row, "inspect", 900)
+    photograph(folder.quickstart / "run" / "report.html", "report", 930)
     compress(min((folder.quickstart / "run" / "merged" / "reports").rglob("coefficients.png")), "coefficients")
 
 
