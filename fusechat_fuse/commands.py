@@ -139,17 +139,19 @@ COMMANDS = {
         check="capture.run.check_options",
     ),
     "import": Command(
-        "Import distributions that others released: a model's own, or aligned ones.",
+        "Import distributions that others released or captured: a model's own, or aligned ones.",
         "capture.released.import_released",
         "import RELEASED --model_name_or_path TOKENIZER --output_dir representations/source",
         {
             "input and output": {
-                "RELEASED ...": "data sets with per_step_logits, saved to disk",
+                "RELEASED ...": "data sets with per_step_logits, saved to disk; a DistillKit capture (parquet); JSON "
+                "lines of vLLM's or SGLang's answers with log-probabilities of the prompt",
                 "model_name_or_path": "tokenizer that made the ids (the pivot's, if they are aligned)",
                 "output_dir": OUTPUT,
                 "template": "chat template: native (the tokenizer's own), the name of a built-in one, text (none) or a "
                 ".jinja file",
                 "source_number": "number of the source to import, where FuseLLM's columns end in several",
+                "top_k": "entries to keep per token of a capture that has more",
                 "max_length": "tokens to which the conversations were cut",
                 "shard_size": SHARD,
                 "encoding": ENCODING,

@@ -256,9 +256,9 @@ def test_distributions_that_cannot_be_those_of_the_tokens_are_refused(known, tmp
 
 
 def test_few_conversations_may_be_refused(known, tmp_path, monkeypatch):
-    from fusechat_fuse.capture import manifest, released_rows
+    from fusechat_fuse.capture import imported_rows, manifest
 
-    for module in (manifest, released_rows):
+    for module in (manifest, imported_rows):
         monkeypatch.setattr(module, "MAX_NON_FINITE_SHARE", 0.2)
     path, own, rows = known
     source = saved([*rows[:9], rows[9] | {"metric_ce": 0.5}], tmp_path / "released")

@@ -1,14 +1,16 @@
-"""Distributions that were published with FuseChat and FuseLLM, as a representation or an aligned directory.
+"""Distributions that others made, as a representation or an aligned directory: those that were published with FuseChat
+and FuseLLM, DistillKit's captures (`distillkit.py`) and stored answers of servers (`answer_lines.py`).
 
-The released data are `datasets` directories of rows, padded or not: `input_ids`, `attention_mask`, `labels` and, for
-every position t, the ten largest logits for token t + 1 (`per_step_logits`, `per_step_indices`), with the
-conversation's mean cross-entropy (`metric_ce`) or every token's (`per_step_metric_ce`). After their alignment also a
-source's over the pivot's tokens: FuseChat's `fused_per_step_logits`, `fused_per_step_indices` and `fused_metric_ce`
-(or `per_step_fused_metric_ce`), FuseLLM's `per_step_aligned_logits_N`, `per_step_aligned_indices_N` and
-`metric_ce_aligned_N` (or `per_step_metric_ce_aligned_N`) of source number N. No text and, mostly, no normaliser:
-conversations are rebuilt from the ids, and one that is not rendered to the very same ids again is left out;
-log-probabilities are exact where `per_step_metric_ce` gives the cross-entropy of a listed token, and renormalised over
-the ten elsewhere, as the released training takes them.
+FuseChat's and FuseLLM's released data are `datasets` directories of rows, padded or not: `input_ids`,
+`attention_mask`, `labels` and, for every position t, the ten largest logits for token t + 1 (`per_step_logits`,
+`per_step_indices`), with the conversation's mean cross-entropy (`metric_ce`) or every token's (`per_step_metric_ce`).
+After their alignment also a source's over the pivot's tokens: FuseChat's `fused_per_step_logits`,
+`fused_per_step_indices` and `fused_metric_ce` (or `per_step_fused_metric_ce`), FuseLLM's
+`per_step_aligned_logits_N`, `per_step_aligned_indices_N` and `metric_ce_aligned_N` (or
+`per_step_metric_ce_aligned_N`) of source number N. No text and, mostly, no normaliser: conversations are rebuilt from
+the ids, and one that is not rendered to the very same ids again is left out; log-probabilities are exact where
+`per_step_metric_ce` gives the cross-entropy of a listed token, and renormalised over the ten elsewhere, as the released
+training takes them.
 
 FuseLLM's plain text (template `text`) becomes the answer to an empty message.
 
@@ -17,6 +19,7 @@ Shape letters: T tokens, P predicted tokens, K entries.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
@@ -25,11 +28,15 @@ from typing import Any
 
 import numpy as np
 
+from fusechat_fuse.capture.answer_lines import AnswerLines
+from fusechat_fuse.capture.captured_rows import CapturedRows
 from fusechat_fuse.capture.computation import write_representation
+from fusechat_fuse.capture.distillkit import DistillKit
+from fusechat_fuse.capture.imported_rows import ImportedRows, key_of
 from fusechat_fuse.capture.manifest import Capture
-from fusechat_fuse.capture.released_rows import FUSED, PIVOT, Columns, ReleasedRows, key_of
+from fusechat_fuse.capture.released_rows import FUSED, PIVOT, Columns, ReleasedRows
 from fusechat_fuse.errors import InputError, check_integer
-from fusechat_fuse.models.files import load_fast_tokenizer
+from fusechat_fuse.models.files import load_fast_tokenizer, model_file
 from fusechat_fuse.models.identity import Identity
 from fusechat_fuse.processes import Process
 from fusechat_fuse.store.files import read_json, short_digest
@@ -40,6 +47,7 @@ from fusechat_fuse.text.conversations import read_conversations
 from fusechat_fuse.text.templates import resolve_template
 
 logger = logging.getLogger(__name__)
+_LINES = re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$")
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow file in the stream format
 _NUMBERED = re.compile(r"(?:per_step_aligned_(?:logits|indices)|(?:per_step_)?metric_ce_aligned)_(\d+)")
 TOKENS = ("input_ids", "attention_mask", "labels")
@@ -52,71 +60,116 @@ def import_released(
     *,
     template: str = "native",
     source_number: int | None = None,
+    top_k: int = 10,
     max_length: int = 2048,
     shard_size: int = ROWS_PER_SHARD,
     encoding: str = "plain",
     trust_remote_code: bool = False,
 ) -> Representation:
-    """Make released distributions a representation or, where they hold a source's columns, an aligned directory.
+    """Make distributions of others a representation or, where they hold a source's columns, an aligned directory.
 
-    Per predicted token t with logits z (K largest of row t - 1): log p = z - n, n = z_y + ce_y where the actual token
-    y is among the K and its ce is known, else n = log sum exp z. Where ce is unknown it is -log p_y, or -log p of the
-    last entry where y is not listed, times one number for the conversation that makes the mean `metric_ce`.
+    Captures hold log-probabilities, which are kept as they are; where a DistillKit capture lists no entry of the actual
+    token, its ce is that of the last entry. Released data hold logits. Per predicted token t with logits z (K largest
+    of row t - 1): log p = z - n, n = z_y + ce_y where the actual token y is among the K and its ce is known, else n =
+    log sum exp z. Where ce is unknown it is -log p_y, or -log p of the last entry where y is not listed, times one
+    number for the conversation that makes the mean `metric_ce`.
 
     Args:
-        released: `datasets` directories (`save_to_disk`), one or several; all splits of each.
+        released: `datasets` directories (`save_to_disk`), all splits of each; Parquet files of a DistillKit capture, or
+            their directory, with its compression_config.yaml; JSON lines of servers' answers. One or several of a kind.
         model_name_or_path: tokenizer that made `input_ids`: the model's, and the pivot's for aligned data.
         output_dir: new, or an interrupted run's, which is continued.
         template: the chat template that made them: native (the tokenizer's own), a built-in name, text (plain text,
             an EOS at its end) or a .jinja file.
         source_number: of FuseLLM's columns of several sources, which to take.
+        top_k: entries to keep of a capture that has more; released data are kept whole.
         max_length: tokens to which conversations were cut. shard_size: conversations per shard.
         encoding: plain or compact.
-    Returns: the Representation in output_dir; its manifest's `released` counts the tokens whose log-probabilities are
-        exact or renormalised and whose ce was known or estimated.
+    Returns: the Representation in output_dir, beside the conversations.jsonl for other models; its manifest's
+        `released` counts the tokens whose log-probabilities are exact or renormalised and whose ce was known or
+        estimated.
     Raises: InputError for missing columns, or where not one conversation is rendered to its ids again.
     Source: columns as written by the authors' scripts; arXiv 2408.07990, section 3.2.
     """
     check_integer("max_length for import", max_length)
     check_integer("shard_size for import", shard_size)
+    check_integer("top_k for import", top_k)
     names = [str(name) for name in (released if isinstance(released, list | tuple) else [released])]
-    data = _read(names)
     tokenizer = load_fast_tokenizer(model_name_or_path, trust_remote_code)
     encoder = ConversationEncoder(tokenizer, resolve_template(template, tokenizer), max_length)
-    name, source = ", ".join(Path(name).name for name in names), _source(data.column_names, source_number)
-    if source_number is not None:
-        name += f" (source {source_number})"
-    _check_columns(data, names, source)
-    rows = ReleasedRows(data, encoder, name, source)
+    if (rows := _captured(names, encoder, model_name_or_path, top_k)) is None:
+        rows = _released(names, encoder, source_number)
+    elif source_number is not None:
+        raise InputError(f"source_number for {rows.name}: expected none, as a capture is of one model. Leave it out.")
     capture = _capture(rows, names, str(model_name_or_path))
     rows.check_order()
     identity = capture.identity(
         {"top_k": rows.top_k, "max_length": max_length, "shard_size": shard_size},
         short_digest("".join(one.content_hash for one in capture.conversations)),
     )
-    if rows.source:
-        figures = data[PIVOT.mean if PIVOT.mean in data.column_names else PIVOT.by_token]
+    if isinstance(rows, ReleasedRows) and rows.source:
+        figures = rows.data[PIVOT.mean if PIVOT.mean in rows.data.column_names else PIVOT.by_token]
         own = short_digest(np.hstack(list(figures)).astype(np.float64).tobytes())
         identity["pivot"] = {"tokenizer": identity["tokenizer"], "template": identity["template"], "data": own}
         identity["options"] |= {"mapping": "released", "safe_only": False}
         if source_number is not None:
             identity["options"]["source_number"] = source_number
     writer = _Writer(rows, output_dir, identity, encoding)
-    return write_representation(capture, writer, shard_size, Process(), lambda: rows)
+    found = write_representation(capture, writer, shard_size, Process(), lambda: rows)
+    if "pivot" not in identity:
+        _write_conversations(capture, writer.path / "conversations.jsonl")
+    return found
 
 
-def _capture(rows: ReleasedRows, names: list[str], model: str) -> Capture:
-    """The conversations of the released rows, as far as they are rendered to the same ids again."""
+def _captured(names: list[str], encoder: ConversationEncoder, model, top_k: int) -> CapturedRows | None:
+    """The rows of captures; None where the names are those of `datasets` directories."""
+    paths = [Path(name) for name in names]
+    if not all(path.exists() for path in paths) or any((path / "state.json").exists() for path in paths):
+        return None
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    if parquet := [file for file in files if file.suffix == ".parquet"]:
+        root = paths[0] if paths[0].is_dir() else paths[0].parent
+        captures: DistillKit | AnswerLines = DistillKit(parquet, root, encoder)
+    elif any(_LINES.search(file.name) for file in files) and not any(file.suffix == ".arrow" for file in files):
+        config = model_file(model, "config.json")
+        embeddings = read_json(config, "model").get("vocab_size") if config else None
+        captures = AnswerLines(names, encoder, max(len(encoder.tokenizer), embeddings or 0))
+    else:
+        return None
+    return CapturedRows(captures, encoder, top_k)
+
+
+def _write_conversations(capture: Capture, path: Path) -> None:
+    """Write the rebuilt conversations, which other models are to represent, one a line."""
+    aside = path.with_suffix(".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        for one in capture.conversations:
+            file.write(json.dumps({"id": one.id, "messages": one.messages}, ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+def _released(names: list[str], encoder: ConversationEncoder, source_number: int | None) -> ReleasedRows:
+    """The rows of FuseChat's or FuseLLM's data."""
+    data = _read(names)
+    name, source = ", ".join(Path(name).name for name in names), _source(data.column_names, source_number)
+    if source_number is not None:
+        name += f" (source {source_number})"
+    _check_columns(data, names, source)
+    return ReleasedRows(data, encoder, name, source)
+
+
+def _capture(rows: ImportedRows, names: list[str], model: str) -> Capture:
+    """The conversations of the rows, as far as they are rendered to the same ids again."""
     template, rebuilt = rows.encoder.template.name, list(rows.conversations())
     if not rebuilt:
         first = f": {rows.skipped[0]['detail']}" if rows.skipped else ""
         raise InputError(
             f"released data in {', '.join(names)}: expected conversations that the template {template} renders to "
-            f"their ids, got none in {len(rows.data)} rows{first}. Give the tokenizer and the template that made them."
+            f"their ids, got none in {rows.rows} rows{first}. Give the tokenizer and the template that made them."
         )
     found, report = read_conversations(rebuilt)
     report.skipped += rows.skipped
-    report.rows, report.data = len(rows.data), [Path(name).name for name in names]
+    report.rows, report.data = rows.rows, [Path(name).name for name in names]
     made_from: Identity = {"name": model, "fingerprint": rows.fingerprint}
     return Capture(found, report, rows.encoder, made_from, template)
 
@@ -194,7 +247,7 @@ def _check_columns(data, names: list[str], source: Columns | None) -> None:
 class _Writer(ShardWriter):
     """Adds an aligned source's columns to each shard, and counts of exact and renormalised tokens to the manifest."""
 
-    def __init__(self, rows: ReleasedRows, output_dir, identity: dict, encoding: str):
+    def __init__(self, rows: ImportedRows, output_dir, identity: dict, encoding: str):
         kind = "aligned" if rows.source else "representation"
         super().__init__(output_dir, identity, kind=kind, encoding=encoding)
         self.rows = rows
@@ -203,7 +256,7 @@ class _Writer(ShardWriter):
         totals = Counter()
         for row in rows:
             totals.update(self.rows.counts[key_of(row["input_ids"])])
-        if self.rows.source:
+        if isinstance(self.rows, ReleasedRows) and self.rows.source:
             rows = [{**row, **self.rows.source_of(row)} for row in rows]
             totals["answered_tokens"] = int(sum((row["mapped_mass"] > 0).sum() for row in rows))
         super().write(shard, rows, {**(info or {}), "released": totals})

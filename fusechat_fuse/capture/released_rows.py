@@ -5,21 +5,27 @@ Shape letters: T tokens, P predicted tokens, K entries.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from fusechat_fuse.capture.batches import TopK
-from fusechat_fuse.capture.manifest import MAX_NON_FINITE_SHARE
-from fusechat_fuse.errors import InputError
+from fusechat_fuse.capture.imported_rows import (
+    SAMPLED_ROWS,
+    ImportedRows,
+    Place,
+    Rebuilt,
+    key_of,
+    rebuild,
+    refuse_shifted,
+)
 from fusechat_fuse.progress import progress
 from fusechat_fuse.text.chat import ConversationEncoder, Encoded
 from fusechat_fuse.text.messages import Unusable
 
 TOLERANCE = 0.02  # of a log-sum-exp from float16 logits
-SAMPLED_ROWS = 64  # by which it is seen whether all rows are shifted
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,8 @@ def _scan(data, column: str) -> tuple[int, np.ndarray]:
     return largest, np.concatenate(lengths)
 
 
-def key_of(input_ids: np.ndarray) -> bytes:
-    """What a conversation is looked up by: a digest of its ids, which are kilobytes."""
-    return hashlib.blake2b(np.asarray(input_ids, np.int32).tobytes(), digest_size=16).digest()
-
-
-class ReleasedRows:
-    """The released rows; a `computation.Runner` that looks distributions up by their ids.
+class ReleasedRows(ImportedRows):
+    """The released rows: logits.
 
     Args:
         data: `datasets.Dataset`. encoder: of the template that made the ids. name: of the data, for the manifest.
@@ -60,38 +61,25 @@ class ReleasedRows:
     """
 
     def __init__(self, data, encoder: ConversationEncoder, name: str, source: Columns | None):
-        self.data, self.encoder, self.name, self.source = data, encoder, name, source
+        self.data, self.source = data, source
         tables = [columns.indices for columns in (PIVOT, source) if columns]
         largest, lengths = zip(*(_scan(data, column) for column in tables))
-        self.vocab_size = max(len(encoder.tokenizer), max(largest) + 1)  # embeddings may be longer
         self.positions = np.min(lengths, 0)  # that have distributions, of each row
-        self.top_k = max((len(row) for row in data[0][PIVOT.indices]), default=1)
-        self.fingerprint = str(data._fingerprint)[:16]
-        self.padded = 0
-        self.skipped: list[dict] = []
-        self.refused: list[str] = []  # why a conversation's distributions are none
-        self.places: dict[bytes, int] = {}
-        self.counts: dict[bytes, dict[str, int]] = {}
+        top_k = max((len(row) for row in data[0][PIVOT.indices]), default=1)
+        vocab_size = max(len(encoder.tokenizer), max(largest) + 1)  # embeddings may be longer
+        super().__init__(encoder, name, len(data), str(data._fingerprint)[:16], top_k, vocab_size)
 
-    def conversations(self):
-        """Rows {id, messages} of what the template renders to the released ids; the others go to `skipped`."""
+    def _candidates(self) -> Iterator[tuple[Place, str, Callable[[], Rebuilt]]]:
         own = next((name for name in ("id", "conv_id") if name in self.data.column_names), None)
         wanted = [name for columns in (PIVOT, self.source) if columns for name in (columns.mean, columns.by_token)]
         columns = ["input_ids", "attention_mask", "labels", *wanted, *([own] if own else [])]
         columns = [name for name in columns if name in self.data.column_names]
         data = self.data.select_columns(columns)
         for number, row in enumerate(progress(data, total=len(data), unit="row")):
-            name = str(row[own]) if own else str(number)
-            try:
-                key, messages = self._conversation(number, row)
-            except Unusable as problem:
-                self.skipped.append({"row": number, "id": name, "reason": problem.reason, "detail": str(problem)})
-                continue
-            self.places[key] = number
-            yield {"id": name, "messages": messages}
+            yield Place(number), str(row[own]) if own else str(number), partial(self._rebuilt, number, row)
 
-    def _conversation(self, number: int, row: dict) -> tuple[bytes, list[dict[str, Any]]]:
-        """A row's key and messages. Raises: Unusable for what is wrong with it."""
+    def _rebuilt(self, number: int, row: dict) -> Rebuilt:
+        """A row's conversation. Raises: Unusable for what is wrong with it."""
         ids, labels, places = _unpadded(row)
         _mean_ce(row, PIVOT, places[_labelled(labels) - 1])
         if self.source:
@@ -99,17 +87,13 @@ class ReleasedRows:
         if self.positions[number] < places[-1]:
             detail = f"distributions for {self.positions[number]} positions, the last token is at {places[-1]}"
             raise Unusable("positions", detail)
-        messages, one = self._messages(ids, labels)
-        key = key_of(one.input_ids)
-        if key in self.places:
-            raise Unusable("repeated", f"the same ids as row {self.places[key]}")
-        return key, messages
+        return rebuild(self.encoder, ids, labels)
 
     def check_order(self) -> None:
         """Raise InputError where the rows of a table stand at the wrong positions: more of the labels are among the
         entries of a neighbouring row than among those of the row that should predict them."""
         tables = [(PIVOT.indices, 0), *([(self.source.indices, 1)] if self.source else [])]
-        chosen = self.data.select(list(self.places.values())[:SAMPLED_ROWS])
+        chosen = self.data.select([place.row for place in self.places.values()][:SAMPLED_ROWS])
         for column, least in tables:
             hits = np.zeros((3, 2), int)  # labels among the entries of the row before, the right one, the one after
             for row in chosen.select_columns(["input_ids", "attention_mask", "labels", column]):
@@ -119,82 +103,12 @@ class ReleasedRows:
                         entries = row[column][place] if 0 <= place < len(row[column]) else []
                         if len(entries) > least:  # one entry of a source: the fallback for what was not aligned
                             hits[n] += int(ids[token]) in entries, 1
-            before, right, after = hits[:, 0] / np.maximum(hits[:, 1], 1)
-            if max(before, after) > max(2 * right, 0.3):
-                raise InputError(
-                    f"{column} for {self.name}: expected the row of position t to predict token t + 1, got "
-                    f"{right:.0%} of the labels among the entries, and {max(before, after):.0%} one row "
-                    f"{'earlier' if before > after else 'later'}. Shift the rows back."
-                )
-
-    def _messages(self, ids: np.ndarray, labels: np.ndarray) -> tuple[list[dict[str, Any]], Encoded]:
-        """The conversation of these ids, and its encoding, which is these ids; answers without labels have weight 0."""
-        labelled = labels != -100
-        if (labels[labelled] != ids[labelled]).any():
-            raise Unusable("labels", "the labels are not the tokens at their places")
-        text, detail = self._text(ids), "the template renders no such text"
-        if labelled.all():
-            detail += "; all of it has labels, as plain text has (template text)"
-        runs = int((labelled & ~np.r_[False, labelled[:-1]]).sum())
-        most = int((ids == self.encoder.end_of_turn_id).sum()) + 1
-        for answers in sorted(range(1, most + 1), key=lambda count: abs(count - runs)):
-            for roles in (("user", "assistant") * answers, ("system", *("user", "assistant") * answers)):
-                try:
-                    messages: list[dict[str, Any]] | None = self.encoder.parse(text, roles)
-                    if messages is None:
-                        continue
-                    one = self.encoder.encode(messages)
-                except Unusable as problem:
-                    detail = str(problem)
-                    continue
-                if not np.array_equal(one.input_ids, ids):
-                    detail = "the text is rendered to other ids"
-                    continue
-                taught = set(one.message[labelled[one.predicted]].tolist())
-                for n, message in enumerate(messages):
-                    if message["role"] == "assistant" and n not in taught:
-                        message["weight"] = 0
-                if not taught:
-                    raise Unusable("no_answer", "no answer is labelled")
-                return messages, one
-        raise Unusable("ids", detail)
-
-    def _text(self, ids: np.ndarray) -> str:
-        """The text of ids, special tokens apart: a decoder drops blanks around them."""
-        tokenizer, special = self.encoder.tokenizer, set(self.encoder.tokenizer.all_special_ids)
-        cuts = [n for n, token in enumerate(ids.tolist()) if token in special]
-        text, last = [], 0
-        for cut in [*cuts, len(ids)]:
-            if cut > last:
-                text.append(tokenizer.decode(ids[last:cut].tolist(), clean_up_tokenization_spaces=False))
-            if cut < len(ids):
-                text.append(tokenizer.convert_ids_to_tokens(int(ids[cut])))
-            last = cut + 1
-        return "".join(text)
-
-    def __call__(self, encoded: list[Encoded], progress) -> list[TopK | Unusable]:
-        results: list[TopK | Unusable] = []
-        for one in encoded:
-            try:
-                results.append(self._distributions(one))
-            except Unusable as problem:
-                results.append(problem)
-                self.refused.append(str(problem))
-                if len(self.refused) > MAX_NON_FINITE_SHARE * len(self.places):
-                    raise InputError(
-                        f"distributions for {self.name}: expected finite logits that go with the cross-entropies, got "
-                        f"others in more than {MAX_NON_FINITE_SHARE:.0%} of the conversations (first: "
-                        f"{self.refused[0]}). Compare the rows with their source: they may be damaged, or belong to "
-                        "other tokens."
-                    ) from problem
-            self.padded += len(one.input_ids)
-            progress.update(1)
-        return results
+            refuse_shifted(f"{column} for {self.name}", hits)
 
     def _distributions(self, one: Encoded) -> TopK:
         """The distributions of one conversation. Raises: Unusable where they cannot be those of its tokens."""
         key = key_of(one.input_ids)
-        row = self.data[self.places[key]]
+        row = self.data[self.places[key].row]
         _, labels, places = _unpadded(row)
         labelled = _labelled(labels)  # the tokens of which the mean is taken
         tokens = np.union1d(labelled, one.predicted)
@@ -236,7 +150,7 @@ class ReleasedRows:
     def source_of(self, row: dict) -> dict:
         """The fields of a source beside the pivot's."""
         assert self.source
-        released = self.data[self.places[key_of(row["input_ids"])]]
+        released = self.data[self.places[key_of(row["input_ids"])].row]
         at = np.flatnonzero(np.asarray(released["attention_mask"]))[row["predicted"] - 1]
         indices, logits = released[self.source.indices], released[self.source.logits]
         width = max((len(indices[t]) for t in at if t < len(indices)), default=1) or 1

@@ -76,7 +76,7 @@ class ServerRunner:
             progress.update(1)
         try:
             found = self.protocol.answer(answer, ids, positions, self.top_k)
-            return _top_k(found, one.input_ids[one.predicted], self.top_k, self.vocab_size)
+            return to_top_k(found, one.input_ids[one.predicted], self.top_k, self.vocab_size)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -94,7 +94,7 @@ class ServerRunner:
             contents = [self.servers.try_out(url, body, advice) for body in bodies]
             answers = [self.protocol.answer(content, ids, positions, self.top_k) for content in contents]
             own = np.array(ids[1:])
-            top, at_temperature_2 = (_top_k(answer, own, self.top_k, self.vocab_size) for answer in answers)
+            top, at_temperature_2 = (to_top_k(answer, own, self.top_k, self.vocab_size) for answer in answers)
         except InputError:
             raise
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -119,7 +119,7 @@ class ServerRunner:
         return top.ids[:, 0].tolist()
 
 
-def _top_k(answer: Answer, own: np.ndarray, top_k: int, vocab_size: int) -> TopK:
+def to_top_k(answer: Answer, own: np.ndarray, top_k: int, vocab_size: int) -> TopK:
     """An answer as arrays. What is no measurement (NaN, above 0, a stand-in for minus infinity) is not finite.
 
     Args:

@@ -162,6 +162,17 @@ class ConversationEncoder:
         contents.append(text[position:].removesuffix(last))
         return [{"role": role, "content": contents[layout.order.index(n)]} for n, role in enumerate(roles)]
 
+    def openings(self) -> list[np.ndarray]:
+        """The ids that begin a conversation and stand nowhere else: the BOS, else the text before a system message."""
+        first = self.bos
+        if not first:
+            try:
+                roles = ("system", "user", "assistant")
+                first = self._own_pieces(self._layout([{"role": role} for role in roles]).pieces)[0].rstrip()
+            except Unusable:
+                first = ""
+        return [np.array(self._ids(first))] if first else []
+
     def _rendered(self, messages: list[dict[str, Any]]) -> tuple[Layout, list[str]]:
         """The layout of a conversation and its contents as the template renders them, in the order of the text."""
         check_contents(messages, self._reserved)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from fusechat_fuse.capture.server import _top_k
+from fusechat_fuse.capture.server import to_top_k
 from fusechat_fuse.capture.server_protocols import PROTOCOLS
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "vllm-0.32.0.json"
@@ -44,7 +44,7 @@ def main() -> None:
         begun = time.process_time()
         for _ in range(10):
             answer = PROTOCOLS["vllm"].answer(orjson.loads(raw), ids, positions, TOP_K)
-            _top_k(answer, np.array(ids)[positions], TOP_K, 50_000)
+            to_top_k(answer, np.array(ids)[positions], TOP_K, 50_000)
         shares.append((time.process_time() - begun) / 10 / options.tokens * AT)
     print(
         f"{len(raw) / options.tokens:.0f} bytes a token; {statistics.median(shares):.1%} of a core at {AT:,} tokens/s"
