@@ -172,7 +172,14 @@ COMMANDS = {
                 "slice_column": SLICES,
                 "slice_pattern": SLICE_PATTERN,
                 "baseline": "of held-out results of one pivot: the R that the others are compared to",
-            }
+            },
+            "held-out results (with --baseline)": {
+                "source_answers ...": "the same models' representations of the same prompts with the sources' answers, "
+                "which rank them",
+                "answers ...": "the same models' answers to the same prompts (answer --benchmark held_out)",
+                "score": "score of these answers, which ranks the models: exact_match, or FILE.py:function of (answer, "
+                "reference, row) that returns 0 to 1",
+            },
         },
         parameters={"R": "representation_dirs"},
         text_of=lambda result: _lines("evaluation.comparison.table_lines", result),
@@ -271,9 +278,10 @@ COMMANDS = {
         {
             "input and output": {
                 "benchmark": "what is answered: mt_bench, alpaca_eval, arena_hard, chat (the last user message of "
-                "each conversation) or data (every turn of chat data, to train on the answers)",
+                "each conversation), held_out (its last answered turn, to be scored by compare) or data (every turn, "
+                "to train on the answers)",
                 "model": "model that answers: a directory, Hub name or GGUF file",
-                "questions": "file of the benchmark's questions; for chat and data any chat data",
+                "questions ...": "file of the benchmark's questions; for chat, held_out and data any chat data",
                 "output": "file for the answers; for mt_bench and arena_hard model_answer/MODEL_ID.jsonl",
                 "pivot_name_or_path": "for data: pivot whose chat template must take the answers; where one is "
                 "refused, empty, cut or holds a special token, the data's answers stay",
@@ -288,6 +296,7 @@ COMMANDS = {
             },
             "loading the model": LOADING,
             "inference servers": SERVERS,
+            "reading chat data": READING,
         },
         parameters={"pivot_name_or_path": "pivot"},
         check="evaluation.answers.check_options",

@@ -410,6 +410,23 @@ def test_prompts_are_answered_and_so_are_last_user_messages(model, tmp_path):
     }
 
 
+def test_held_out_prompts_are_the_last_that_the_data_answer(model, tmp_path):
+    first = {"id": "first", "prompt": "say one", "completion": "one"}
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "open")]
+    more = {"id": "turns", "slice": "x", "tests": [1, None], "messages": [{"role": r, "content": t} for r, t in turns]}
+    for name, row in (("q-1", first), ("q-2", more)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(tmp_path / f"q-{n}.jsonl") for n in (1, 2)]
+    words = ["answer", "--benchmark", "held_out", "--model", str(model), "--questions", *files]
+    assert main([*words, "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "3", "--limit", "9"]) == 0
+    one, two = lines(tmp_path / "a.jsonl")
+    assert (one["data_answer"], one["slice"], one["completion"], one["id"]) == ("one", "", "one", "first")
+    assert [(m["role"], m["content"]) for m in two["messages"][:-1]] == turns[:4]
+    assert (two["data_answer"], two["slice"], two["tests"], two["id"]) == ("d", "x", [1, None], "turns")
+    with pytest.raises(InputError, match="limit for answer: expected chat data, got benchmark mt_bench"):
+        answer(model, mt_bench(tmp_path / "q.jsonl"), tmp_path / "m.jsonl", benchmark="mt_bench", limit=2)
+
+
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
 def test_temperatures_are_numbers_from_0(model, tmp_path, temperature):
     with pytest.raises(InputError, match="temperature for answer: expected a number from 0, got "):
@@ -453,7 +470,7 @@ def test_a_question_that_fills_the_positions_is_empty_and_does_not_stop_the_othe
         (
             "arena",
             [{}],
-            "value for benchmark: expected one of mt_bench, alpaca_eval, arena_hard, chat, data, got 'arena'",
+            "value for benchmark: expected one of mt_bench, alpaca_eval, arena_hard, chat, held_out, data, got 'arena'",
         ),
     ],
 )

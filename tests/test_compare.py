@@ -11,7 +11,7 @@ from fusechat_fuse import compare
 from fusechat_fuse.cli import main
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.evaluation.comparison import table_lines
-from fusechat_fuse.evaluation.ranking import paired_difference, rank
+from fusechat_fuse.evaluation.ranking import Measure, paired_difference, rank
 from fusechat_fuse.store.shard_writer import ShardWriter
 from fusechat_fuse.training.slice_choice import source_by_slice
 from tests.helpers.tiny_runs import aligned_directory
@@ -152,13 +152,18 @@ def test_the_best_result_with_its_intervals(tmp_path, capsys):
     result = compare(paths, baseline=paths[1])
     ranking = result["ranking"]
     assert "choices" not in result
-    assert list(ranking["models"]) == ["target", "merged", "plain", "pivot"]
-    assert ranking["models"]["target"]["score"] == pytest.approx(2)
+    (measure,) = ranking["measures"]
+    assert [row[0] for row in ranking["table"]] == ["result", "target", "merged", "plain", "pivot"]
+    assert measure["models"]["target"]["mean"] == pytest.approx(2)
+    assert measure["slices"]["b"] == {
+        "conversations": 3,
+        "models": {n: {"mean": pytest.approx(v)} for n, v in zip(bits, (9, 4, 2, 11 / 3))},
+    }
     variance = (2 / 2 + 4 / 3) / 4  # d: -1, -3 of a; 0, -2, -4 of b
     freedom = variance**2 / ((1 / 4) ** 2 / 1 + (1 / 3) ** 2 / 2)
     expected = [-2, student.ppf(0.975, freedom) * variance**0.5]
-    assert ranking["models"]["target"]["to_baseline"] == pytest.approx(expected)
-    assert ranking["models"]["plain"]["to_baseline"] == [0, 0]
+    assert measure["models"]["target"]["to_baseline"] == pytest.approx(expected)
+    assert measure["models"]["plain"]["to_baseline"] == [0, 0]
     assert (ranking["baseline"], ranking["best"], ranking["next"]) == ("plain", "target", "merged")
     assert ranking["clear"] == []
     variance = (2 / 2 + 7 / 3 / 3) / 4  # -1, -3; 0, -2, -3
@@ -166,8 +171,15 @@ def test_the_best_result_with_its_intervals(tmp_path, capsys):
     to_next = student.ppf(0.975, freedom) * variance**0.5
     args = ["compare", *map(str, paths), "--baseline", str(paths[1])]
     assert main(args) == 0
-    said = capsys.readouterr().out.splitlines()[-2:]
-    assert said == [
+    said = capsys.readouterr().out.splitlines()
+    of_merged = student.ppf(0.975, 2) / 6  # d: 0, 0, -1 of b alone
+    assert said[-9:-5] == [
+        "| result | bits per byte | less plain |",
+        "|---|---:|---:|",
+        f"| target | 2.0000 | -2.0000 ± {expected[1]:.4f} |",
+        f"| merged | 3.8333 | -0.1667 ± {of_merged:.4f} |",
+    ]
+    assert said[-2:] == [
         f"Best result: target, 2.0000 bits per byte (mean over 2 slices), -2.0000 ± {expected[1]:.4f} against plain, "
         f"-1.8333 ± {to_next:.4f} against the next, merged (95 % intervals, paired).",
         "No result is clear of plain: these conversations cannot tell them apart.",
@@ -190,17 +202,24 @@ def test_what_is_clear_of_plain_and_what_is_not():
     noise, slices = np.tile([-1, 1], 25), [""] * 50
     steady, best = -0.1 + 0.01 * noise, -0.2 + noise
     bits = 5 + np.array([0 * noise + 3, 0 * noise, steady, best])
-    ranking = rank(["pivot", "plain", "steady", "best"], slices, bits, 1)
+
+    def ranked(names, bits, baseline, higher=False):
+        return rank(names, [Measure("bits per byte", slices, bits, higher)], baseline)
+
+    ranking = ranked(["pivot", "plain", "steady", "best"], bits, 1)
     assert (ranking["best"], ranking["clear"]) == ("best", ["steady"])
     assert ranking["summary"][1] == "It is not clear of plain; steady would be."
-    ranking = rank(["pivot", "plain", "steady", "best"], slices, bits + np.array([[0], [0.5], [0], [0]]), 1)
-    assert ranking["summary"][1] == "It is clear of plain, and not of steady."
-    alone = rank(["pivot", "one"], slices, bits[[0, 2]], 0)
+    clear = "It is clear of plain, and not of steady."
+    ranking = ranked(["pivot", "plain", "steady", "best"], bits + np.array([[0], [0.5], [0], [0]]), 1)
+    assert ranking["summary"][1] == clear
+    ranking = ranked(["pivot", "plain", "steady", "best"], -bits - np.array([[0], [0.5], [0], [0]]), 1, higher=True)
+    assert (ranking["best"], ranking["clear"], ranking["summary"][1]) == ("best", ["best", "steady"], clear)
+    alone = ranked(["pivot", "one"], bits[[0, 2]], 0)
     assert alone["summary"] == [
         "Best result: one, 4.9000 bits per byte (the held-out data), -3.1000 ± 0.0029 against pivot (95 % intervals, "
         "paired)."
     ]
-    assert rank(["pivot", "plain"], slices, bits[:2], 1)["summary"] == []
+    assert ranked(["pivot", "plain"], bits[:2], 1)["summary"] == []
 
 
 @pytest.mark.parametrize(

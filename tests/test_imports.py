@@ -49,6 +49,7 @@ SHARED = (
     "progress",
     "flags",
     "requirements",
+    "user_code",
 )  # which any room may use; they use none
 COMMAND = ("cli", "commands")  # the top, which nothing below it uses
 

@@ -318,7 +318,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing():
     text = report_page("fused", FOUND)
     page = Page(text)
     assert page.headings == [
-        "Held-out bits per byte, means (lower is better)",
+        "Held-out results, means",
         *("Who answered the training data", "Alignment", "Training loss"),
         *("Model selected for each slice", "Merge coefficients", "About this run"),
     ]
@@ -428,12 +428,14 @@ def contents(folder: Path) -> dict[str, str]:
 def finished(recipe_models, tmp_path_factory, forked):
     """A recipe of one source, run; what it made, and its plan before and after. Evaluations are forked."""
     folder = tmp_path_factory.mktemp("finished")
-    more = {"held_out": str(recipe_models / "held.json"), "launcher": {"evaluate": forked.launcher}}
-    recipe = recipe_of(recipe_models, folder, ("one",), plain=False, **more)
+    more = {"held_out": str(recipe_models / "held.json"), "score": "exact_match", "answer": {"max_new_tokens": 4}}
+    more |= {"plain": False, "launcher": {"evaluate": forked.launcher, "answer": forked.launcher}}
+    recipe = recipe_of(recipe_models, folder, ("one",), **more)
     before = plan(recipe, options_of=options_of)
     run(recipe, options_of=options_of)
     after = plan(recipe, options_of=options_of)
-    return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, content=contents(folder / "out"))
+    content = contents(folder / "out")
+    return SimpleNamespace(recipe=recipe, folder=folder, before=before, after=after, more=more, content=content)
 
 
 @pytest.mark.slow
@@ -491,6 +493,15 @@ def test_a_recipe_ends_with_a_merge_and_a_page_and_takes_another_source(
     run(finished.recipe)
     assert caplog.text.count("finished before") == len(steps_of(read_recipe(finished.recipe)))
     assert contents(out) == before
+
+    for credit in (1, 0.5):  # another score is no other answer, and another content of its file another score
+        (finished.folder / "grade.py").write_text(f"def grade(answer, reference, row):\n    return {credit}\n")
+        caplog.clear()
+        run(recipe_of(recipe_models, finished.folder, ("one",), **{**finished.more, "score": "grade.py:grade"}))
+        assert re.findall(r"\] (.*): starts", caplog.text) == ["evaluate compare"]
+        ranking = json.loads((out / "report.json").read_text())["held_out"]["ranking"]
+        assert f"{credit:.4f} score by grade" in ranking["summary"][0]
+    assert "<h3>score by grade, by slice (higher is better)</h3>" in (out / "report.html").read_text()
 
     recipe = recipe_of(recipe_models, finished.folder, ("one", "two"), plain=False)
     caplog.clear()

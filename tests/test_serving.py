@@ -13,6 +13,7 @@ from fusechat_fuse.pipeline.recipe import read_recipe
 from fusechat_fuse.pipeline.record import Record
 from fusechat_fuse.pipeline.run import run
 from fusechat_fuse.pipeline.serving import steps_now
+from tests.helpers.pages import Page
 from tests.helpers.recipes import recipe_of, written
 
 
@@ -117,6 +118,7 @@ def recorder(ran: list[str], comparisons: dict[str, dict]):
 def test_a_run_ends_with_its_best_result(monkeypatch, tmp_path, recipe_models, caplog):
     caplog.set_level("INFO", "fusechat_fuse")
     ranking = {"best": "sce", "summary": ["Best result: sce.", "No result is clear of plain."]}
+    ranking |= {"baseline": "plain", "models": {"plain": {"to_baseline": [0, 0]}, "sce": {"to_baseline": [-1, 0.5]}}}
     held_out = {"ranking": ranking}
     monkeypatch.setattr(module, "execute", recorder([], {"evaluate compare": held_out}))
     recipe, out = recipe_of(recipe_models, tmp_path, ("one",), held_out="held.json"), tmp_path / "out"
@@ -129,9 +131,8 @@ def test_a_run_ends_with_its_best_result(monkeypatch, tmp_path, recipe_models, c
         "path": "merged/sce",
         "summary": ranking["summary"],
     }
-    page = (out / "report.html").read_text()
-    best = "</h1>\n<p>Best result: sce.</p>\n<p>No result is clear of plain.</p>\n<p>It is in merged/sce.</p>"
-    assert best in page
+    page = Page((out / "report.html").read_text())
+    assert page.paragraphs[:3] == ["Best result: sce.", "No result is clear of plain.", "It is in merged/sce."]
     ranking["best"] = "target-one"
     (out / "held_out" / "compare" / "compare.json").unlink()  # made anew
     run(recipe, overwrite=["evaluate"])

@@ -34,6 +34,7 @@ from fusechat_fuse.progress import progress
 from fusechat_fuse.store.claim import first_difference
 from fusechat_fuse.store.files import short_digest, write_atomic
 from fusechat_fuse.text.chat import ConversationEncoder
+from fusechat_fuse.text.data_files import names_in
 from fusechat_fuse.text.templates import native_template
 
 if TYPE_CHECKING:
@@ -67,15 +68,20 @@ def answer(
     server_kind: str = "vllm",
     server_model: str | None = None,
     server_requests: int = 32,
+    split: str = "train",
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    messages_column: str | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Answer a benchmark's questions, or the prompts of chat data.
 
     Args:
         model: directory, Hub name, or a loaded causal language model (then give `tokenizer`).
-        questions: the benchmark's file; for chat and data anything `load_conversations` takes.
+        questions: the benchmark's file; for chat, held_out and data anything `load_conversations` takes.
         output: the answers' file; the judges of mt_bench and arena_hard take its name without .jsonl as the model's.
-        benchmark: mt_bench, alpaca_eval, arena_hard, chat (the last user message of each conversation) or data (every
-            turn, for training on the answers).
+        benchmark: mt_bench, alpaca_eval, arena_hard, chat (the last user message of each conversation), held_out (the
+            last turn that the data answer, to be scored: `scoring.py`) or data (every turn, for training on them).
         pivot: for data: the model whose chat template must take the answers (None: the answering model). Where it
             refuses one, or one is empty, cut at max_new_tokens or unusable otherwise (`questions.answered_data`), the
             conversation keeps the data's answers.
@@ -89,6 +95,7 @@ def answer(
             `represent` takes them; without a device_map, the GPU if there is one.
         server, server_kind, server_model, server_requests: inference servers that answer instead of this process, as
             `represent` takes them; `model` then gives tokenizer, template and generation settings.
+        split, limit, shuffle_seed, messages_column, strict: for chat data, as `represent` takes them.
     Returns: counts: questions, answered_before, empty_answers, empty_by_problem (special_token: the question holds the
         text of one; refused: by the model's chat template); for data also kept_from_data, by reason; with a server
         refused_prompts, of this start.
@@ -96,11 +103,9 @@ def answer(
     """
     load_in = check_options(locals())
     output, model = Path(output), with_gguf(model, gguf_file)
-    if (count := Process.current().count) > 1:
-        raise InputError(f"answer in {count} processes: expected one. Start it without a launcher.")
-    asked = list(read_questions(benchmark, questions, temperature, samples))
-    if not asked and benchmark != "data":
-        raise InputError(f"questions {questions}: expected at least one, got none. Give a file with questions.")
+    _check_is_alone()
+    reading = {"split": split, "limit": limit, "shuffle_seed": shuffle_seed, "messages_column": messages_column}
+    asked = _questions(benchmark, questions, temperature, samples, {**reading, "strict": strict})
     tokenizer = load_fast_tokenizer(model, trust_remote_code) if tokenizer is None else tokenizer
     options = {"benchmark": benchmark, "max_new_tokens": max_new_tokens or MAX_NEW_TOKENS[benchmark], "seed": seed}
     loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
@@ -109,10 +114,7 @@ def answer(
     identity = _identity(model, loading, servers)
     asking = _identity_of_asking(model, tokenizer, asked, trust_remote_code)
     kept = _Kept(output, {**options, "batch_size": batch_size, **identity, **asking})
-    encoder = None
-    if benchmark == "data" and asked:  # before anything is generated
-        pivot_tokenizer = tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code)
-        encoder = ConversationEncoder(pivot_tokenizer, template)
+    encoder = _encoder(tokenizer, pivot, template, trust_remote_code) if benchmark == "data" and asked else None
     batches = [batch for batch in _batches(asked, batch_size) if any(q.key not in kept.answers for q in batch)]
     counts: dict[str, Any] = {"questions": len(asked), "answered_before": len(kept.answers)}
     if batches:
@@ -121,13 +123,23 @@ def answer(
         counts |= {"refused_prompts": len(refused)} if (refused := getattr(generator, "refused", None)) else {}
     if benchmark == "data":
         rows, counts["kept_from_data"] = answered_data(asked, kept.answers, identity["name"], encoder)
-        write_atomic(output, as_lines(rows).encode())
+        text = as_lines(rows)
     else:
         text = text_of_answers(benchmark, output, identity["name"], asked, kept.answers, tokenizer)
-        write_atomic(output, text.encode())
+    write_atomic(output, text.encode())
     counts |= _empty_answers(kept.answers)
     _warn(counts)
     return counts
+
+
+def _check_is_alone() -> None:
+    if (count := Process.current().count) > 1:
+        raise InputError(f"answer in {count} processes: expected one. Start it without a launcher.")
+
+
+def _encoder(tokenizer, pivot, template: str, trust_remote_code: bool) -> ConversationEncoder:
+    """The encoder of the pivot, or of the answering model."""
+    return ConversationEncoder(tokenizer if pivot is None else load_fast_tokenizer(pivot, trust_remote_code), template)
 
 
 def check_options(options: dict[str, Any]) -> str | None:
@@ -147,6 +159,14 @@ def check_options(options: dict[str, Any]) -> str | None:
             "Set both."
         )
     return check_loading("answer", options)
+
+
+def _questions(benchmark: str, data, temperature: float | None, samples: int, reading: dict) -> list[Question]:
+    asked = list(read_questions(benchmark, data, temperature, samples, reading))
+    if not asked and benchmark != "data":
+        named = ", ".join(names_in(data))
+        raise InputError(f"questions {named}: expected at least one, got none. Give a file with questions.")
+    return asked
 
 
 def _connect(server, kind: str, model: str | None, requests: int):

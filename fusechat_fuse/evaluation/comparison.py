@@ -20,11 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fusechat_fuse.errors import InputError
-from fusechat_fuse.evaluation.ranking import rank
+from fusechat_fuse.evaluation.ranking import Measure, rank
+from fusechat_fuse.evaluation.scoring import EXACT_MATCH, score_answers, score_name
 from fusechat_fuse.store.card import distinct_names
 from fusechat_fuse.store.files import json_bytes, write_atomic
 from fusechat_fuse.store.shards import Representation, load_representation
 from fusechat_fuse.store.slices import choose_by_slice, name_slices, undecided_lines
+from fusechat_fuse.user_code import check_function
 
 logger = logging.getLogger(__name__)
 ALL = "all"  # the name of the whole data set among the slices
@@ -37,6 +39,9 @@ def compare(
     slice_column: str = "slice",
     slice_pattern: str | None = None,
     baseline: str | Path | None = None,
+    source_answers: Sequence | None = None,
+    answers: Sequence | None = None,
+    score: str | None = None,
 ) -> dict:
     """Bits per byte of several models on the same conversations, per slice and over all.
 
@@ -47,6 +52,10 @@ def compare(
         slice_column, slice_pattern: as `store.slices.name_slices` takes them, for the first representation.
         baseline: of results that were made of one pivot, on held-out data: the directory to whose model the others are
             compared, such as plain fine-tuning's; None: the models are a pivot and its sources.
+        source_answers: with a baseline: of each model, what `represent` wrote on the same prompts with the sources'
+            answers, by which the models are then ranked: the data's answers may be wrong.
+        answers, score: with a baseline: of each model, its file of answers to the same prompts, and the score that
+            ranks the models before bits per byte, as `scoring.score_answers` takes them.
 
     Returns:
         models: their names. conversations, left_out: counts. slices: name -> {conversations, bytes, models: name ->
@@ -60,14 +69,13 @@ def compare(
     Raises: InputError for fewer than two directories, one that holds no representation, or no common conversation.
     """
     opened = _open(representation_dirs)
+    _check_held_out(len(opened), baseline, source_answers, answers, score)
     names = _names(opened)
     measured = [_measure(one) for one in opened]
-    keys, left_out = _common(opened, measured)
+    keys, sizes, bits, left_out = _common(opened, measured)
     own = name_slices(opened[0], column=slice_column, pattern=slice_pattern)
     slice_of = dict(zip(zip(opened[0].ids, opened[0].column("content_hash")), own))
     slices = [slice_of[key] for key in keys]
-    sizes = np.array([measured[0][key].bytes for key in keys], np.int64)
-    bits = np.array([[of_model[key].bits for key in keys] for of_model in measured]) / sizes
     table = {}
     for name in [ALL, *sorted(set(slices) - {""})]:
         chosen = np.array([name in (ALL, of) for of in slices])
@@ -76,9 +84,10 @@ def compare(
     if baseline is None:
         result["choices"] = _choices(names, measured, slice_of)
     else:
-        result["ranking"] = rank(names, slices, bits, _number_of(baseline, opened))
-    if left_out:
-        logger.warning("%d conversations are left out: not every representation has them with the same text.", left_out)
+        of_data = Measure("bits per byte" + (" of the data's answers" if source_answers else ""), slices, bits)
+        by_id = {name: of for (name, _), of in slice_of.items()}
+        more = _more_measures(names, by_id, source_answers, answers, score)
+        result["ranking"] = rank(names, [*more, of_data], _number_of(baseline, opened))
     if output_dir is not None:
         write(result, Path(output_dir))
     return result
@@ -114,6 +123,45 @@ def _number_of(baseline, opened: list[Representation]) -> int:
     return places.index(Path(baseline).resolve())
 
 
+def _check_held_out(count: int, baseline, source_answers, answers, score: str | None) -> None:
+    """Raise InputError for what ranks results and does not fit them."""
+    if baseline is None and (source_answers or answers or score):
+        raise InputError(
+            "baseline for compare: expected one with source_answers, answers or a score, got none. Add it."
+        )
+    if bool(answers) != bool(score):
+        raise InputError("score for compare: expected both answers and a score, got one of them. Add the other.")
+    if score and score != EXACT_MATCH:
+        check_function("score for compare", score)
+    for name, given in (("source_answers", source_answers), ("answers", answers)):
+        if given and len(given) != count:
+            raise InputError(
+                f"{name} for compare: expected one for each of {count} models, got {len(given)}. Give them in the "
+                "models' order."
+            )
+
+
+def _more_measures(
+    names: list[str], slice_of: dict[str, str], source_answers, answers, score: str | None
+) -> list[Measure]:
+    """What ranks the results before bits per byte of the data's answers; slice_of: by id of the conversation."""
+    found = []
+    if score and answers:
+        ids, scores = score_answers(score, answers, names)
+        found.append(Measure(score_name(score), [slice_of.get(name, "") for name in ids], scores, higher=True))
+    if source_answers:
+        opened = _open(source_answers)
+        if (there := _names(opened)) != names:
+            raise InputError(
+                f"source_answers for compare: expected those of {', '.join(names)}, got {', '.join(there)}. Give them "
+                "in the models' order."
+            )
+        keys, _, bits, _ = _common(opened, [_measure(one) for one in opened])
+        slices = [slice_of.get(name, "") for name, _ in keys]
+        found.append(Measure("bits per byte of the sources' answers", slices, bits))
+    return found
+
+
 def _names(opened: list[Representation]) -> list[str]:
     return distinct_names([str((one.manifest.get("model") or {}).get("name") or one.path.name) for one in opened])
 
@@ -137,8 +185,11 @@ def _measure(opened: Representation) -> dict[Key, Measured]:
     return found
 
 
-def _common(opened: list[Representation], measured: list[dict[Key, Measured]]) -> tuple[list[Key], int]:
-    """The conversations of which every model predicted the same text, and how many are left out."""
+def _common(
+    opened: list[Representation], measured: list[dict[Key, Measured]]
+) -> tuple[list[Key], np.ndarray, np.ndarray, int]:
+    """The conversations of which every model predicted the same text [N], their bytes [N], bits per byte of every model
+    [M, N], and how many are left out."""
     everyone = set().union(*measured)
     common = [
         key
@@ -150,7 +201,10 @@ def _common(opened: list[Representation], measured: list[dict[Key, Measured]]) -
             f"conversations for {', '.join(str(one.path) for one in opened)}: expected some that all of them have, "
             "got none. Represent the models on the same data."
         )
-    return common, len(everyone) - len(common)
+    if left_out := len(everyone) - len(common):
+        logger.warning("%d conversations are left out: not every representation has them with the same text.", left_out)
+    sizes = np.array([measured[0][key].bytes for key in common], np.int64)
+    return common, sizes, np.array([[of[key].bits for key in common] for of in measured]) / sizes, left_out
 
 
 def _bits_per_byte(one: Measured | None) -> float:
@@ -206,7 +260,7 @@ def _figures(names: list[str], bits: np.ndarray, sizes: np.ndarray) -> dict:
 def table_lines(result: dict) -> list[str]:
     """The comparison as a Markdown table: median bits per byte and share of wins, the best model in bold.
 
-    Below it what training by slices will take from each source and which slices cannot tell, or the best result.
+    Below it what training by slices will take from each source and which slices cannot tell, or the ranking.
     """
     names = result["models"]
     lines = [
@@ -224,7 +278,30 @@ def table_lines(result: dict) -> list[str]:
     for choice in result.get("choices", []):
         first, *undecided = choice["summary"]
         lines += [f"- {first}", *(f"  - {line}" for line in undecided)]
-    return lines + result.get("ranking", {}).get("summary", [])
+    if ranking := result.get("ranking"):
+        lines += [*_ranking_lines(ranking), *ranking["summary"]]
+    return lines
+
+
+def _ranking_lines(ranking: dict) -> list[str]:
+    """The table of the ranking, and the means of each slice for every measure that is not of the data's answers."""
+    head, *rows = ranking["table"]
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|---|" + "---:|" * (len(head) - 1),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    for measure in ranking["measures"][:-1]:
+        names = list(measure["models"])
+        lines += [
+            "",
+            f"| {measure['name']} | conversations | {' | '.join(names)} |",
+            "|---|" + "---:|" * (len(names) + 1),
+        ]
+        for name, of in measure["slices"].items():
+            means = " | ".join(f"{of['models'][model]['mean']:.4f}" for model in names)
+            lines.append(f"| {name or 'all'} | {of['conversations']} | {means} |")
+    return [*lines, ""]
 
 
 def write(result: dict, folder: Path) -> None:

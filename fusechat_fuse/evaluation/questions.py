@@ -10,6 +10,8 @@ arena_hard   questions (JSONL, version 2): uid, category?, subcategory?, prompt
              the last message's content {thought?, answer}, metadata the counts that its style control takes
 chat         questions: chat data as `represent` reads them, or prompts alone; each last user message is answered
              answers (JSONL): id, messages
+held_out     questions: chat data; the last answered turn of each conversation, after the data's own turns before it
+             answers (JSONL): id, slice, messages (the model's answer last), data_answer, and the data's other columns
 data         questions: chat data; every turn is answered, each after the answers to the turns before it
              answers (JSONL): id, slice, messages, answered_by, data_answers, and kept_because of the data's own
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,16 +31,17 @@ from typing import Any
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.chat import ConversationEncoder
-from fusechat_fuse.text.conversations import read_conversations
-from fusechat_fuse.text.data_files import data_sources
+from fusechat_fuse.text.conversations import read_conversations, rows_of
+from fusechat_fuse.text.data_files import data_sources, names_in
 from fusechat_fuse.text.messages import Unusable, check_unicode
 from fusechat_fuse.text.tools import uses_tools
 
+logger = logging.getLogger(__name__)
 TEMPERATURES = dict.fromkeys(("writing", "roleplay"), 0.7) | dict.fromkeys(("stem", "humanities"), 0.1)
 TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 TEMPERATURE_OF_OTHERS = 0.7
 MAX_NEW_TOKENS = {"mt_bench": 1024, "alpaca_eval": 2048, "arena_hard": 4096}  # the judges' own limits
-MAX_NEW_TOKENS |= {"chat": 1024, "data": 1024}
+MAX_NEW_TOKENS |= {"chat": 1024, "held_out": 1024, "data": 1024}
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,30 @@ class Question:
     given: dict[int, str] = field(default_factory=dict)
 
 
-def read_questions(benchmark: str, path, temperature: float | None, samples: int = 1) -> Iterator[Question]:
-    """The questions of a file, with their temperatures; of `data` each one `samples` times."""
+def read_questions(
+    benchmark: str, path, temperature: float | None, samples: int = 1, reading: dict[str, Any] | None = None
+) -> Iterator[Question]:
+    """The questions of a file, with their temperatures; of `data` each one `samples` times.
+
+    Args:
+        reading: of chat data, the options of `read_conversations`.
+    """
+    reading = reading or {}
     if benchmark == "data":
-        yield from _questions_of_data(path, temperature or 0.0, samples)
+        yield from _questions_of_data(path, temperature or 0.0, samples, reading)
+        return
+    if benchmark == "held_out":
+        yield from _questions_held_out(path, temperature or 0.0, reading)
         return
     if benchmark == "chat":
-        for row in read_conversations(path, prompts=True)[0]:
-            *history, last = [{k: v for k, v in m.items() if k != "weight"} for m in row.messages]
+        for row in read_conversations(path, prompts=True, **reading)[0]:
+            *history, last = _without_weights(row.messages)
             yield Question(row.id, history, [last["content"]], temperature or 0.0, {"id": row.id})
         return
+    if given := [name for name, value in reading.items() if value not in (None, False, "train")]:
+        raise InputError(f"{given[0]} for answer: expected chat data, got benchmark {benchmark}. Leave it out.")
     seen = set()
-    for name, rows in data_sources(str(path), "train"):
+    for name, rows in data_sources(path, "train"):
         for number, row in enumerate(rows):
             check_unicode(f"row {number} of {name}", json.dumps(row, ensure_ascii=False, default=str))
             question = _question(benchmark, f"row {number} of {name}", row, temperature)
@@ -78,12 +94,31 @@ def read_questions(benchmark: str, path, temperature: float | None, samples: int
             yield question
 
 
-def _questions_of_data(path, temperature: float, samples: int) -> Iterator[Question]:
+def _without_weights(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
+def _questions_held_out(path, temperature: float, reading: dict[str, Any]) -> Iterator[Question]:
+    """The last prompt of each conversation that has an answer, but where tools are called; `row` has the answer and the
+    data's columns."""
+    usable = read_conversations(path, **reading)[0]
+    found = [one for one in usable if not uses_tools(one.messages)]
+    if left_out := len(usable) - len(found):
+        logger.warning("%d conversations that call tools are not answered.", left_out)
+    for conversation, row in zip(found, rows_of(path, found, reading.get("split", "train")), strict=True):
+        *history, prompt, answer = _without_weights(conversation.messages)
+        row = json.loads(json.dumps(row, default=str))
+        own = {"id": conversation.id, "slice": conversation.slice or "", "data_answer": answer["content"]}
+        yield Question(conversation.id, history, [prompt["content"]], temperature, {**row, **own})
+
+
+def _questions_of_data(path, temperature: float, samples: int, reading: dict[str, Any]) -> Iterator[Question]:
     """Whole conversations, of which every turn is answered but those whose answer is not trained on; none where tools
     are called, whose results follow from the data's own calls."""
-    if Path(path).is_file() and not Path(path).stat().st_size:  # no conversation is this model's
+    files = [Path(name) for name in names_in(path)]
+    if files and all(file.is_file() and not file.stat().st_size for file in files):  # no conversation is this model's
         return
-    for conversation in read_conversations(path)[0]:
+    for conversation in read_conversations(path, **reading)[0]:
         messages = conversation.messages
         history = [message for message in messages if message["role"] == "system"]
         turns = [m["content"] for m in messages if m["role"] == "user" and not uses_tools(messages)]
@@ -132,11 +167,9 @@ def text_of_answers(
         )
     if benchmark == "arena_hard":
         return as_lines([_arena_hard_row(output, q, answers[q.key], tokenizer) for q in asked])
-    rows = [
-        _mt_bench_row(output, q, answers[q.key]) if benchmark == "mt_bench" else _chat_row(q, answers[q.key])
-        for q in asked
-    ]
-    return as_lines(rows)
+    if benchmark == "mt_bench":
+        return as_lines([_mt_bench_row(output, q, answers[q.key]) for q in asked])
+    return as_lines([{**q.row, **_chat_row(q, answers[q.key])} for q in asked])  # the row of chat is its id
 
 
 def as_lines(rows: list[dict[str, Any]]) -> str:

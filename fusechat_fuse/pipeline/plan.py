@@ -141,9 +141,8 @@ class _Planner:
         options = {} if step.stage == "merge" else self.options_of(step.arguments)
         for name in _COUNTS if step.stage == "train" else ():
             check_integer(f"value for {name}", options[name])
-        if step.stage == "represent" and self.recipe.answers == "sources":  # the data's own stand for answers to come
-            first = self._options(self._step(f"answer represent-{step.name}"))
-            options |= {name: first[name] for name in ("data_path", *READING)}
+        if step.arguments[0] == "represent" and (first := self._before_answers(step)):
+            options |= self._read_by(first)
         if "model" in options:
             options["model_name_or_path"] = options["model"]
         if "model_name_or_path" in options:
@@ -157,6 +156,17 @@ class _Planner:
         """How many conversations each model answers; None until they are assigned."""
         found = read_json(self.recipe.output_dir / "answers" / "assigned" / "assignment.json", "assignment")
         return found and found["conversations"]
+
+    def _before_answers(self, step: Step) -> str | None:
+        """The step that represents the data's own answers, which stand for those to come."""
+        if self.recipe.answers == "sources" and step.stage == "represent":
+            return f"answer represent-{step.name}"
+        return "evaluate pivot" if step.stage == "evaluate" and step.name.startswith("answered-") else None
+
+    def _read_by(self, key: str) -> Options:
+        """How a step reads its data."""
+        options = self._options(self._step(key))
+        return {name: options[name] for name in ("data_path", *READING)}
 
     def _step(self, key: str) -> Step:
         return next(step for step in self.steps if step.key == key)
@@ -212,11 +222,18 @@ class _Planner:
 
     def _answer(self, step: Step, options: Options) -> dict[str, Any]:
         """As if the answers were as long as the data's own; of all conversations until they are assigned."""
-        model, source = options["model_name_or_path"], self._step(f"answer represent-{step.name}")
+        evaluated, model = step.stage == "evaluate", options["model_name_or_path"]
+        name = step.name.partition("-")[2] if evaluated else step.name
         remedy = "Save one with its tokenizer (tokenizer.chat_template)"
-        native_template(load_fast_tokenizer(model, options["trust_remote_code"]), step.name, remedy)
-        encoded, size = self.data.encodings(source.key, self._options(source)), self._size(options)
-        count = self.assigned[step.name] if self.assigned else encoded.conversations
+        native_template(load_fast_tokenizer(model, options["trust_remote_code"]), name, remedy)
+        asks_sources = options["benchmark"] == "data"
+        represented = self._step(f"answer represent-{name}" if asks_sources else f"evaluate {name}")
+        reading = self._read_by("evaluate pivot") if evaluated else {}
+        encoded = self.data.encodings(step.key, self._options(represented) | reading)
+        size, assigned = self._size(options), None
+        if asks_sources:
+            assigned = read_json(step.output.parent / "assigned" / "assignment.json", "assignment")
+        count = assigned["conversations"][name] if assigned else encoded.conversations
         share = count * options["samples"] / encoded.conversations
         tokens, predicted = encoded.total(encoded.lengths) * share, encoded.total(encoded.predicted) * share
         row = {"conversations": count, "predicted_tokens": round(predicted), "tokens": round(tokens)}

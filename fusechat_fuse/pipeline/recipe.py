@@ -7,6 +7,7 @@
       qwen: {model: Qwen/Qwen1.5-72B-Chat, represent: {device_map: auto}, launcher: {represent: python}}
     data: mixture.json                      # one or a list, as --data_path takes them
     held_out: held-out.json                 # optional: evaluates the pivot and every result; {data: ..., split: test}
+    score: exact_match                      # optional: of their answers to the held-out prompts; or FILE.py:function
     preset: fusechat                        # or paper
     answers: data                           # or sources: each slice's prompts are answered anew by its best source
     represent: {dtype: bfloat16}            # flags of a stage without dashes; also answer, align, combine, train
@@ -35,11 +36,12 @@ from typing import Any
 from fusechat_fuse.errors import InputError
 from fusechat_fuse.presets import or_preset
 from fusechat_fuse.store.files import read_yaml
+from fusechat_fuse.user_code import check_function
 
 FLAGGED = ("represent", "answer", "align", "combine", "train")  # stages whose flags a recipe may set
 LAUNCHED = (*FLAGGED, "compare", "merge", "evaluate")  # stages that may have a launcher
 MODEL_STAGES = ("represent", "train", "evaluate")  # those that run models, perhaps as several processes
-KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "preset", "answers", *FLAGGED)
+KEYS = ("output_dir", "pivot", "sources", "data", "held_out", "score", "preset", "answers", *FLAGGED)
 KEYS += ("plain", "multi", "targets", "merge", "launcher", "devices")
 TARGETS, ANSWERS = ("serving", "all"), ("data", "sources")
 RECORD_FILE = "stages.json"  # in output_dir, of a run that has begun
@@ -80,6 +82,7 @@ class Recipe:
     data: list[str]
     held_out: list[str]
     held_out_flags: dict[str, Any]  # how these data are read, where they are read otherwise
+    score: str | None  # of answers to the held-out prompts: exact_match, or FILE.py:function with an absolute path
     preset: str
     answers: str  # whose answers the data have in training: data (their own) or sources
     flags: dict[str, dict[str, Any]]  # by stage
@@ -133,6 +136,7 @@ class _Reader:
             data=self._data("data", self.entries["data"]),
             held_out=held_out,
             held_out_flags=held_out_flags,
+            score=self._score(),
             preset=preset,
             flags={stage: self._flags(stage, self.entries.get(stage)) for stage in FLAGGED},
             plain=self._get("plain", bool, "true or false", True),
@@ -157,6 +161,20 @@ class _Reader:
         """The value of a key that takes one of some words; the first of them where it is not given."""
         value = self.entries.get(key, values[0])
         self._check(value in values, key, f"one of {', '.join(values)}", value)
+        return value
+
+    def _score(self) -> str | None:
+        """How answers to held-out prompts are scored; a function's file is checked, and is not run."""
+        value = self.entries.get("score")
+        if value is None:
+            return None
+        self._check(self.entries.get("held_out"), "held_out", "held-out data, as there is a score", None)
+        self._check(isinstance(value, str), "score", "exact_match or FILE.py:function", value)
+        if value == "exact_match":
+            return value
+        file, _, function = value.rpartition(":")
+        value = f"{os.path.abspath(self._place('score', file))}:{function}" if file else value
+        check_function(f"key score in {self.path}", value)
         return value
 
     def _mapping(self, key: str, value) -> dict:

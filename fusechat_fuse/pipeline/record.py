@@ -21,12 +21,14 @@ from fusechat_fuse.models.files import adapter_base, is_gguf
 from fusechat_fuse.models.identity import add_samples
 from fusechat_fuse.pipeline.steps import Step
 from fusechat_fuse.store.files import file_sha256, json_bytes, short_digest, write_atomic
+from fusechat_fuse.user_code import file_of
 
 _NOTES = {"", *".md .rst .org .txt .pdf .doc .docx .odt .png .jpg .jpeg .gif .svg .html .log .bak".split()}  # suffixes
 _NO_NOTES = ("vocab.txt", "merges.txt")
 _MODELS = ("model", "model_name_or_path", "pivot_name_or_path")
 _PATHS = (*_MODELS, "data_path", "questions", "pivot_representation", "source_representation", "aligned", "baseline")
-_PATHS += ("eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "")
+_PATHS += ("eval_data_path", "counts", "template", "gguf_file", "deepspeed", "fsdp_config", "source_answers")
+_PATHS += ("answers", "score", "")
 _NO_EFFECT = ("output", "output_dir", "cache_dir", "num_proc", "server_requests", "disable_tqdm", "report_to")
 _NO_EFFECT += ("run_name", "tokens_per_batch", "activation_checkpointing", "gradient_checkpointing", "save_total_limit")
 _ANEW = ("compare", "assign", "answer")  # commands
@@ -133,10 +135,10 @@ def inputs_of(step: Step) -> dict[str, str | None]:
     """Path or Hub name -> digest, of all files, directories and Hub names among a step's arguments."""
     options, reads = options_by_name(step), step.arguments[0] in ("represent", "assign")
     return {
-        value: content_digest(Path(value), data=reads and name == "data_path")
+        value: content_digest(file_of(value) if name == "score" else Path(value), data=reads and name == "data_path")
         for name in _PATHS
         for value in options.get(name, ())
-        if os.path.isabs(value) or name in (*_MODELS, "data_path")
+        if os.path.isabs(value) or name in (*_MODELS, "data_path", "questions")
     }
 
 
@@ -149,7 +151,7 @@ def options_by_name(step: Step) -> dict[str, list[str]]:
             name = word[2:].replace("-", "_")
             options[name] = []
         else:
-            options[name].append(_absolute(word, name == "data_path") if name in _PATHS else word)
+            options[name].append(_absolute(word, name in ("data_path", "questions")) if name in _PATHS else word)
     return {n: v for n, v in options.items() if n not in _NO_EFFECT and not n.startswith(_NO_EFFECT_PREFIXES)}
 
 

@@ -74,6 +74,7 @@ def write_report(
             for step in steps
             if step.stage == "merge" and step.output.exists()
         },
+        "held_out_answers": findings.answers(home / "held_out" / "answers", [*recipe.sources]),
         "held_out": read_json(home / "held_out" / "compare" / "compare.json", "comparison"),
         "commands": {step.key: record.get(step.key, {}).get("command", step.shell) for step in steps},
         "seconds": {step.key: record[step.key]["seconds"] for step in steps if "seconds" in record.get(step.key, {})},
@@ -138,13 +139,13 @@ def _source_table(result: dict[str, Any]) -> str:
     return "\n".join([_comparison_table(result, "median"), *_paragraphs([*summaries])])
 
 
-def _comparison_table(result: dict[str, Any], figure: str = "mean") -> str:
-    """Mean or median bits per byte: one row per slice, one column per model, the lowest in bold."""
+def _comparison_table(result: dict[str, Any], figure: str = "mean", best_of: Callable = min) -> str:
+    """Mean or median of a measure: one row per slice, one column per model, the best in bold."""
     names, rows, best = result["models"], {}, {}
     for slice_name, figures in sorted(result["slices"].items(), key=lambda entry: entry[0] != "all"):
         values = [figures["models"][name][figure] for name in names]
-        rows[slice_name] = [figures["conversations"], *values]
-        best[slice_name] = 1 + values.index(min(values))
+        rows[slice_name or "all"] = [figures["conversations"], *values]
+        best[slice_name or "all"] = 1 + values.index(best_of(values))
     return _table(["slice", "conversations", *names], rows, best)
 
 
@@ -243,8 +244,19 @@ def _differences(ranking: dict[str, Any]) -> str:
 
 
 def _held_out(result: dict[str, Any]) -> str:
-    chart = [_differences(result["ranking"])] if result.get("ranking") else []
-    return "\n".join([*chart, _comparison_table(result)])
+    """The ranking, and the means of every measure by slice."""
+    ranking = result.get("ranking")
+    if not ranking:
+        return _comparison_table(result)
+    head, *rows = ranking.get("table", [[]])
+    lines = [_differences(ranking), *([_table(head, {name: cells for name, *cells in rows})] if rows else [])]
+    for measure in ranking.get("measures", [])[:-1]:  # the last: of the data's answers
+        higher = measure["higher_is_better"]
+        lines.append(f"<h3>{html.escape(measure['name'])}, by slice ({'higher' if higher else 'lower'} is better)</h3>")
+        of = {"models": result["models"], "slices": measure["slices"]}
+        lines.append(_comparison_table(of, best_of=max if higher else min))
+    lines += ["<h3>bits per byte of the data's answers, by slice (lower is better)</h3>"] if len(lines) > 2 else []
+    return "\n".join([*lines, _comparison_table(result)])
 
 
 def _facts(about: dict[str, Any]) -> str:
@@ -269,8 +281,9 @@ def _fact(value) -> str:
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Any], str], tuple[str, ...]]] = {  # heading, body, stages with commands
-    "held_out": ("Held-out bits per byte, means (lower is better)", _held_out, ("evaluate",)),
+    "held_out": ("Held-out results, means", _held_out, ("evaluate",)),
     "answers": ("Who answered the training data", _answer_table, ("answer",)),
+    "held_out_answers": ("Who answered the held-out prompts", _answer_table, ()),
     "compare": (
         "Bits per byte of the training data, medians",
         _source_table,

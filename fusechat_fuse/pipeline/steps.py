@@ -4,7 +4,8 @@ represent (pivot, sources) -> compare -> align (each source) -> combine -> train
 -> merge -> evaluate (the results represent the held-out data) -> report
 
 With `answers: sources` a stage comes first: answer (pivot and sources represent the data, `assign` divides them by
-slice, each source answers its part). The other stages then use these answers as the data.
+slice, each source answers its part). The other stages then use these answers as the data, and evaluate has the held-out
+prompts answered by the same choice, represented by every result. With `score` every result answers them itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fusechat_fuse.pipeline.recipe import LOADING, READING, Model, Recipe
 from fusechat_fuse.store.files import read_yaml
 
 _NO_MODEL = Model("")  # without flags and launchers of its own
+_PIVOTS_OWN = ("gguf_file", "server", "server_kind", "server_model", "server_requests")  # no flags of what it becomes
 _SHARDING = ("use_fsdp", "use_deepspeed")  # flags of accelerate
 STAGES = ("answer", "represent", "compare", "align", "combine", "train", "merge", "evaluate", "report")
 
@@ -111,7 +113,8 @@ class _Steps:
 
     def _launched(self, stage: str, name: str, model: Model, arguments: list[str], output: Path) -> Step:
         """A step of `fusechat-fuse`, with the launcher of the model or else of the recipe."""
-        launched_as = arguments[0] if stage == "answer" or arguments[0] == "compare" else stage
+        own = stage == "answer" or arguments[0] in ("compare", "assign", "answer")
+        launched_as = arguments[0] if own else stage
         launcher = model.launcher.get(launched_as) or self.recipe.launcher.get(launched_as, "python")
         command = launched(launcher, arguments)
         if arguments[0] == "answer" and (count := ranks_of(command)[0]) > 1:
@@ -130,16 +133,19 @@ class _Steps:
         own |= _only(READING, common) | slice_flags(self.recipe.flags["train"])
         words = ["assign", *(str(step.output) for step in steps), *as_flags(own)]
         steps.append(self._launched("answer", "assign", _NO_MODEL, words, home / "assigned"))
-        self.data = [str(home / "assigned" / "pivot.jsonl")]  # keeps the data's answers
-        for name, model in self.recipe.sources.items():
-            self.data.append(str(home / name / "answers.jsonl"))
-            own = {"benchmark": "data", "model": model.model, "questions": home / "assigned" / f"{name}.jsonl"}
-            own |= {"output": self.data[-1], "pivot_name_or_path": self.recipe.pivot.model}
-            own |= _only(("template",), {**common, **self.recipe.pivot.flags.get("represent", {})})
-            own |= _only(LOADING, {**common, **model.flags.get("represent", {})})
-            words = ["answer", *as_flags({**own, **self.recipe.flags["answer"], **model.flags.get("answer", {})})]
-            steps.append(self._launched("answer", name, model, words, home / name))
-        return steps
+        self.data = _answered(home, self.recipe)
+        return steps + [self._ask("answer", name, name, home) for name in self.recipe.sources]
+
+    def _ask(self, stage: str, name: str, source: str, home: Path, left_out: tuple[str, ...] = ()) -> Step:
+        """A source answers the conversations that `home/assigned` gives it."""
+        model, common = self.recipe.sources[source], self.recipe.flags["represent"]
+        own = {"benchmark": "data", "model": model.model, "questions": home / "assigned" / f"{source}.jsonl"}
+        own |= {"output": home / source / "answers.jsonl", "pivot_name_or_path": self.recipe.pivot.model}
+        own |= _only(("template",), {**common, **self.recipe.pivot.flags.get("represent", {})})
+        own |= _only(LOADING, {**common, **model.flags.get("represent", {})})
+        flags = {**own, **self.recipe.flags["answer"], **model.flags.get("answer", {})}
+        words = ["answer", *as_flags({flag: value for flag, value in flags.items() if flag not in left_out})]
+        return self._launched(stage, name, model, words, home / source)
 
     def _represent(self, name: str, model: Model) -> Step:
         output = self.home / "representations" / name
@@ -196,18 +202,51 @@ class _Steps:
 
     def _evaluate(self, results: list[Step]) -> list[Step]:
         """The held-out conversations, represented by the pivot and every result, and the comparison."""
-        pivot, home, steps = self.recipe.pivot, self.home / "held_out", []
-        reader = Model("", {"represent": {**pivot.flags.get("represent", {}), **self.recipe.held_out_flags}})
+        pivot, home = self.recipe.pivot, self.home / "held_out"
         models = {"pivot": pivot.model}
         models |= {f"merged-{s.name}" if s.stage == "merge" else s.name: str(s.output) for s in results}
-        for name, model in models.items():
-            own = {"model_name_or_path": model, "data_path": self.recipe.held_out, "pivot_name_or_path": pivot.model}
-            arguments = self._arguments("represent", reader, home / name, **own)
-            steps.append(self._launched("evaluate", name, _NO_MODEL, arguments, home / name))
+        common = {**self.recipe.flags["represent"], **pivot.flags.get("represent", {}), **self.recipe.held_out_flags}
+        of = {name: {flag: v for flag, v in common.items() if flag not in _PIVOTS_OWN} for name in models}
+        of["pivot"], reading = common, _only(READING, common)
+        steps = [self._measure(name, m, self.recipe.held_out, home / name, of[name]) for name, m in models.items()]
         named = slice_flags(self.recipe.flags["train"])
-        named.pop("slice_pattern", None)  # of the training data's ids
-        flags = named | {"baseline": home / ("plain" if self.recipe.plain else "pivot")}
+        flags = _only(("slice_column",), named)  # the pattern is of the training data's ids
+        flags |= {"baseline": home / ("plain" if self.recipe.plain else "pivot")}
+        if self.derived:
+            answers, answered = home / "answers", home / "answered"
+            own = {"data_path": self.recipe.held_out, "output_dir": answers / "assigned", **reading, **named}
+            words = ["assign", str(self.home / "answers" / "assigned"), *as_flags(own)]
+            steps.append(self._launched("evaluate", "assign", _NO_MODEL, words, answers / "assigned"))
+            once = ("samples",)  # each prompt is answered once
+            steps += [self._ask("evaluate", f"answer-{name}", name, answers, once) for name in self.recipe.sources]
+            data = _answered(answers, self.recipe)
+            for name, model in models.items():
+                unread = {flag: value for flag, value in of[name].items() if flag not in READING}
+                steps.append(self._measure(f"answered-{name}", model, data, answered / name, unread))
+            flags["source_answers"] = [answered / name for name in models]
+        if self.recipe.score:
+            steps += [self._answer_itself(name, m, home / "scored" / name, of[name]) for name, m in models.items()]
+            flags["answers"] = [home / "scored" / name / "answers.jsonl" for name in models]
+            flags["score"] = self.recipe.score
         return [*steps, self._compare("evaluate", "compare", [home / name for name in models], home / "compare", flags)]
+
+    def _measure(self, name: str, model: str, data: list[str], output: Path, flags: dict[str, Any]) -> Step:
+        """A result represents held-out conversations."""
+        own = {"model_name_or_path": model, "data_path": data, "pivot_name_or_path": self.recipe.pivot.model}
+        words = ["represent", *as_flags({**own, "output_dir": output, **flags})]
+        return self._launched("evaluate", name, _NO_MODEL, words, output)
+
+    def _answer_itself(self, name: str, model: str, output: Path, flags: dict[str, Any]) -> Step:
+        """A result answers the held-out prompts, greedily, for their score."""
+        own = {"benchmark": "held_out", "model": model, "questions": self.recipe.held_out}
+        own |= {"output": output / "answers.jsonl", **_only((*READING, *LOADING), flags)}
+        own |= _only(("max_new_tokens", "batch_size"), self.recipe.flags["answer"])
+        return self._launched("evaluate", f"scored-{name}", _NO_MODEL, ["answer", *as_flags(own)], output)
+
+
+def _answered(home: Path, recipe: Recipe) -> list[str]:
+    """The files of conversations that pivot (by the data) and sources have answered."""
+    return [str(home / "assigned" / "pivot.jsonl"), *(str(home / name / "answers.jsonl") for name in recipe.sources)]
 
 
 def _only(names: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:

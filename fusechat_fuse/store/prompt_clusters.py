@@ -49,6 +49,28 @@ def cluster(texts: Sequence[str], *, seed: int = 0) -> list[str]:
     return [names[label] for label in labels]
 
 
+def nearest(texts: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """For each text the index of the most similar known one (the first of equals); None where none has anything of it.
+
+    Similarity is the cosine of TF-IDF vectors of character 2- to 4-grams; of many known texts, FITTED are looked at.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    step = -(-len(known) // FITTED)
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), sublinear_tf=True)
+    if not texts:
+        return []
+    try:
+        features = vectorizer.fit_transform([text[-READ:] for text in known[::step]])
+    except ValueError:  # an empty vocabulary
+        return [None] * len(texts)
+    found: list[int | None] = []
+    for n in range(0, len(texts), 1000):
+        similar = (vectorizer.transform([text[-READ:] for text in texts[n : n + 1000]]) @ features.T).toarray()
+        found += [step * int(row.argmax()) if row.any() else None for row in similar]
+    return found
+
+
 def _labels(texts: list[str], k: int, seed: int) -> list[int] | None:
     """The cluster of every text; None where no character 2-gram occurs in two of them."""
     from sklearn.cluster import KMeans

@@ -154,10 +154,10 @@ def own_slices(data: Representation) -> list[str]:
     return [name or "" for name in data.column("slice")]
 
 
-def names_by_pattern(ids: Sequence[str], pattern: str, where: str) -> list[str]:
+def names_by_pattern(ids: Sequence[str], pattern: str, where: str | None = None) -> list[str]:
     """The first group, or else the whole match, of a regular expression in each id; "" where it does not match.
 
-    Raises: InputError, which says where the ids are of, for a pattern that is none or matches no id.
+    Raises: InputError for a pattern that is none, or, which says where the ids are of, one that matches no id.
     """
     try:
         compiled = re.compile(pattern)
@@ -166,7 +166,7 @@ def names_by_pattern(ids: Sequence[str], pattern: str, where: str) -> list[str]:
             f"value for slice_pattern: expected a regular expression, got {pattern!r} ({error})."
         ) from error
     found = [compiled.search(name) for name in ids]
-    if not any(found):
+    if where is not None and not any(found):
         raise InputError(
             f"value for slice_pattern: expected one that matches ids of {where}, got {pattern!r}. "
             f"The first id is {ids[0]!r}."

@@ -27,6 +27,7 @@ from fusechat_fuse.store.files import short_digest
 from fusechat_fuse.text.data_files import Source, data_sources, names_in
 from fusechat_fuse.text.messages import (
     Unusable,
+    as_python,
     canonical_json,
     check_unicode,
     clean_messages,
@@ -182,6 +183,13 @@ def _usable(sources, report: ReadReport, messages_column: str | None, prompts: b
         slice_name = slice_of(row) or (None if row.get("slice") == "" else file_slice)
         start, size = spool.append(fields)
         yield Conversation(unique, digest, slice_name and sys.intern(str(slice_name)), number, spool, start, size)
+
+
+def rows_of(data, found: list[Conversation], split: str = "train") -> list[dict[str, Any]]:
+    """The rows of conversations as the data have them, with all their columns."""
+    numbers = {one.row for one in found}
+    rows = {number: row for _, number, row in _numbered(_sources(data, split), ReadReport("")) if number in numbers}
+    return [as_python(rows[one.row]) for one in found]
 
 
 def _unique_id(given: str, seen: Counter) -> str:

@@ -86,7 +86,7 @@ def clean_messages(
         repairs.
     Raises: Unusable naming the rule.
     """
-    row = _as_python(row)
+    row = as_python(row)
     raw = _raw_messages(row, column, prompts)
     if not raw:
         raise Unusable("empty", "expected at least one message, got none")
@@ -102,15 +102,15 @@ def clean_messages(
     return messages, repairs
 
 
-def _as_python(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """Rows of data frames as Python's own values: arrays and tuples as lists, numpy's numbers as Python's, NaN and NA
     (a missing value) as None."""
     if isinstance(value, str):  # numpy's too
         return value
     if isinstance(value, dict):
-        return {key: _as_python(item) for key, item in value.items()}
+        return {key: as_python(item) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_as_python(item) for item in value]
+        return [as_python(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     missing = (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
@@ -287,12 +287,12 @@ def _in_order(messages: list[dict], repairs: list[tuple[str, str]], prompts: boo
 
 def row_name(row: Any) -> str | None:
     """The id that a row gives itself, if any; a whole number as a table with gaps has it (7.0) is "7"."""
-    given = _as_python(row.get("id")) if isinstance(row, dict) else None
+    given = as_python(row.get("id")) if isinstance(row, dict) else None
     given = int(given) if isinstance(given, float) and given.is_integer() else given
     return str(given) if isinstance(given, str | int) and str(given).strip() else None
 
 
 def slice_of(row: dict) -> str | None:
     """The slice that a row names, by a text or a whole number (a label of `datasets`), if any."""
-    named = (_as_python(row.get(column)) for column in SLICE_COLUMNS)
+    named = (as_python(row.get(column)) for column in SLICE_COLUMNS)
     return next((str(name) for name in named if type(name) is int or (isinstance(name, str) and name)), None)
