@@ -526,7 +526,7 @@ def test_lines_that_do_not_fit_among_others_are_counted(model, dense, tmp_path, 
         return line
 
     source = lines(tmp_path / "d.jsonl", dumped, model, dense, change)
-    argv = ["import", str(source), "--model_name_or_path", str(model[1]), "--output_dir", str(tmp_path / "r")]
+    argv = ["import", str(source), "--model_name_or_path", str(model[1]), "--output_dir", str(tmp_path / "r"), "--json"]
     assert main(argv) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["skipped"] == {"entries": 1, "ids": 1, "no_logprobs": 1}

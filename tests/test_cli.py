@@ -479,6 +479,7 @@ def test_an_interrupted_command_says_that_the_same_command_continues(name, capsy
 def test_a_signal_while_importing_is_one_sentence(world, tmp_path):
     program = f"""
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from fusechat_fuse.cli import main
 class Interrupt:
     def find_spec(self, name, path=None, target=None):

@@ -131,7 +131,7 @@ def in_readmes_place(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_readmes_configurations_are_taken_as_they_stand(in_readmes_place, caplog, capsys):
-    merge, recipe = (text.replace("/models", f"{in_readmes_place}") for text in blocks(ROOT / "README.md", "yaml"))
+    recipe, merge = (text.replace("/models", f"{in_readmes_place}") for text in blocks(ROOT / "README.md", "yaml"))
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(merge)), "merged", MergeOptions())
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
     Path("recipe.yml").write_text(recipe)

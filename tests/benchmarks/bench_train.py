@@ -115,7 +115,7 @@ def measure_steps(ways: list[str], shape: dict, device: str, steps: int) -> dict
                 torch.cuda.synchronize()
             found[way]["seconds"].append(time.perf_counter() - started)
             if way in ("lean", "full"):
-                loss = trainer.meters["train"].read(trainer.accelerator, 0.9)["lm_loss"]
+                loss = trainer.meters["train"].read(trainer.accelerator)["lm_loss"]
             found[way]["lm_loss"] = loss
     for one in found.values():
         one["seconds"] = statistics.median(one["seconds"][1:] or one["seconds"])

@@ -44,7 +44,7 @@ def steps(shape: dict) -> list[dict]:
         held = _allocated()
         found = card.measure(step, turns=3, forget=model.zero_grad)
         if way in ("lean", "full"):
-            losses.append(trainer.meters["train"].read(trainer.accelerator, 0.9)["lm_loss"])
+            losses.append(trainer.meters["train"].read(trainer.accelerator)["lm_loss"])
         model.zero_grad()
         tokens = shape["batch"] * shape["tokens"]
         rate = tokens / found["seconds"] if found["seconds"] else None
