@@ -91,7 +91,7 @@ def test_flags_in_the_text_are_flags_of_some_command(page):
         return
     found = set(re.findall(r"`(--[a-z_0-9-]+)", page.read_text()))
     of_vllm = {"--max-logprobs", "--no-enable-prefix-caching"}
-    others = {*of_vllm, "--conversations", "--config_file"}  # of a benchmark, of accelerate
+    others = {*of_vllm, "--conversations", "--regime", "--config_file"}  # of benchmarks and examples, of accelerate
     assert not found - known - others
 
 

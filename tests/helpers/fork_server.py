@@ -151,7 +151,13 @@ def _become(request: dict, streams: list[int], address: str) -> list[str]:
 
 
 def run_command(words: list[str]) -> None:
-    """Run a Python command in this process."""
+    """Run a Python command in this process, with one thread.
+
+    That is set here: a fork of a process that has torch's pool makes it anew, and two threads that do so at once fail.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     words = words[1:] if words[0] == sys.executable else words
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
@@ -165,13 +171,10 @@ def load() -> None:
     """Import what the commands of the packages and of mergekit import."""
     import datasets  # noqa: F401
     import mergekit.scripts.run_yaml  # noqa: F401
-    import torch
     from transformers import Trainer  # noqa: F401
 
     import fusechat_fuse.training.run  # noqa: F401
     import fusechat_merge.method  # noqa: F401
-
-    torch.set_num_threads(1)
 
 
 def exit_with(code) -> None:
